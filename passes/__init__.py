@@ -1,0 +1,1 @@
+"""The passes, one idea a file.  Import them as qcompile.passes, through the registry."""

@@ -1,0 +1,64 @@
+"""What placements answer: the sites that annotate turns into decisions, and the refusals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from qcompile.ir.decisions import value_at
+from qcompile.ir.ops import output_channel_axis
+from qcompile.quant.qtype import QType
+from qcompile.quant.spec import Granularity, PerAxis, PerBlock, QuantSpec, Scheme
+
+
+@dataclass(frozen=True)
+class Site:
+    """One input (slot >= 0) or output (~i) to quantize; `fixed` is a range known without data."""
+
+    node: ir.Node
+    slot: int
+    spec: QuantSpec
+    fixed: tuple[float, float] | None = None
+
+    @property
+    def value(self) -> ir.Value:
+        """The tensor to quantize."""
+        return value_at(self.node, self.slot)
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether the tensor is a constant."""
+        return self.value.const_value is not None
+
+
+@dataclass
+class Placement:
+    """Sites to quantize, and (node, reason) for compute that stays in float."""
+
+    sites: list[Site] = field(default_factory=list[Site])
+    missed: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+
+    def add(self, node: ir.Node, slot: int, spec: QuantSpec, fixed: tuple[float, float] | None = None) -> None:
+        """Quantize `slot` of `node`, once."""
+        if all(s.node is not node or s.slot != slot for s in self.sites[-64:]):
+            self.sites.append(Site(node, slot, spec, fixed))
+
+    def miss(self, node: ir.Node, reason: str) -> None:
+        """Leave `node` in float."""
+        self.missed.append((str(node.name), reason))
+
+
+def weight_spec(node: ir.Node, slot: int, scheme: Scheme) -> QuantSpec:
+    """Symmetric, per output channel; blocks along the reduction axis where the scheme says so."""
+    assert scheme.weight is not None
+    axis = output_channel_axis(node)
+    granularity: Granularity = PerAxis(axis)
+    if scheme.block_size is not None and node.op_type in ("MatMul", "Gemm"):
+        granularity = PerBlock(1 - axis, scheme.block_size)
+    return QuantSpec(scheme.weight, granularity, symmetric=True, method="mse" if scheme.weight.bits < 8 else "minmax")
+
+
+def activation_spec(qtype: QType, symmetric: bool = True) -> QuantSpec:
+    """Per tensor."""
+    return QuantSpec(qtype, symmetric=symmetric)

@@ -1,0 +1,146 @@
+"""fp16: the float rest in half precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
+
+from qcompile.calib.observers import AbsMax, Probe
+from qcompile.ir.edit import add_constant, drop_if_unused, insert_after, new_node, redirect, swap_output
+from qcompile.ir.model import Model
+from qcompile.ir.ops import is_data_movement
+from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
+
+HALF_MAX = 65504.0
+_SAFE = HALF_MAX / 4
+_FLOAT, _HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
+_FLOAT_SLOTS = {"Resize": (1, 2), "Upsample": (1,)}
+_FLOAT_OPS = frozenset({"Range", "RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "NonMaxSuppression", "RoiAlign"})
+_BOUNDED = frozenset({"Softmax", "Sigmoid", "Tanh", "Erf", "Sin", "Cos", "QuantizeLinear", "DequantizeLinear", "Cast", "Clip", "Relu"})
+
+
+@dataclass(frozen=True)
+class Half(Pass):
+    """Turn float32 tensors, weights and scales into float16; the graph's interface keeps its types.
+
+    before: x: f32 -> MatMul -> y: f32
+    after:  x: f32 -> Cast -> MatMul in f16 -> Cast -> y: f32
+    A node whose inputs or outputs exceed 16376 (a quarter of float16's largest number) on calibration data, or
+    whose constant would vanish, stays in float32 with a remark; constants beyond 65504 (masks) are clamped to it.
+    """
+
+    name = "fp16"
+    kind = Kind.LOWER
+    establishes = frozenset({Fact.HALF})
+
+    def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:
+        """The largest magnitude of every float tensor that can grow."""
+        return [Probe(name, AbsMax()) for name in _watched(model.graph)]
+
+    def apply(self, model: Model, ctx: PassContext) -> PassResult:
+        """Convert every node that is safe; cast where precisions meet."""
+        ShapeInferencePass()(model.ir)
+        graph = model.graph
+        large = {p.tensor for p, stat in ctx.stats.items() if float(np.max(stat.amax)) > _SAFE}
+        keep = {node.name for node in graph if _stays(node, large, ctx)}
+        half = [node for node in graph if node.name not in keep]
+        for node in half:
+            _convert(node)
+        _meet(graph, {id(n) for n in half})
+        ctx.applied("", f"{len(half)} nodes in float16, {len(keep)} kept in float32")
+        return PassResult(bool(half))
+
+
+def _watched(graph: ir.Graph) -> Iterator[str]:
+    for node in graph:
+        if node.op_type in _BOUNDED or is_data_movement(node):
+            continue
+        yield from (str(v.name) for v in node.outputs if v.dtype == _FLOAT and v.uses())
+
+
+def _stays(node: ir.Node, large: set[str], ctx: PassContext) -> bool:
+    """Whether `node` must stay in float32; remarks the reason where it is about values."""
+    if node.op_type in _FLOAT_OPS or node.domain not in ("", "ai.onnx") or _has_body(node):
+        return True
+    if not any(v is not None and v.dtype == _FLOAT for v in (*node.inputs, *node.outputs)):
+        return True
+    hot = [str(v.name) for v in (*node.inputs, *node.outputs) if v is not None and v.name in large]
+    if hot:
+        ctx.missed(str(node.name), f"kept in float32: {hot[0]} exceeds {_SAFE:.0f} on calibration data")
+        return True
+    if any(_vanishes(v) for v in node.inputs):
+        ctx.missed(str(node.name), "kept in float32: its constant would round to zero in float16")
+        return True
+    return False
+
+
+def _has_body(node: ir.Node) -> bool:
+    return any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values())
+
+
+def _vanishes(value: ir.Value | None) -> bool:
+    if value is None or value.const_value is None or value.dtype != _FLOAT or value.const_value.size != 1:
+        return False
+    number = float(value.const_value.numpy().reshape(-1)[0])
+    return number != 0.0 and float(np.float16(np.clip(number, -HALF_MAX, HALF_MAX))) == 0.0
+
+
+def _convert(node: ir.Node) -> None:
+    """Attributes and output types of one node; its inputs are cast by `_meet`."""
+    for out in node.outputs:
+        if out.dtype == _FLOAT:
+            out.type = ir.TensorType(_HALF)
+    if node.op_type == "Cast" and node.attributes["to"].as_int() == _FLOAT:
+        node.attributes["to"] = ir.AttrInt64("to", int(_HALF))
+    if node.op_type == "ConstantOfShape" and "value" in node.attributes:
+        tensor = node.attributes["value"].as_tensor().numpy()
+        if tensor.dtype == np.float32:
+            node.attributes["value"] = ir.AttrTensor("value", ir.Tensor(to_half(tensor)))
+
+
+def to_half(array: np.ndarray) -> np.ndarray:
+    """float16 copy, saturating instead of overflowing."""
+    return np.clip(array, -HALF_MAX, HALF_MAX).astype(np.float16)
+
+
+def _meet(graph: ir.Graph, half: set[int]) -> None:
+    for value in list(graph.initializers.values()):
+        if value.dtype == _FLOAT:
+            _meet_constant(graph, value, half)
+    for value in [*graph.inputs, *(v for n in list(graph) for v in n.outputs)]:
+        if value.dtype in (_FLOAT, _HALF):
+            _meet_value(graph, value, half)
+
+
+def _wants_half(node: ir.Node, slot: int, half: set[int]) -> bool:
+    return id(node) in half and slot not in _FLOAT_SLOTS.get(node.op_type, ())
+
+
+def _meet_constant(graph: ir.Graph, value: ir.Value, half: set[int]) -> None:
+    uses = [(n, i) for n, i in value.uses() if _wants_half(n, i, half)]
+    if uses and value.const_value is not None:
+        new = add_constant(graph, f"{value.name}_fp16", to_half(value.const_value.numpy()))
+        redirect(value, new, uses)
+        drop_if_unused(graph, value)
+
+
+def _meet_value(graph: ir.Graph, value: ir.Value, half: set[int]) -> None:
+    """Readers in the other precision get one Cast; a graph output returns to float32."""
+    is_half = value.dtype == _HALF
+    others = [(n, i) for n, i in value.uses() if _wants_half(n, i, half) != is_half and not n.op_type.startswith("Cast")]
+    to = _FLOAT if is_half else _HALF
+    output = value.is_graph_output() and is_half
+    if not others and not output:
+        return
+    cast = new_node(graph, "Cast", [value], name=f"{value.name}_to_{to.name.lower()}", attributes={"to": int(to)})
+    cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(to), value.shape
+    insert_after(graph, value, cast)
+    redirect(value, cast.outputs[0], others)
+    if output:
+        swap_output(graph, value, cast.outputs[0])
+        value.type = ir.TensorType(_HALF)
+        cast.outputs[0].type = ir.TensorType(_FLOAT)

@@ -1,0 +1,149 @@
+"""insert-qdq: decisions become QuantizeLinear and DequantizeLinear nodes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qcompile.errors import ModelError
+from qcompile.ir.decisions import Decision, clear_decisions, decisions, value_at
+from qcompile.ir.edit import add_constant, drop_if_unused, insert_after, new_node, redirect, swap_output
+from qcompile.ir.model import Model
+from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
+from qcompile.quant.affine import quantize
+from qcompile.quant.qtype import QType
+from qcompile.quant.spec import PerAxis, PerBlock, PerTensor, QParams
+
+Use = tuple[ir.Node, int, Decision]
+
+
+@dataclass(frozen=True)
+class InsertQdq(Pass):
+    """Make every decision real: one Q/DQ pair a tensor, integer weights behind one DQ.
+
+    before: MatMul(x, W) with decisions on both inputs
+    after:  MatMul(DQ(Q(x, s, 0)), DQ(codes(W), s_w[axis], 0));  Q(x) = clip(round(x / s) + z) (ONNX QuantizeLinear)
+    A width that the format cannot store (6 bit in int8) is simulated: Clip to the range before Q.
+    """
+
+    name = "insert-qdq"
+    kind = Kind.LOWER
+    requires = frozenset({Fact.DECIDED, Fact.FITTED})
+    establishes = frozenset({Fact.QUANTIZED})
+
+    def apply(self, model: Model, ctx: PassContext) -> PassResult:
+        """Raises ModelError: uses of one tensor disagree on its quantizer, or a decision has no scale."""
+        half = ctx.target.body(ctx.scheme) == "float16"
+        groups = _group(model.graph, ctx)
+        for uses in groups.values():
+            _materialise(model.graph, uses, half, ctx)
+        clear_decisions(model.graph)
+        return PassResult(bool(groups))
+
+
+def _group(graph: ir.Graph, ctx: PassContext) -> dict[tuple[str, str], list[Use]]:
+    groups: dict[tuple[str, str], list[Use]] = defaultdict(list)
+    for node, slot, decision in decisions(graph):
+        if decision.qparams is None:
+            raise ModelError(f"the decision for input {slot} of {node.name!r} has no scale yet; run annotate and rtn before insert-qdq")
+        groups[(str(value_at(node, slot).name), decision.quantizer)].append((node, slot, decision))
+    tensors: dict[str, str] = {}
+    for value, quantizer in groups:
+        if tensors.setdefault(value, quantizer) != quantizer and ctx.target.name in ("trt", "rtx") and value not in graph.initializers:
+            raise ModelError(f"tensor {value!r} has two different quantizers, which TensorRT cannot fuse; run split-shortcut or keep one in float")
+    return groups
+
+
+def _materialise(graph: ir.Graph, uses: list[Use], half: bool, ctx: PassContext) -> None:
+    node, slot, decision = uses[0]
+    value = value_at(node, slot)
+    params = round_scale(decision.qparams, decision.spec.qtype) if half and decision.qparams else decision.qparams
+    assert params is not None
+    if value.const_value is not None:
+        dq = _weight(graph, value, decision, params)
+        insert_after(graph, value, dq)
+        redirect(value, dq.outputs[0], [(n, i) for n, i, _ in uses])
+        drop_if_unused(graph, value)
+    else:
+        _activation(graph, value, uses, decision, params)
+    scale = float(np.mean(params.scale))
+    kind = "weight" if value.const_value is not None else "activation"
+    ctx.applied(str(node.name), f"{kind} {value.name} in {decision.spec.qtype.name}", scale=scale, uses=len(uses))
+
+
+def round_scale(params: QParams, qtype: QType) -> QParams:
+    """Scales rounded up to float16, so that codes are computed with the very scale that the engine sees."""
+    half = params.scale.astype(np.float16)
+    half = np.where(half.astype(np.float64) < params.scale * (1 - 2**-11), np.nextafter(half, np.float16(np.inf)), half)
+    return QParams(np.maximum(half.astype(np.float64), 2.0**-24), params.zero_point)
+
+
+def _axis_attributes(decision: Decision) -> dict[str, int]:
+    match decision.spec.granularity:
+        case PerTensor():
+            return {}
+        case PerAxis(axis):
+            return {"axis": axis}
+        case PerBlock(axis, size):
+            return {"axis": axis, "block_size": size}
+
+
+def _storage(qtype: QType) -> ir.DataType:
+    return ir.DataType[qtype.storage]
+
+
+def _codes_dtype(qtype: QType) -> np.dtype:
+    return np.dtype(_storage(qtype).numpy())
+
+
+def _constants(graph: ir.Graph, stem: str, params: QParams, qtype: QType, dtype: np.dtype) -> tuple[ir.Value, ir.Value]:
+    scale = add_constant(graph, f"{stem}_scale", params.scale.astype(dtype))
+    zero = add_constant(graph, f"{stem}_zero_point", params.zero_point.astype(np.float64).astype(_codes_dtype(qtype)), _storage(qtype))
+    return scale, zero
+
+
+def _weight(graph: ir.Graph, value: ir.Value, decision: Decision, params: QParams) -> ir.Node:
+    assert value.const_value is not None
+    qtype = decision.spec.qtype
+    array = value.const_value.numpy()
+    codes: NDArray = np.asarray(quantize(array, params, qtype, decision.spec.granularity)).astype(_codes_dtype(qtype))
+    stored = add_constant(graph, f"{value.name}_quantized", codes, _storage(qtype))
+    dtype = array.dtype if array.dtype.kind == "f" or array.dtype == ml_dtypes.bfloat16 else np.dtype(np.float32)
+    scale, zero = _constants(graph, str(value.name), params, qtype, dtype)
+    return new_node(graph, "DequantizeLinear", [stored, scale, zero], name=f"{value.name}_DequantizeLinear", like=value, attributes=_axis_attributes(decision))
+
+
+def _activation(graph: ir.Graph, value: ir.Value, uses: list[Use], decision: Decision, params: QParams) -> None:
+    at_output = any(slot < 0 for _, slot, _ in uses)
+    readers = list(value.uses()) if at_output else [(node, slot) for node, slot, _ in uses]
+    chain = _chain(graph, value, decision, params)
+    insert_after(graph, value, *chain)
+    redirect(value, chain[-1].outputs[0], readers)
+    if at_output and value.is_graph_output():
+        swap_output(graph, value, chain[-1].outputs[0])
+
+
+def _chain(graph: ir.Graph, value: ir.Value, decision: Decision, params: QParams) -> list[ir.Node]:
+    """[Clip ->] QuantizeLinear -> DequantizeLinear reading `value`."""
+    qtype, stem = decision.spec.qtype, str(value.name)
+    dtype = np.dtype(value.dtype.numpy()) if value.dtype is not None else np.dtype(np.float32)
+    scale, zero = _constants(graph, stem, params, qtype, dtype)
+    attributes = _axis_attributes(decision)
+    clip = [_clip(graph, value, params, qtype, dtype)] if qtype.narrow else []
+    source = clip[0].outputs[0] if clip else value
+    q = new_node(graph, "QuantizeLinear", [source, scale, zero], name=f"{stem}_QuantizeLinear", attributes=attributes)
+    q.outputs[0].shape, q.outputs[0].type = value.shape, ir.TensorType(_storage(qtype))
+    dq = new_node(graph, "DequantizeLinear", [q.outputs[0], scale, zero], name=f"{stem}_DequantizeLinear", like=value, attributes=attributes)
+    return [*clip, q, dq]
+
+
+def _clip(graph: ir.Graph, value: ir.Value, params: QParams, qtype: QType, dtype: np.dtype) -> ir.Node:
+    low = (qtype.qmin - params.zero_point.astype(np.float64)) * params.scale
+    high = (qtype.qmax - params.zero_point.astype(np.float64)) * params.scale
+    bounds = [add_constant(graph, f"{value.name}_{n}", np.asarray(b, dtype)) for n, b in (("clip_min", low), ("clip_max", high))]
+    return new_node(graph, "Clip", [value, *bounds], name=f"{value.name}_Clip", like=value)

@@ -1,0 +1,76 @@
+"""opset: raise the default operator set to what the scheme needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import onnx
+import onnx_ir as ir
+from onnx import version_converter
+
+from qcompile.errors import ModelError
+from qcompile.ir.model import Model
+from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
+
+_SMALL = 1 << 16
+
+
+@dataclass(frozen=True)
+class RaiseOpset(Pass):
+    """Raise the opset to the lowest that the scheme needs on the target (19 for float16 scales, 21 for int4).
+
+    before: opset 17;  ReduceMean {axes}      after: opset 19;  ReduceMean(x, axes)
+    Uses onnx.version_converter, never the bare number; refuses what it cannot convert.
+    """
+
+    name = "opset"
+    kind = Kind.EQUIVALENT
+    requires = frozenset({Fact.CANONICAL})
+    establishes = frozenset({Fact.OPSET})
+    version: Annotated[int, "the opset to reach; 0 means the lowest that the scheme needs"] = 0
+
+    def apply(self, model: Model, ctx: PassContext) -> PassResult:
+        """Raises ModelError: the converter knows no way."""
+        wanted = self.version or ctx.target.opset(ctx.scheme)
+        if model.opset >= wanted:
+            return PassResult(False)
+        before = model.opset
+        big = {n: v.const_value for n, v in model.graph.initializers.items() if v.const_value is not None and v.const_value.nbytes > _SMALL}
+        metadata = {n.name: dict(n.metadata_props) for n in model.graph}
+        model.ir = _convert(model, set(big), wanted)
+        _restore(model, big, metadata)
+        model.name_nodes()
+        ctx.applied("", f"opset {before} raised to {wanted}")
+        return PassResult(True)
+
+
+def _convert(model: Model, big: set[str], wanted: int) -> ir.Model:
+    """Convert without the large weights: they travel as graph inputs."""
+    slim = model.clone()
+    for name in big:
+        value = slim.graph.initializers.pop(name)
+        value.const_value = None
+        slim.graph.inputs.append(value)
+    proto = ir.to_proto(slim.ir)
+    try:
+        converted = version_converter.convert_version(proto, wanted)
+        onnx.checker.check_model(converted)
+    except Exception as e:
+        raise ModelError(f"cannot raise opset {model.opset} to {wanted}: {_last_line(e)}; export the model at opset {wanted}") from e
+    result = ir.from_proto(converted)
+    result.metadata_props.update(model.metadata)
+    return result
+
+
+def _restore(model: Model, big: dict[str, ir.TensorProtocol], metadata: dict[str | None, dict[str, str]]) -> None:
+    for value in [v for v in model.graph.inputs if v.name in big]:
+        model.graph.inputs.remove(value)
+        value.const_value = big[str(value.name)]
+        model.graph.register_initializer(value)
+    for node in model.graph:
+        node.metadata_props.update(metadata.get(node.name, {}))
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1][:200] if str(error).strip() else type(error).__name__

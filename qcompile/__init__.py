@@ -1,0 +1,15 @@
+"""qcompile: an ONNX graph-transformation compiler pass suite for post-training quantization.
+
+    import qcompile
+    result = qcompile.compile("model.onnx", passes="repq,smooth", target="ort", calib="images.npz")
+"""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
+
+from qcompile.compile import Options, Result, compile
+from qcompile.ir.model import Model
+from qcompile.pipeline.base import Kind, Pass, PassContext, PassResult
+
+__all__ = ["Kind", "Model", "Options", "Pass", "PassContext", "PassResult", "Result", "compile"]

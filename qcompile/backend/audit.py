@@ -1,0 +1,212 @@
+"""The kernel audit: which GEMMs, convolutions and attention products of a Q/DQ model really run at low precision.
+
+Builds the model with TensorRT-RTX for one compute capability (no GPU needed), reads the kernel dump and maps the
+kernels back to ONNX nodes by the names in their metadata.  It is a proxy: other TensorRT versions may choose otherwise.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from qcompile.backend.attention import attention_blocks
+from qcompile.backend.dump import TESTED, Kernel, covering, parse_dump
+from qcompile.backend.profile import Profile
+from qcompile.backend.shapes import concrete_shapes
+from qcompile.backend.tensorrt import plan_profiles, run_worker
+from qcompile.backend.work import WorkItem, work_items
+from qcompile.errors import UsageError
+from qcompile.target.rules import check
+from qcompile.target.view import GraphView, load_graph_only
+
+SCHEMA_VERSION = 1
+LABELS = {"rtx": "proxy: TensorRT-RTX", "trt": "TensorRT"}
+
+
+@dataclass(frozen=True)
+class AuditedNode:
+    """A work item with the kernels that compute it and the low type that all of them read (None: float)."""
+
+    item: WorkItem
+    kernels: tuple[Kernel, ...]
+    reads: str | None
+
+    @property
+    def flops(self) -> int:
+        """2 x multiply-adds at the optimum shapes; 0 when the shapes are unknown."""
+        return self.item.flops or 0
+
+    @property
+    def kept_promise(self) -> bool:
+        """Whether the node was planned at a low type and runs in it."""
+        return self.item.low_type is not None and self.item.low_type == self.reads
+
+
+@dataclass(frozen=True)
+class AuditResult:
+    """What runs where; `attention` counts (blocks, blocks that run as one fused kernel)."""
+
+    gpu: str
+    target: str
+    version: str
+    profile: Profile | None
+    nodes: tuple[AuditedNode, ...]
+    kernels: tuple[Kernel, ...]
+    attention: tuple[int, int]
+    wasted_pairs: tuple[dict[str, str], ...]
+
+    @property
+    def total_flops(self) -> int:
+        """All GEMM, convolution and attention-product work."""
+        return sum(n.flops for n in self.nodes)
+
+    @property
+    def planned_flops(self) -> int:
+        """Work whose compute inputs all come from DQ at one low type."""
+        return sum(n.flops for n in self.nodes if n.item.low_type is not None)
+
+    @property
+    def low_precision_flops(self) -> int:
+        """Work in kernels that read low types on both sides."""
+        return sum(n.flops for n in self.nodes if n.reads is not None)
+
+    @property
+    def share(self) -> float | None:
+        """The part of the planned work that runs in kernels reading its type; None when nothing is planned."""
+        kept = sum(n.flops for n in self.nodes if n.kept_promise)
+        return kept / self.planned_flops if self.planned_flops else None
+
+    @property
+    def coverage(self) -> float | None:
+        """Low-precision work over all work; None when there is none."""
+        return self.low_precision_flops / self.total_flops if self.total_flops else None
+
+    @property
+    def attention_fused(self) -> float | None:
+        """The part of the attention blocks that run as one kernel; None without attention."""
+        blocks, fused = self.attention
+        return fused / blocks if blocks else None
+
+    def summary(self) -> dict[str, Any]:
+        """The figures without the per-kernel lists (this goes into an engine's manifest)."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "label": LABELS[self.target],
+            "gpu": self.gpu,
+            "version": self.version,
+            "version_tested": self.version in TESTED,
+            "profile": None if self.profile is None else {"shapes": self.profile.to_json(), "source": self.profile.source},
+            "share": self.share,
+            "coverage": self.coverage,
+            "planned_flops": self.planned_flops,
+            "low_precision_flops": self.low_precision_flops,
+            "total_flops": self.total_flops,
+            "attention_fused": self.attention_fused,
+            "attention_blocks": self.attention[0],
+            "attention_fused_blocks": self.attention[1],
+            "weight_only_flops": sum(n.flops for n in self.nodes if n.item.weight_type is not None and n.reads is None),
+            "unsized_nodes": [n.item.node for n in self.nodes if n.item.flops is None],
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """`summary` with `kernels`, `float_nodes` and `wasted_pairs`."""
+        return {
+            **self.summary(),
+            "float_nodes": [_float_node(n) for n in self.nodes if n.reads is None],
+            "wasted_pairs": list(self.wasted_pairs),
+            "kernels": [k.to_json() for k in self.kernels],
+        }
+
+
+def audit(onnx_path: str | Path, gpu: str = "sm89", profile: Profile | None = None, target: str = "rtx") -> AuditResult:
+    """Build the model for `gpu` and attribute its work.
+
+    FLOPs are counted at the optimum of `profile` (default: `default_profile`).
+
+    Raises:
+        ModelError, UsageError, BackendError: as `build_engine`; also for an unknown kernel-dump format.
+    """
+    if target not in LABELS:
+        raise UsageError(f"target {target!r} has no kernel audit; use rtx")
+    with uniquely_named(Path(onnx_path)) as path:
+        view = GraphView.open(path)
+        profiles = plan_profiles(view.model, None if profile is None else [profile])
+        plan = run_worker(path, None, target=target, gpus=[gpu], profiles=profiles, layers=True)
+        kernels = parse_dump(plan.layers, plan.version)
+        used = profiles[0] if profiles else None
+        nodes = audited_nodes(view, kernels, used)
+        wasted = wasted_pairs(view, nodes, target, gpu)
+    return AuditResult(gpu, target, plan.version, used, nodes, tuple(kernels), _attention(view, kernels), wasted)
+
+
+def audited_nodes(view: GraphView, kernels: Sequence[Kernel], profile: Profile | None) -> tuple[AuditedNode, ...]:
+    """Every work item of the graph with its kernels."""
+    items = work_items(view, concrete_shapes(view.model, profile.optimum() if profile else {}))
+    cover = covering(kernels)
+    return tuple(_audited(item, cover.get(item.node, [])) for item in items)
+
+
+def _audited(item: WorkItem, kernels: Sequence[Kernel]) -> AuditedNode:
+    """A node spread over several compute kernels is low precision only if all of them are."""
+    reads = {k.reads() for k in kernels}
+    return AuditedNode(item, tuple(kernels), reads.pop() if len(reads) == 1 else None)
+
+
+def _attention(view: GraphView, kernels: Sequence[Kernel]) -> tuple[int, int]:
+    fused = [set(k.nodes) for k in kernels if k.attention]
+    blocks = attention_blocks(view)
+    return len(blocks), sum(any({b.scores, b.values} <= names for names in fused) for b in blocks)
+
+
+def wasted_pairs(view: GraphView, nodes: Sequence[AuditedNode], target: str, gpu: str) -> tuple[dict[str, str], ...]:
+    """DequantizeLinear nodes whose consumer runs in float although it is not weight-only, with the rule that explains it."""
+    rules = {f.node: f.rule for f in check(view.model, target, [gpu])}
+    wasted: list[dict[str, str]] = []
+    by_name = {n.name: n for n in view.nodes}
+    for audited in nodes:
+        if audited.reads is not None or audited.item.weight_type is not None:
+            continue
+        sources = [dq for x in by_name[audited.item.node].input[:3] if (dq := view.dequantizer(x)) is not None]
+        likely = [rules[n] for n in (audited.item.node, *(dq.name for dq in sources)) if n in rules]
+        wasted += [{"pair": dq.name, "node": audited.item.node, "rule": likely[0] if likely else ""} for dq in sources]
+    return tuple(wasted)
+
+
+def _float_node(n: AuditedNode) -> dict[str, Any]:
+    dtypes = [x.dtype for k in n.kernels for x in k.inputs]
+    kernel = {"kernels": [k.type for k in n.kernels], "inputs": dtypes}
+    return {"node": n.item.node, "op_type": n.item.op_type, "flops": n.item.flops, "planned": n.item.low_type, **kernel}
+
+
+@contextmanager
+def uniquely_named(path: Path) -> Iterator[Path]:
+    """`path` itself if its node names are unique and not empty, else a temporary copy with unique names."""
+    model = load_graph_only(path)
+    names = [n.name for n in model.graph.node]
+    if len(set(names)) == len(names) and all(names):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / path.name
+        full = onnx.load(str(path))
+        _make_unique(full)
+        external = any(t.external_data for t in model.graph.initializer)
+        onnx.save(full, str(copy), save_as_external_data=external)
+        yield copy
+
+
+def _make_unique(model: onnx.ModelProto) -> None:
+    used: set[str] = set()
+    for i, node in enumerate(model.graph.node):
+        stem = node.name or f"{node.op_type}_{i}"
+        name, k = stem, 1
+        while name in used:
+            name, k = f"{stem}_{k}", k + 1
+        node.name = name
+        used.add(name)

@@ -1,0 +1,141 @@
+"""Optimization profiles: the smallest, most usual and largest shape of each dynamic input."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from onnx import ModelProto, ValueInfoProto
+
+from qcompile.errors import UsageError
+
+SHAPES_KEY = "qcompile.shapes"
+BATCH = (1, 8, 32)
+OTHER = (8, 32, 128)
+FORM = "write input:MINxDIMS,OPTxDIMS,MAXxDIMS, e.g. x:1x3x224x224,8x3x224x224,32x3x224x224"
+
+
+@dataclass(frozen=True)
+class ShapeRange:
+    """The shapes an engine accepts for one input; kernels are chosen for `opt`."""
+
+    min: tuple[int, ...]
+    opt: tuple[int, ...]
+    max: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Shape ranges by input name; `source` says where they come from."""
+
+    shapes: Mapping[str, ShapeRange]
+    source: str = "given"
+
+    def to_json(self) -> dict[str, list[list[int]]]:
+        """{input: [min, opt, max]}."""
+        return {name: [list(r.min), list(r.opt), list(r.max)] for name, r in self.shapes.items()}
+
+    def optimum(self) -> dict[str, tuple[int, ...]]:
+        """{input: opt}."""
+        return {name: r.opt for name, r in self.shapes.items()}
+
+
+def parse_profile(text: str) -> Profile:
+    """`x:1x3x32x32,8x3x32x32,32x3x32x32` (min, opt, max); several inputs are separated by `;`.  One shape means all three.
+
+    Raises:
+        UsageError: the text does not have that form, or min <= opt <= max does not hold.
+    """
+    return Profile(dict(_parse_input(part) for part in text.split(";") if part.strip()))
+
+
+def _parse_input(part: str) -> tuple[str, ShapeRange]:
+    name, _, shapes = part.strip().rpartition(":")
+    try:
+        dims = [tuple(int(d) for d in shape.split("x")) for shape in shapes.split(",")]
+    except ValueError:
+        raise UsageError(f"profile {part.strip()!r} is not a list of shapes; {FORM}") from None
+    if not name or len(dims) not in (1, 3):
+        raise UsageError(f"profile {part.strip()!r} needs a name and three shapes; {FORM}")
+    shape_range = ShapeRange(dims[0], dims[len(dims) // 2], dims[-1])
+    _check_order(name, shape_range)
+    return name, shape_range
+
+
+def _check_order(name: str, r: ShapeRange) -> None:
+    if not len(r.min) == len(r.opt) == len(r.max):
+        raise UsageError(f"profile of {name!r}: min, opt and max have different ranks; {FORM}")
+    if any(not 0 < lo <= opt <= hi for lo, opt, hi in zip(r.min, r.opt, r.max, strict=True)):
+        raise UsageError(f"profile of {name!r}: needs 0 < min <= opt <= max on every axis; {FORM}")
+
+
+def default_profile(model: ModelProto) -> Profile | None:
+    """A profile for the dynamic inputs of `model`; None when all shapes are fixed.
+
+    Axis 0 gets 1/8/32.  Another dynamic axis gets 8/32/128, moved to include the calibration shape that the model
+    records as `qcompile.shapes` (JSON, {input: dims}), whose value becomes the optimum.
+    """
+    recorded = _recorded(model)
+    dynamic = [v for v in dynamic_inputs(model)]
+    if not dynamic:
+        return None
+    shapes = {v.name: _guess(v, recorded.get(v.name, [])) for v in dynamic}
+    source = "calibration shapes" if recorded else "guessed from the axes (batch 1/8/32, others 8/32/128)"
+    return Profile(shapes, source)
+
+
+def dynamic_inputs(model: ModelProto) -> Iterable[ValueInfoProto]:
+    """Graph inputs (not initializers) with an axis whose size is not fixed."""
+    initialized = {t.name for t in model.graph.initializer}
+    inputs = (v for v in model.graph.input if v.name not in initialized)
+    return [v for v in inputs if any(d.dim_value <= 0 for d in v.type.tensor_type.shape.dim)]
+
+
+def _guess(value: ValueInfoProto, recorded: Sequence[int]) -> ShapeRange:
+    dims = value.type.tensor_type.shape.dim
+    seen = recorded if len(recorded) == len(dims) else [0] * len(dims)
+    axes = [_axis_range(i, d.dim_value, int(n)) for i, (d, n) in enumerate(zip(dims, seen, strict=True))]
+    return ShapeRange(*(tuple(a[k] for a in axes) for k in range(3)))
+
+
+def _axis_range(axis: int, size: int, recorded: int) -> tuple[int, int, int]:
+    if size > 0:
+        return size, size, size
+    if axis == 0:
+        return BATCH
+    lo, opt, hi = OTHER
+    return (min(lo, recorded), recorded, max(hi, recorded)) if recorded > 0 else (lo, opt, hi)
+
+
+def _recorded(model: ModelProto) -> Mapping[str, Sequence[int]]:
+    text = next((p.value for p in model.metadata_props if p.key == SHAPES_KEY), "{}")
+    try:
+        found: Any = json.loads(text)
+    except json.JSONDecodeError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def check_profile(model: ModelProto, profile: Profile) -> None:
+    """Refuse a profile that does not fit the inputs of `model`.
+
+    Raises:
+        UsageError: an unknown name, a rank or a fixed axis that differs, or a dynamic input without shapes.
+    """
+    inputs = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.input}
+    for name, shape_range in profile.shapes.items():
+        if name not in inputs:
+            raise UsageError(f"profile names {name!r}, which is not an input; the inputs are {', '.join(sorted(inputs))}")
+        for shape in (shape_range.min, shape_range.opt, shape_range.max):
+            _check_fits(name, inputs[name], shape)
+    missing = [v.name for v in dynamic_inputs(model) if v.name not in profile.shapes]
+    if missing:
+        raise UsageError(f"the profile has no shapes for the dynamic input {missing[0]!r}; add it after a semicolon ({FORM})")
+
+
+def _check_fits(name: str, dims: Sequence[int], shape: Sequence[int]) -> None:
+    if len(dims) != len(shape) or any(d not in (0, -1, s) for d, s in zip(dims, shape, strict=False)):
+        have = "x".join(str(d) if d > 0 else "?" for d in dims)
+        raise UsageError(f"profile of {name!r}: {'x'.join(map(str, shape))} does not fit the model's {have}; correct the profile")

@@ -1,0 +1,306 @@
+"""The one orchestrator: load, plan, run, save, build."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from qcompile import __version__
+from qcompile.calib.data import Dataset, find_beside, load_data
+from qcompile.errors import DataError, InputError, ModelError, UsageError
+from qcompile.ir.atomic import write_atomic
+from qcompile.ir.model import Model
+from qcompile.pipeline import registry
+from qcompile.pipeline.base import Fact, Pass, PassContext
+from qcompile.pipeline.planner import Plan, complete
+from qcompile.pipeline.runner import Failure, Runner, VerifyMode
+from qcompile.pipeline.spec import format_pipeline, near
+from qcompile.providers import SweepStatistics, comparator
+from qcompile.quant.spec import SCHEMES, Scheme
+from qcompile.report import SCHEMA_VERSION, PassReport, Remark
+from qcompile.target.catalog import TARGETS
+from qcompile.target.target import Target
+
+DEFAULT_SAMPLES = 128
+
+
+class Progress(Protocol):
+    """Who is told how far the work is."""
+
+    def on_pass(self, spec: str, index: int, total: int) -> None: ...
+    def on_done(self, report: PassReport) -> None: ...
+    def on_sweep(self, done: int, total: int) -> None: ...
+    def note(self, message: str) -> None: ...
+
+
+class Silent:
+    """Tells nobody."""
+
+    def on_pass(self, spec: str, index: int, total: int) -> None: ...
+    def on_done(self, report: PassReport) -> None: ...
+    def on_sweep(self, done: int, total: int) -> None: ...
+    def note(self, message: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a compilation is asked to do; the fields are the command line's options."""
+
+    passes: str | None = None
+    target: str | None = None
+    scheme: str | None = None
+    calib: str | None = None
+    samples: int = DEFAULT_SAMPLES
+    preprocess: str | None = None
+    output: str | Path | None = None
+    verify: VerifyMode = "each"
+    keep_float: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+    exact: bool = False
+    strict: bool = False
+    seed: int = 0
+    threads: int | None = None
+    min_sqnr: float | None = None
+    print_after: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """A compilation that is ready to run: everything resolved, nothing done."""
+
+    model: Model
+    options: Options
+    target: Target
+    scheme: Scheme
+    plan: Plan
+    output: Path
+    data_source: str | None
+
+    @property
+    def pipeline(self) -> str:
+        """The completed pipeline as its canonical string."""
+        return format_pipeline(self.plan.passes)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a compilation made and what happened on the way."""
+
+    output: Path
+    pipeline: str
+    target: str
+    scheme: str
+    passes: tuple[PassReport, ...]
+    sweeps: int
+    samples: int
+    calibration: str
+    notes: tuple[str, ...] = ()
+    model: Model | None = field(default=None, repr=False)
+
+    @property
+    def remarks(self) -> list[Remark]:
+        """All remarks in order."""
+        return [r for p in self.passes for r in p.remarks]
+
+    @property
+    def sqnr_db(self) -> float | None:
+        """Output SQNR of the last compared step against the float model, dB."""
+        return next((p.sqnr_db for p in reversed(self.passes) if p.sqnr_db is not None and p.kind == "lower"), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report document."""
+        return {
+            "schema_version": SCHEMA_VERSION, "output": str(self.output), "pipeline": self.pipeline, "target": self.target,
+            "scheme": self.scheme, "calibration": self.calibration, "samples": self.samples, "sweeps": self.sweeps,
+            "sqnr_db": self.sqnr_db, "notes": list(self.notes), "passes": [p.to_json() for p in self.passes],
+        }  # fmt: skip
+
+
+def prepare(path: str | Path, options: Options) -> Job:
+    """Load the model, resolve conventions beside it, and complete the pipeline.
+
+    Raises:
+        ModelError, UsageError: the model or an option cannot be used.
+    """
+    model = Model.load(path)
+    options = _with_sidecar(Path(path), options)
+    target, scheme = _target(options.target or "trt"), _scheme(options.scheme or "w8a8")
+    target.require(scheme)
+    text = options.passes if options.passes is not None else registry.default_preset(target.name, scheme.name)
+    plan = complete(registry.parse(text), target, scheme, exact=options.exact, held=_facts(model))
+    output = Path(options.output) if options.output else Path(f"{Path(path).stem}.{target.name}-{scheme.name}.onnx")
+    if output.exists() and output.resolve() == Path(path).resolve():
+        raise UsageError(f"the output {output} is the input; choose another name with -o")
+    if not output.parent.is_dir():
+        raise UsageError(f"the folder of the output {output} does not exist; create it first, or choose another with -o")
+    return Job(model, options, target, scheme, plan, output, options.calib or find_beside(path))
+
+
+def compile(path: str | Path, options: Options | None = None, *, progress: Progress | None = None, **named: Any) -> Result:
+    """Compile an ONNX model: `compile("m.onnx", passes="repq,smooth", target="ort", calib="images.npz")`.
+
+    Options may be given as an `Options` or by name.  Writes the output atomically and returns what happened.
+
+    Raises:
+        QcompileError: see `qcompile.errors`; nothing is written then but, if a pass failed, its reproducer.
+    """
+    if options is not None and named:
+        raise UsageError("give options either as an Options object or by name, not both")
+    return run(prepare(path, options or Options(**named)), progress or Silent())
+
+
+def run(job: Job, progress: Progress) -> Result:
+    """Run a prepared job and save its output."""
+    data = _data(job, progress)
+    statistics = SweepStatistics(data, job.options.threads, progress=progress.on_sweep) if data is not None else None
+    compare = comparator(data, job.model.inputs(), job.options.seed, job.options.threads) if data is not None and job.options.verify != "off" else None
+    runner = Runner(
+        statistics, compare, job.options.verify, job.options.strict,
+        on_pass=progress.on_pass, on_done=lambda report, model: _done(report, model, job, progress), on_failure=lambda f: _reproduce(f, job),
+    )  # fmt: skip
+    ctx = PassContext(job.scheme, job.target, seed=job.options.seed, keep_float=job.options.keep_float, only=job.options.only)
+    digest = job.model.digest()
+    model, reports = runner.run(job.model, job.plan.passes, ctx, strict_for=[not i for i in job.plan.inserted])
+    _describe(model, job, data, digest)
+    _check_matched(job, reports, model)
+    model.save(job.output)
+    result = Result(
+        job.output, job.pipeline, job.target.name, job.scheme.name, tuple(reports),
+        statistics.sweeps if statistics else 0, len(data) if data is not None else 0, data.source if data is not None else "none", model=model,
+    )  # fmt: skip
+    _gate(result, job.options.min_sqnr)
+    return result
+
+
+def _gate(result: Result, minimum: float | None) -> None:
+    from qcompile.errors import GateError
+
+    if minimum is not None and (result.sqnr_db is None or result.sqnr_db < minimum):
+        raise GateError(f"the output's SQNR is {result.sqnr_db} dB, below --min-sqnr {minimum}; keep sensitive layers in float with --keep-float")
+
+
+def _done(report: PassReport, model: Model, job: Job, progress: Progress) -> None:
+    progress.on_done(report)
+    if job.options.print_after:
+        from qcompile.ir.text import print_model
+
+        progress.note(f"after {report.spec}:\n{print_model(model)}")
+
+
+def _with_sidecar(path: Path, options: Options) -> Options:
+    """Fill what the command line left open from model.qcompile.toml beside the model."""
+    sidecar = path.with_name(f"{path.stem}.qcompile.toml")
+    if not sidecar.is_file():
+        return options
+    try:
+        given = tomllib.loads(sidecar.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise UsageError(f"{sidecar} is not valid TOML ({e}); correct it") from e
+    known = {"passes", "target", "scheme", "preprocess", "calib", "samples"}
+    for key in given:
+        if key not in known:
+            raise UsageError(f"{sidecar} has an unknown key {key!r}{near(key, known)} (it may hold: {', '.join(sorted(known))})")
+    values = {k: getattr(options, k) for k in options.__dataclass_fields__}
+    for key, value in given.items():
+        if values[key] in (None, DEFAULT_SAMPLES):
+            values[key] = str(sidecar.parent / value) if key == "calib" else value
+    return Options(**values)
+
+
+def _target(name: str) -> Target:
+    if name not in TARGETS:
+        raise UsageError(f"unknown target {name!r}{near(name, TARGETS)} (targets: {', '.join(TARGETS)})")
+    return TARGETS[name]
+
+
+def _scheme(name: str) -> Scheme:
+    if name not in SCHEMES:
+        raise UsageError(f"unknown scheme {name!r}{near(name, SCHEMES)} (schemes: {', '.join(SCHEMES)})")
+    return SCHEMES[name]
+
+
+def _facts(model: Model) -> frozenset[Fact]:
+    """Facts that a half-run pipeline left in the file."""
+    held = json.loads(model.metadata.get("qcompile.facts", "[]"))
+    return frozenset(Fact(f) for f in held if f in {x.value for x in Fact})
+
+
+def _data(job: Job, progress: Progress) -> Dataset | None:
+    if job.data_source is None:
+        if job.options.exact or not _wants_data(job):
+            return None
+        raise DataError(
+            f"no calibration data: give some with --calib, or put {job.model.path.stem if job.model.path else 'model'}.calib.npz beside the model"
+            " (arrays named as the model's inputs, first axis = samples); --calib random is for trying things out"
+        )
+    data = load_data(job.data_source, job.model.inputs(), job.options.preprocess, job.options.samples, job.options.seed)
+    progress.note(f"calibrating on {len(data)} samples of {data.source}")
+    return data
+
+
+def _wants_data(job: Job) -> bool:
+    return job.scheme.activation is not None or job.scheme.body == "float16" or any(p.kind.value == "fit" for p in job.plan.passes)
+
+
+def _describe(model: Model, job: Job, data: Dataset | None, digest: str) -> None:
+    facts = {f for p in job.plan.passes for f in p.establishes} | _facts(job.model)
+    model.metadata.update({
+        "qcompile.version": __version__, "qcompile.pipeline": job.pipeline, "qcompile.target": job.target.name, "qcompile.scheme": job.scheme.name,
+        "qcompile.source": digest, "qcompile.facts": json.dumps(sorted(f.value for f in facts)),
+    })  # fmt: skip
+    if data is not None:
+        note = {"samples": len(data), "fingerprint": data.fingerprint(), "random": bool(getattr(data, "random", False))}
+        model.metadata["qcompile.calibration"] = json.dumps(note)
+        model.metadata["qcompile.shapes"] = json.dumps(_shapes(data))
+    model.ir.producer_name, model.ir.producer_version = "qcompile", __version__
+
+
+def _shapes(data: Dataset) -> dict[str, list[int]]:
+    feed = next(iter(data.take(1).batches(1)))
+    return {name: list(array.shape) for name, array in feed.items()}
+
+
+def _check_matched(job: Job, reports: Sequence[PassReport], model: Model) -> None:
+    """A scheme that found nothing to quantize is not a success."""
+    quantizes = [r for r in reports if r.spec.startswith("annotate")]
+    if quantizes and not any(r.modified for r in quantizes) and job.scheme.weight is not None:
+        reasons = "; ".join(dict.fromkeys(x.reason for r in quantizes for x in r.remarks)) or "the graph has no matrix product or convolution"
+        raise ModelError(f"nothing in the model can be quantized to {job.scheme.name} for {job.target.name}: {reasons}; see --remarks, or choose another scheme")
+
+
+def _reproduce(failure: Failure, job: Job) -> str:
+    """Save the model as it was before the failing pass, and say how to run that pass alone."""
+    if isinstance(failure.error, (InputError, UsageError)):
+        return ""
+    before = job.output.with_name(f"{job.output.stem}.before-{failure.spec.partition('{')[0]}.onnx")
+    try:
+        failure.model.save(before)
+    except ModelError:
+        return ""
+    calib = f" --calib {job.data_source}" if job.data_source else ""
+    return f"\n  reproduce: qcompile {before} --exact --passes '{failure.spec}' --target {job.target.name} --scheme {job.scheme.name}{calib}"
+
+
+def write_report(result: Result, report: str | Path | None, remarks: str | Path | None) -> None:
+    """Write the JSON report and the remarks, if asked for."""
+    if report is not None:
+        write_atomic(Path(report), json.dumps(result.to_json(), indent=2, allow_nan=False, default=str) + "\n")
+    if remarks is not None:
+        document = {"schema_version": SCHEMA_VERSION, "remarks": [r.to_json() for r in result.remarks]}
+        write_atomic(Path(remarks), json.dumps(document, indent=2) + "\n")
+
+
+def describe_plan(job: Job) -> list[tuple[str, str, bool]]:
+    """(spec, help, inserted) of every pass that would run."""
+    return [(format_pipeline([p]), first_line(p), i) for p, i in zip(job.plan.passes, job.plan.inserted, strict=True)]
+
+
+def first_line(p: Pass | type[Pass]) -> str:
+    """A pass's help."""
+    return (p.__doc__ or "").strip().splitlines()[0]
+
+

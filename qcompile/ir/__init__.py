@@ -1,0 +1,1 @@
+"""What a model is: loading and saving, safe edits, structures, decisions."""

@@ -1,0 +1,73 @@
+"""What every finder returns: the structures found, and the near misses with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import onnx_ir as ir
+
+from qcompile.ir import ops
+
+T = TypeVar("T")
+
+Site = tuple[ir.Node, int]
+"""An input slot of a node: the place where a constant is edited."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A candidate that is not legal; `reason` completes the sentence "skipped <node>: ..."."""
+
+    node: ir.Node
+    reason: str
+
+
+@dataclass(frozen=True)
+class Matches(Generic[T]):
+    """Structures in graph order; iterates over `found`."""
+
+    found: tuple[T, ...]
+    refused: tuple[Refusal, ...] = ()
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self.found)
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+
+def only_use(value: ir.Value) -> Site | None:
+    """The single use of `value` inside its own graph, or None when there are more, none, or it is a graph output."""
+    uses = tuple(value.uses())
+    if len(uses) != 1 or value.is_graph_output():
+        return None
+    node, slot = uses[0]
+    producer = value.producer()
+    return (node, slot) if producer is None or node.graph is producer.graph else None
+
+
+def only_user(value: ir.Value, *op_types: str) -> ir.Node | None:
+    """The node of the single use if it is one of `op_types`."""
+    use = only_use(value)
+    return use[0] if use is not None and ops.is_op(use[0], *op_types) else None
+
+
+def other_input(node: ir.Node, value: ir.Value) -> ir.Value | None:
+    """The operand of a binary node that is not `value` (`value` itself when both are)."""
+    first, second = node.inputs[0], node.inputs[1]
+    return second if first is value else first
+
+
+def is_channel_vector(value: ir.Value | None, channels: int | None = None) -> bool:
+    """True for a constant of shape [C] or [1, ..., 1, C] (of `channels` elements, if given)."""
+    shape = ops.static_shape(value) if ops.is_const(value) else None
+    if not shape or any(dim != 1 for dim in shape[:-1]):
+        return False
+    return channels is None or shape[-1] == channels
+
+
+def label(node: ir.Node) -> str:
+    """`<op> <name>` for a reason."""
+    return f"{node.op_type} {node.name}" if node.name else node.op_type

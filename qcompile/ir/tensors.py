@@ -1,0 +1,60 @@
+"""Every weight of a model, wherever it hides: initializers of all graphs and tensors in attributes (Constant nodes)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import onnx_ir as ir
+
+
+def named_tensors(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
+    """All constant tensors with the name of their value or attribute; initializers, in name order, come first."""
+    for value in _initializers(model):
+        if value.const_value is not None:
+            yield str(value.name), value.const_value
+    for _, attr in _tensor_attributes(model):
+        yield attr.name, attr.as_tensor()
+
+
+def external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
+    """The tensors whose data lie in another file."""
+    return (t for _, t in named_tensors(model) if isinstance(t, ir.ExternalTensor))
+
+
+def map_tensors(model: ir.Model, change: Callable[[ir.TensorProtocol], ir.TensorProtocol]) -> None:
+    """Replace every constant tensor by what `change` makes of it, in the order of `named_tensors`."""
+    for value in list(_initializers(model)):
+        if value.const_value is not None:
+            value.const_value = change(value.const_value)
+    for node, attr in list(_tensor_attributes(model)):
+        tensor = attr.as_tensor()
+        changed = change(tensor)
+        if changed is not tensor:
+            node.attributes[attr.name] = ir.AttrTensor(attr.name, changed, doc_string=attr.doc_string)
+
+
+def read_in(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """An external tensor as one in memory; others as they are."""
+    if not isinstance(tensor, ir.ExternalTensor):
+        return tensor
+    return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, shape=tensor.shape, name=tensor.name, doc_string=tensor.doc_string)
+
+
+def relocated(tensor: ir.ExternalTensor, location: str) -> ir.ExternalTensor:
+    """The same external tensor in another file, not looked for until it is read."""
+    where = (location, tensor.offset, tensor.length, tensor.dtype)
+    return ir.ExternalTensor(*where, shape=tensor.shape, name=str(tensor.name), doc_string=tensor.doc_string)
+
+
+def _initializers(model: ir.Model) -> Iterator[ir.Value]:
+    for graph in model.graphs():
+        for name in sorted(graph.initializers):
+            yield graph.initializers[name]
+
+
+def _tensor_attributes(model: ir.Model) -> Iterator[tuple[ir.Node, ir.Attr]]:
+    for nodes in (model.graph.all_nodes(), *(f.all_nodes() for f in model.functions.values())):
+        for node in nodes:
+            for attr in node.attributes.values():
+                if attr.type == ir.AttributeType.TENSOR and not attr.is_ref():
+                    yield node, attr

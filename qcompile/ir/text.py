@@ -1,0 +1,81 @@
+"""A stable text form of a graph, for goldens and --print-after: one line a node, constants summarised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qcompile.ir.decisions import PREFIX, decision
+from qcompile.ir.model import Model
+
+_SMALL = 8
+
+
+def print_model(model: Model, *, decisions: bool = True) -> str:
+    """The main graph as text; equal models print equally, weights show shape, range and mean square."""
+    graph = model.graph
+    interface = [", ".join(_typed(v) for v in values) for values in (graph.inputs, graph.outputs)]
+    lines = [f"graph opset={model.opset} ({interface[0]}) -> ({interface[1]})"]
+    for node in graph:
+        lines.append("  " + _node(node))
+        if decisions:
+            lines.extend("      " + line for line in _decisions(node))
+    return "\n".join(lines) + "\n"
+
+
+def _node(node: ir.Node) -> str:
+    outs = ", ".join(v.name or "-" for v in node.outputs)
+    ins = ", ".join(_operand(v) for v in node.inputs)
+    attrs = " ".join(f"{a.name}={_attr(a)}" for a in sorted(node.attributes.values(), key=lambda a: a.name))
+    op = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+    return f"{outs} = {op}({ins})" + (f" {{{attrs}}}" if attrs else "") + f" @{node.name}"
+
+
+def _operand(value: ir.Value | None) -> str:
+    if value is None:
+        return "-"
+    if value.const_value is None:
+        return str(value.name)
+    return _constant(value)
+
+
+def _constant(value: ir.Value) -> str:
+    assert value.const_value is not None
+    return _summary(value.const_value.numpy())
+
+
+def _summary(array: NDArray[Any]) -> str:
+    if array.dtype.kind in "OSU":
+        return f"const<string{list(array.shape)}>"
+    if array.size <= _SMALL:
+        numbers = ", ".join(f"{x:.6g}" for x in array.astype(np.float64).ravel())
+        return f"const<{array.dtype}{list(array.shape)}: {numbers}>"
+    wide = array.astype(np.float64)
+    rms = np.sqrt((wide**2).mean())
+    return f"const<{array.dtype}{list(array.shape)}: min {wide.min():.6g} max {wide.max():.6g} rms {rms:.6g}>"
+
+
+def _attr(attr: ir.Attr) -> str:
+    if attr.type == ir.AttributeType.TENSOR:
+        return _summary(attr.as_tensor().numpy())
+    if attr.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
+        return "graph"
+    value = attr.value
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _typed(value: ir.Value) -> str:
+    return f"{value.name}: {value.dtype}{value.shape if value.shape is not None else ''}"
+
+
+def _decisions(node: ir.Node) -> Iterator[str]:
+    for key in sorted((k for k in node.metadata_props if k.startswith(PREFIX)), key=lambda k: int(k[len(PREFIX) :])):
+        slot = int(key[len(PREFIX) :])
+        d = decision(node, slot)
+        assert d is not None
+        scale = "" if d.qparams is None else f" scale~{float(d.qparams.scale.mean()):.5g}"
+        yield f"[{'in' if slot >= 0 else 'out'} {slot if slot >= 0 else ~slot}] {d.spec.qtype.name} {d.quantizer}{scale}"

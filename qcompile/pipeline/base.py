@@ -1,0 +1,201 @@
+"""Pass and everything that it is told and answers."""
+
+from __future__ import annotations
+
+import enum
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qcompile.calib.observers import Probe, Stat
+from qcompile.errors import UsageError
+from qcompile.ir.model import Model
+from qcompile.quant.spec import Scheme
+from qcompile.report import Remark, RemarkKind
+from qcompile.target.target import Target
+
+__all__ = [
+    "AffineMap", "Comparator", "Comparison", "Fact", "Kind", "Pass", "PassContext", "PassResult", "Probe", "Stat",
+    "Statistics", "StatisticsProvider", "option_name",
+]  # fmt: skip
+
+S = TypeVar("S", bound=Stat)
+CLAIM = "qcompile.claimed_by"
+
+
+class Kind(enum.Enum):
+    """What a pass may change; the runner tests the contract of each kind."""
+
+    EQUIVALENT = "equivalent"
+    ANNOTATE = "annotate"
+    FIT = "fit"
+    LOWER = "lower"
+
+
+class Fact(enum.Enum):
+    """What is known of a model; passes require, establish and invalidate facts."""
+
+    CANONICAL = "canonical"
+    BN_FOLDED = "bn-folded"
+    OPSET = "opset"
+    QKV_SPLIT = "qkv-split"
+    DECIDED = "decided"
+    FITTED = "fitted"
+    QUANTIZED = "quantized"
+    HALF = "half"
+
+
+@dataclass(frozen=True)
+class AffineMap:
+    """How a tensor's values changed: x' = (x - t) / r per channel; r, t float64 of shape [C] or []."""
+
+    r: NDArray[np.float64]
+    t: NDArray[np.float64]
+
+
+class Statistics(Protocol):
+    """Answers to probes."""
+
+    def __getitem__(self, probe: Probe) -> Stat: ...
+    def get(self, probe: Probe) -> Stat | None: ...
+
+
+class StatisticsProvider(Protocol):
+    """Where the runner gets statistics from: one call, one sweep over the calibration data."""
+
+    def collect(self, model: Model, probes: Sequence[Probe]) -> dict[Probe, Stat]: ...
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Distance of two models' outputs: max|d| / max|y|, and the signal-to-noise ratio in dB."""
+
+    relative_error: float
+    sqnr_db: float
+    samples: int
+
+
+class Comparator(Protocol):
+    """Runs two models on the same inputs, ORT optimizations off."""
+
+    def compare(self, reference: Model, candidate: Model) -> Comparison: ...
+
+
+@dataclass
+class PassContext:
+    """What a pass is told, and where its remarks go."""
+
+    scheme: Scheme
+    target: Target
+    stats: Mapping[Probe, Stat] = field(default_factory=dict)
+    seed: int = 0
+    keep_float: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+    pass_name: str = ""
+    remarks: list[Remark] = field(default_factory=list)
+
+    def applied(self, node: str, reason: str, **numbers: float | int | str) -> None:
+        """A site was rewritten."""
+        self._remark("applied", node, reason, numbers)
+
+    def missed(self, node: str, reason: str, **numbers: float | int | str) -> None:
+        """A site was skipped, and why."""
+        self._remark("missed", node, reason, numbers)
+
+    def note(self, node: str, reason: str, **numbers: float | int | str) -> None:
+        """Something worth knowing that is neither."""
+        self._remark("note", node, reason, numbers)
+
+    def _remark(self, kind: RemarkKind, node: str, reason: str, numbers: Mapping[str, float | int | str]) -> None:
+        self.remarks.append(Remark(kind, self.pass_name, node, reason, dict(numbers)))
+
+    def excluded(self, node: str) -> str | None:
+        """Why the user's patterns leave `node` alone, or None."""
+        for pattern in self.keep_float:
+            if _matches(pattern, node):
+                return f"kept in float by --keep-float {pattern}"
+        if self.only and not any(_matches(p, node) for p in self.only):
+            return f"not selected by --only {','.join(self.only)}"
+        return None
+
+
+def _matches(pattern: str, node: str) -> bool:
+    if pattern.startswith("re:"):
+        return re.search(pattern[3:], node) is not None
+    return fnmatch.fnmatchcase(node, pattern) or pattern == node
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass did: whether nodes, constants or decisions changed, and which tensors' values moved, how.
+
+    A tensor that an EQUIVALENT pass changed in another way is listed in `changed`.
+    """
+
+    modified: bool
+    maps: Mapping[str, AffineMap] = field(default_factory=dict)
+    changed: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Base of all passes: a frozen dataclass whose fields are its options.
+
+    The first line of a subclass's docstring is its help.
+    """
+
+    name: ClassVar[str] = ""
+    kind: ClassVar[Kind] = Kind.EQUIVALENT
+    requires: ClassVar[frozenset[Fact]] = frozenset()
+    establishes: ClassVar[frozenset[Fact]] = frozenset()
+    invalidates: ClassVar[frozenset[Fact]] = frozenset()
+
+    def required(self, target: Target, scheme: Scheme) -> frozenset[Fact]:
+        """Facts that must hold before `apply`, on this target."""
+        return self.requires
+
+    def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:
+        """The statistics that `apply` will read, on `model` as it is now."""
+        return ()
+
+    def may_change(self, model: Model, ctx: PassContext) -> Iterable[str]:
+        """Tensors whose values `apply` may move: statistics of them are not worth collecting early."""
+        return ()
+
+    def apply(self, model: Model, ctx: PassContext) -> PassResult:
+        """Rewrite `model` in place.
+
+        Raises:
+            QcompileError: the model cannot go through this pass.
+        """
+        raise NotImplementedError
+
+    def check_range(self, option: str, low: float, high: float) -> None:
+        """Guard for numeric options.
+
+        Raises:
+            UsageError: the option's value is outside [low, high].
+        """
+        value = getattr(self, option)
+        if not low <= value <= high:
+            raise UsageError(f"{self.name}: {option_name(option)}={value} is outside [{low}, {high}]; choose a value inside")
+
+
+def option_name(field_name: str) -> str:
+    """The spelling of an option in pipeline strings: block_size -> block-size."""
+    return field_name.rstrip("_").replace("_", "-")
+
+
+def claim(node: Any, pass_name: str) -> None:
+    """Mark the producer of a fold site as rewritten by `pass_name`."""
+    node.metadata_props[CLAIM] = pass_name
+
+
+def claimed_by(node: Any) -> str | None:
+    """The pass that rewrote this fold site first, or None."""
+    return node.metadata_props.get(CLAIM)

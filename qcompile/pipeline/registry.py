@@ -1,0 +1,92 @@
+"""Where passes come from: ours by name, other packages' by entry point, the user's by file.py:function."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from functools import cache
+from importlib.metadata import entry_points
+
+from qcompile.errors import UsageError
+from qcompile.pipeline import spec
+from qcompile.pipeline.base import Pass
+
+ENTRY_POINT_GROUP = "qcompile.passes"
+
+BUILTIN: dict[str, str] = {
+    "canonicalize": "qcompile.passes.canonicalize:Canonicalize",
+    "fold-bn": "qcompile.passes.fold_bn:FoldBatchNorm",
+    "opset": "qcompile.passes.opset:RaiseOpset",
+    "split-qkv": "qcompile.passes.split_qkv:SplitQkv",
+    "smooth": "qcompile.passes.smooth:SmoothQuant",
+    "repq": "qcompile.passes.repq:RepQ",
+    "equalize": "qcompile.passes.equalize:CrossLayerEqualization",
+    "annotate": "qcompile.passes.annotate:Annotate",
+    "rtn": "qcompile.passes.rtn:RoundToNearest",
+    "bias-correct": "qcompile.passes.bias_correct:BiasCorrection",
+    "insert-qdq": "qcompile.passes.insert_qdq:InsertQdq",
+    "fp16": "qcompile.passes.fp16:Half",
+    "log2-softmax": "qcompile.passes.log2_softmax:Log2Softmax",
+}
+
+PRESETS: dict[str, str] = {}
+
+
+def names() -> list[str]:
+    """All pass names that can be written in a pipeline, sorted."""
+    return sorted({*_builtin(), *_entry_points()})
+
+
+@cache
+def _builtin() -> dict[str, str]:
+    return {name: where for name, where in BUILTIN.items() if _exists(where)}
+
+
+def _exists(where: str) -> bool:
+    return importlib.util.find_spec(where.partition(":")[0]) is not None
+
+
+@cache
+def _entry_points() -> dict[str, str]:
+    return {e.name: e.value for e in entry_points(group=ENTRY_POINT_GROUP)}
+
+
+def lookup(name: str) -> type[Pass] | None:
+    """The class behind a name, imported only now; None if there is no such pass.
+
+    Raises:
+        UsageError: an entry point that cannot be imported.
+    """
+    if ".py:" in name:
+        return _load("qcompile.passes.surgery:GraphSurgery")
+    if name in _builtin():
+        return _load(_builtin()[name])
+    return _load(_entry_points()[name]) if name in _entry_points() else None
+
+
+def _load(where: str) -> type[Pass]:
+    module, _, attribute = where.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as e:
+        raise UsageError(f"pass {where!r} cannot be imported ({e}); reinstall the package that provides it") from e
+
+
+def parse(text: str) -> list[Pass]:
+    """A pipeline string as passes, presets expanded."""
+    return spec.parse(text, lookup, [*names(), *PRESETS], PRESETS.get)
+
+
+def provider(fact_value: str) -> Pass:
+    """A pass by name with default options, for the planner's completion."""
+    cls = lookup(fact_value)
+    assert cls is not None
+    return cls()
+
+
+def default_preset(target: str, scheme: str) -> str:
+    """The pipeline that runs when no --passes is given."""
+    return DEFAULTS.get(f"{target}-{scheme}", DEFAULTS.get(scheme, ""))
+
+
+DEFAULTS: dict[str, str] = {}

@@ -1,0 +1,97 @@
+"""What the runner is given: statistics by sweeps over the calibration data, and a comparator on ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qcompile.calib.data import Dataset
+from qcompile.calib.observers import Probe, Stat
+from qcompile.calib.sweep import sweep
+from qcompile.ir.model import InputInfo, Model
+from qcompile.pipeline.base import Comparison
+from qcompile.runtime.session import make_session
+
+VERIFY_SAMPLES = 8
+
+
+@dataclass
+class SweepStatistics:
+    """Answers probes with one sweep a call; counts the sweeps."""
+
+    data: Dataset
+    threads: int | None = None
+    batch: int | None = None
+    progress: Callable[[int, int], None] | None = None
+    sweeps: int = 0
+
+    def collect(self, model: Model, probes: Sequence[Probe]) -> dict[Probe, Stat]:
+        """Run `model` over the data once and reduce every probed tensor."""
+        self.sweeps += 1
+        return sweep(model, self.data, probes, batch=self.batch, threads=self.threads, progress=self.progress)
+
+
+@dataclass
+class OrtComparator:
+    """Runs models on 8 calibration samples plus one random one, optimizations off, Q/DQ simulated exactly."""
+
+    feeds: list[dict[str, NDArray[Any]]]
+    threads: int | None = None
+    _cached: tuple[Model, list[list[NDArray[Any]]]] | None = None
+
+    def compare(self, reference: Model, candidate: Model) -> Comparison:
+        """max|d| / max|y| over all outputs, and the SQNR of the calibration samples in dB."""
+        expected, got = self._reference(reference), self._outputs(candidate)
+        worst = max((_relative(a, b) for e, g in zip(expected, got, strict=True) for a, b in zip(e, g, strict=True)), default=0.0)
+        signal = sum(float(np.square(_wide(a)).sum()) for a in _firsts(expected))
+        noise = sum(float(np.square(_wide(a) - _wide(b)).sum()) for a, b in zip(_firsts(expected), _firsts(got), strict=True))
+        sqnr = float("inf") if noise == 0 else 10 * float(np.log10(max(signal, 1e-300) / noise))
+        return Comparison(worst, sqnr, len(self.feeds))
+
+    def _reference(self, model: Model) -> list[list[NDArray[Any]]]:
+        """References are never edited in place, so the latest one's outputs are kept."""
+        if self._cached is None or self._cached[0] is not model:
+            self._cached = (model, self._outputs(model))
+        return self._cached[1]
+
+    def _outputs(self, model: Model) -> list[list[NDArray[Any]]]:
+        session = make_session(model.to_proto().SerializeToString(), optimize="off", qdq_fusion=False, threads=self.threads)
+        return [session.run(None, feed) for feed in self.feeds]
+
+
+def _wide(array: NDArray[Any]) -> NDArray[np.float64]:
+    return np.nan_to_num(np.asarray(array).astype(np.float64), nan=1e30)
+
+
+def _firsts(outputs: list[list[NDArray[Any]]]) -> list[NDArray[Any]]:
+    """The first output on the calibration samples (the random sample comes last)."""
+    return [o[0] for o in (outputs[:-1] or outputs)]
+
+
+def _relative(a: NDArray[Any], b: NDArray[Any]) -> float:
+    if a.dtype.kind not in "fV" or a.size == 0:
+        return 0.0 if np.array_equal(a, b) else 1.0
+    top = float(np.abs(_wide(a)).max())
+    return float(np.abs(_wide(a) - _wide(b)).max()) / (top or 1.0)
+
+
+def comparator(data: Dataset, inputs: Sequence[InputInfo], seed: int, threads: int | None = None) -> OrtComparator:
+    """Eight calibration samples, and one random sample of the same shapes and value ranges."""
+    feeds = list(data.take(VERIFY_SAMPLES).batches(VERIFY_SAMPLES))
+    return OrtComparator([*feeds, _random_like(feeds[0], seed)], threads)
+
+
+def _random_like(feed: dict[str, NDArray[Any]], seed: int) -> dict[str, NDArray[Any]]:
+    rng = np.random.default_rng(seed)
+    return {name: _random(rng, array) for name, array in feed.items()}
+
+
+def _random(rng: np.random.Generator, array: NDArray[Any]) -> NDArray[Any]:
+    """Floats uniform over the array's range; integers and bools drawn from its own values."""
+    if array.dtype.kind == "f" and array.size:
+        return rng.uniform(float(array.min()), float(array.max()), array.shape).astype(array.dtype)
+    return rng.permutation(array.reshape(-1)).reshape(array.shape)

@@ -1,0 +1,1 @@
+"""The arithmetic of quantization: numpy only, no onnx, no files."""

@@ -1,0 +1,50 @@
+"""What happened, as data.  JSON first (with a schema version); terminal views are made from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+SCHEMA_VERSION = 1
+
+RemarkKind = Literal["applied", "missed", "note"]
+
+
+@dataclass(frozen=True)
+class Remark:
+    """One candidate site, rewritten (`applied`) or skipped with a reason (`missed`), or a `note`.
+
+    `node` is the ONNX node's name; `numbers` holds measured values (JSON scalars).
+    """
+
+    kind: RemarkKind
+    pass_name: str
+    node: str
+    reason: str
+    numbers: Mapping[str, float | int | str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dict with the keys kind, pass, node, reason, numbers."""
+        return {"kind": self.kind, "pass": self.pass_name, "node": self.node, "reason": self.reason, "numbers": dict(self.numbers)}
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """One executed pass: what it changed, how far outputs moved, what it cost."""
+
+    spec: str
+    kind: str
+    modified: bool
+    remarks: tuple[Remark, ...] = ()
+    seconds: float = 0.0
+    peak_rss_mb: float = 0.0
+    verified: str = "not run"
+    relative_error: float | None = None
+    sqnr_db: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dict; remarks as dicts."""
+        out = asdict(self)
+        out["remarks"] = [r.to_json() for r in self.remarks]
+        return out

@@ -1,0 +1,209 @@
+"""ONNX Runtime sessions with pinned options, quiet logs and readable failures."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import io
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from qcompile.errors import InputError, ModelError
+
+Optimize = Literal["off", "basic", "all"]
+
+_LEVELS: dict[Optimize, ort.GraphOptimizationLevel] = {
+    "off": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
+_FATAL = 4
+_MAX_BYTES = 2**31 - 1
+
+
+class Providers(NamedTuple):
+    """Execution providers to ask for, and in one line why CUDA is not among them (None when it is)."""
+
+    names: tuple[str, ...]
+    reason: str | None
+
+
+class Batches(Protocol):
+    """Data that can be read in batches of named arrays."""
+
+    def batches(self, size: int) -> Iterator[dict[str, NDArray[Any]]]: ...
+
+
+@functools.cache
+def providers() -> Providers:
+    """CUDA when a device, a driver and the provider's libraries are all there, else the CPU and the reason."""
+    reason = _why_no_cuda()
+    cpu = ("CPUExecutionProvider",)
+    return Providers(cpu if reason else ("CUDAExecutionProvider", *cpu), reason)
+
+
+def make_session(
+    model: bytes | str | Path,
+    *,
+    optimize: Optimize = "all",
+    qdq_fusion: bool = True,
+    threads: int | None = None,
+    use: Sequence[str] | None = None,
+    extra: dict[str, str] | None = None,
+    external_folder: str | Path | None = None,
+) -> ort.InferenceSession:
+    """A session on serialized bytes or a file.
+
+    Args:
+        optimize: graph optimizations: `off` for verification, `all` for speed.
+        qdq_fusion: False keeps Q/DQ pairs as they are (simulation of a target that is not ONNX Runtime).
+        threads: intra-op threads; None leaves the number to ONNX Runtime.
+        use: execution providers; default `providers().names`.
+        extra: further session config entries; they win over the pinned ones.
+        external_folder: where the external data of a model given as bytes lies.
+
+    Raises:
+        ModelError: ONNX Runtime cannot load the model; the message holds its last meaningful line.
+    """
+    if isinstance(model, bytes) and len(model) > _MAX_BYTES:
+        raise ModelError("a model above 2 GB cannot be loaded from memory; save it with external data and give its path")
+    options = session_options(optimize=optimize, qdq_fusion=qdq_fusion, threads=threads, extra=extra)
+    if external_folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(external_folder))
+    source = model if isinstance(model, bytes) else str(model)
+    try:
+        return ort.InferenceSession(source, options, providers=list(use or providers().names))
+    except Exception as e:  # onnxruntime's classes share no base but Exception
+        name = "" if isinstance(model, bytes) else f" {model}"
+        raise ModelError(f"ONNX Runtime cannot load the model{name}: {meaningful_line(e)}; try: qcompile inspect") from e
+
+
+def session_options(
+    *, optimize: Optimize = "all", qdq_fusion: bool = True, threads: int | None = None, extra: dict[str, str] | None = None
+) -> ort.SessionOptions:
+    """The pinned options: no spinning threads (they steal cores from other sessions), no int8 activations behind
+    weight-only DQ -> MatMul (`accuracy_level` 1 is float32; ONNX Runtime's default 4 is int8), no log lines."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = _LEVELS[optimize]
+    options.log_severity_level = _FATAL
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    pinned = {"session.intra_op.allow_spinning": "0", "session.qdq_matmulnbits_accuracy_level": "1"}
+    if not qdq_fusion:
+        pinned["session.disable_quant_qdq"] = "1"
+    for key, value in {**pinned, **(extra or {})}.items():
+        options.add_session_config_entry(key, value)
+    return options
+
+
+def run_batches(
+    session: ort.InferenceSession, dataset: Batches, batch: int, outputs: Sequence[str] | None = None
+) -> Iterator[list[NDArray[Any]]]:
+    """The outputs (all, or those named) of each batch, in the data's order; inputs that the model does not have are ignored.
+
+    Raises:
+        InputError: ONNX Runtime fails on a batch; the message names the first sample of it.
+    """
+    wanted = {i.name for i in session.get_inputs()}
+    first = 0
+    for feeds in dataset.batches(batch):
+        yield run(session, {k: v for k, v in feeds.items() if k in wanted}, outputs, first)
+        first += batch_length(feeds)
+
+
+def run(
+    session: ort.InferenceSession, feeds: dict[str, NDArray[Any]], outputs: Sequence[str] | None = None, first_sample: int = 0
+) -> list[NDArray[Any]]:
+    """One run; failures name the first sample of the batch.
+
+    Raises:
+        InputError: ONNX Runtime fails.
+    """
+    try:
+        return [np.asarray(v) for v in session.run(list(outputs) if outputs is not None else None, feeds)]
+    except Exception as e:  # as in make_session
+        raise InputError(
+            f"ONNX Runtime failed on the batch that starts at sample {first_sample}: {meaningful_line(e)}; "
+            "check the values and shapes of the data against the model"
+        ) from e
+
+
+def batch_length(feeds: dict[str, NDArray[Any]]) -> int:
+    """How many samples a batch holds: the first axis of its first array that has one."""
+    return next((v.shape[0] for v in feeds.values() if v.ndim), 1)
+
+
+def meaningful_line(error: Exception) -> str:
+    """The last line of an ONNX Runtime message that says something, without code locations and stack frames."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    telling = [line for line in lines if line and not re.match(r"^(Stacktrace|#\d|0x|\*+|\[?/|={3}|Please fix)", line)]
+    last = telling[-1] if telling else type(error).__name__
+    last = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", last)
+    last = re.sub(r"\S*/\S+\.(cc|h|cpp):\d+ [^ ]+(\([^)]*\))?( const)? ?", "", last)
+    return last.rstrip(" .;") or type(error).__name__
+
+
+def _why_no_cuda() -> str | None:
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        return "running on the CPU: this onnxruntime has no CUDA provider"
+    if not _cuda_devices():
+        return "running on the CPU: no CUDA device or driver"
+    library = Path(ort.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
+    if os.name == "posix" and (missing := _load_failure(library)):
+        return f"running on the CPU: the CUDA provider does not load ({missing})"
+    return _why_cuda_session_fails()
+
+
+def _cuda_devices() -> int:
+    """Number of CUDA devices that the driver reports (0 without a driver)."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+        count = ctypes.c_int(0)
+        working = driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0
+    except (OSError, AttributeError):
+        return 0
+    return count.value if working else 0
+
+
+def _load_failure(library: Path) -> str | None:
+    """Which shared library the CUDA provider misses; its own host symbols do not count."""
+    if hasattr(ort, "preload_dlls"):
+        _preload()
+    try:
+        ctypes.CDLL(str(library))
+    except OSError as e:
+        text = str(e).splitlines()[0]
+        return None if "undefined symbol" in text else text.removeprefix(f"{library}: ")
+    return None
+
+
+def _preload() -> None:
+    """Make the CUDA libraries of Python wheels findable; onnxruntime prints when they are not there."""
+    with contextlib.suppress(Exception), contextlib.redirect_stdout(io.StringIO()):
+        ort.preload_dlls()
+
+
+def _why_cuda_session_fails() -> str | None:
+    """Try the smallest model on the device."""
+    value = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1]) for n in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "probe", value[:1], value[1:])
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    try:
+        session = ort.InferenceSession(
+            proto.SerializeToString(), session_options(), providers=["CUDAExecutionProvider", "CPUExecutionProvider"]
+        )
+        session.run(None, {"x": np.ones(1, np.float32)})
+    except Exception as e:  # as in make_session
+        return f"running on the CPU: the CUDA provider fails ({meaningful_line(e)})"
+    if "CUDAExecutionProvider" not in session.get_providers():
+        return "running on the CPU: the CUDA provider does not start"
+    return None

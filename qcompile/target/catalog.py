@@ -1,0 +1,52 @@
+"""The targets that are delivered (measured: fact sheet C2-C5 for TensorRT, A2 for ONNX Runtime)."""
+
+from __future__ import annotations
+
+from qcompile.quant.qtype import FLOAT4E2M1, FLOAT8E4M3FN, INT4, INT8, UINT8
+from qcompile.target.target import OpRule, Target
+
+_TENSORRT_SCHEMES = ("w8a8", "fp16", "fp8", "w4a16", "w6a6", "w4a8", "w4a4")
+_ORT_SCHEMES = ("w8a8", "fp16", "w6a6", "w4a8", "w4a4", "w4a16")
+_CAPABILITIES = ((INT8.name, 80), (FLOAT8E4M3FN.name, 89), (FLOAT4E2M1.name, 120))
+_LOW = (INT8, FLOAT8E4M3FN, FLOAT4E2M1)
+
+_OPS = (OpRule("Conv", 0), OpRule("ConvTranspose", 1, low_kernel=False), OpRule("MatMul", "last"), OpRule("Gemm", "trans_b"))
+
+
+def _tensorrt(name: str, title: str, gpus: tuple[str, ...] = ()) -> Target:
+    return Target(
+        name,
+        title,
+        _TENSORRT_SCHEMES,
+        half_body=True,
+        symmetric=True,
+        min_opset=13,
+        max_opset=25,
+        activations=_LOW,
+        weights=(*_LOW, INT4),
+        ops=_OPS,
+        capabilities=_CAPABILITIES,
+        gpus=gpus,
+    )
+
+
+TARGETS: dict[str, Target] = {
+    t.name: t
+    for t in (
+        _tensorrt("trt", "TensorRT 10.12+ and 11, strongly typed"),
+        _tensorrt("rtx", "TensorRT for RTX", gpus=("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")),
+        Target(
+            "ort",
+            "ONNX Runtime, CPU and CUDA providers",
+            _ORT_SCHEMES,
+            half_body=False,
+            symmetric=False,
+            min_opset=13,
+            max_opset=26,
+            activations=(UINT8, INT8),
+            weights=(INT8, UINT8, INT4),
+            ops=_OPS,
+            bias_float=False,
+        ),
+    )
+}

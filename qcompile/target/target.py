@@ -1,0 +1,84 @@
+"""Target: what a piece of hardware and its software accept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qcompile.errors import UsageError
+from qcompile.quant.qtype import QType
+from qcompile.quant.spec import Scheme
+
+_OPSET = {"INT8": 19, "UINT8": 13, "FLOAT8E4M3FN": 19, "INT4": 21, "UINT4": 21, "FLOAT4E2M1": 23}
+_FLOAT32_SCALE_OPSET = {"INT8": 13, "UINT8": 13}
+
+
+@dataclass(frozen=True)
+class OpRule:
+    """How one operator may be quantized.
+
+    `weight_axis` is the per-channel axis of the weight: an index, "last", or "trans_b" (Gemm: 0 if transB else 1);
+    `low_kernel` is False where the target builds a float kernel whatever the Q/DQ says.
+    """
+
+    op_type: str
+    weight_axis: int | str
+    low_kernel: bool = True
+
+    def axis(self, rank: int, trans_b: bool = False) -> int:
+        """The non-negative per-channel axis of a weight of `rank` axes."""
+        if self.weight_axis == "trans_b":
+            return 0 if trans_b else 1
+        return rank - 1 if self.weight_axis == "last" else int(self.weight_axis)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A deployment target.
+
+    `schemes` it can run; `half_body`: the float rest and the scales are float16; `symmetric`: zero points must be 0;
+    `activations` and `weights` are the code types it computes with; `ops` says how each operator is quantized;
+    `bias_float`: biases stay floating point; `capabilities` maps a code type to the lowest compute capability
+    (89 = sm89); `gpus` lists the targets that can be compiled for (empty: any); `max_opset` is the newest that loads.
+    """
+
+    name: str
+    title: str
+    schemes: tuple[str, ...]
+    half_body: bool
+    symmetric: bool
+    min_opset: int
+    max_opset: int = 25
+    activations: tuple[QType, ...] = ()
+    weights: tuple[QType, ...] = ()
+    ops: tuple[OpRule, ...] = ()
+    bias_float: bool = True
+    capabilities: tuple[tuple[str, int], ...] = ()
+    gpus: tuple[str, ...] = ()
+
+    def require(self, scheme: Scheme) -> None:
+        """Raises UsageError: the target cannot run the scheme."""
+        if scheme.name not in self.schemes:
+            raise UsageError(f"target {self.name!r} has no scheme {scheme.name!r} (it has: {', '.join(self.schemes)})")
+
+    def body(self, scheme: Scheme) -> str:
+        """The type of what is not quantized: float16 or float32."""
+        return "float16" if self.half_body or scheme.body == "float16" else "float32"
+
+    def opset(self, scheme: Scheme) -> int:
+        """The lowest opset that the scheme needs here (19 where scales are float16, 21 for int4, 23 for fp4)."""
+        types: list[QType] = [t for t in (scheme.weight, scheme.activation) if t is not None]
+        return max([self.min_opset, *(self.type_opset(t.storage) for t in types)])
+
+    def type_opset(self, storage: str) -> int:
+        """The lowest opset in which codes of the ONNX type `storage` can be (de)quantized with this target's scales."""
+        if not self.half_body and storage in _FLOAT32_SCALE_OPSET:
+            return _FLOAT32_SCALE_OPSET[storage]
+        return _OPSET.get(storage, 21)
+
+    def op_rule(self, op_type: str) -> OpRule | None:
+        """The rule of a weighted operator, None for any other."""
+        return next((r for r in self.ops if r.op_type == op_type), None)
+
+    def capability(self, type_name: str) -> int:
+        """The lowest compute capability (80 = sm80) with kernels for codes of `type_name`; 0 if any will do."""
+        return dict(self.capabilities).get(type_name, 0)

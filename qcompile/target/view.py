@@ -1,0 +1,173 @@
+"""GraphView: read-only look-ups over an ONNX graph, for the rule checker and the kernel audit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+from onnx import NodeProto, TensorProto, numpy_helper
+
+from qcompile.errors import ModelError
+
+MOVEMENT_OPS = frozenset(
+    "Transpose Reshape Squeeze Unsqueeze Slice Split Identity Expand Flatten Cast MaxPool Gather DepthToSpace SpaceToDepth".split()
+)
+QUANTIZE_OPS = frozenset({"QuantizeLinear"})
+DEQUANTIZE_OPS = frozenset({"DequantizeLinear"})
+WEIGHTED_OPS = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm"})
+LOW_TYPES = {
+    TensorProto.INT8: "int8",
+    TensorProto.UINT8: "uint8",
+    TensorProto.INT4: "int4",
+    TensorProto.UINT4: "uint4",
+    TensorProto.FLOAT8E4M3FN: "float8e4m3fn",
+    TensorProto.FLOAT8E5M2: "float8e5m2",
+    TensorProto.FLOAT4E2M1: "float4e2m1",
+    TensorProto.INT16: "int16",
+    TensorProto.UINT16: "uint16",
+    TensorProto.INT32: "int32",
+}
+
+
+def load_graph_only(path: Path) -> onnx.ModelProto:
+    """The model at `path` without its external data.
+
+    Raises:
+        ModelError: no such file, or not an ONNX model.
+    """
+    try:
+        return onnx.load(str(path), load_external_data=False)
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror or error}; give the path of an ONNX file") from error
+    except (DecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path} is not an ONNX model ({error}); export or copy it again") from error
+
+
+class GraphView:
+    """Producers, consumers, constants and types of the top-level graph; nothing is copied or changed."""
+
+    def __init__(self, model: onnx.ModelProto, base_dir: Path | None = None) -> None:
+        self.model = model
+        self.nodes = list(model.graph.node)
+        self._base_dir = str(base_dir or "")
+        self._initializers = {t.name: t for t in model.graph.initializer}
+
+    @classmethod
+    def open(cls, source: onnx.ModelProto | str | Path) -> GraphView:
+        """A view of a loaded model, or of a file (its external data is read on demand)."""
+        if isinstance(source, onnx.ModelProto):
+            return cls(source)
+        path = Path(source)
+        return cls(load_graph_only(path), path.parent)
+
+    @cached_property
+    def producer(self) -> dict[str, NodeProto]:
+        """Tensor name -> the node that makes it."""
+        return {name: node for node in self.nodes for name in node.output if name}
+
+    @cached_property
+    def consumers(self) -> dict[str, list[tuple[NodeProto, int]]]:
+        """Tensor name -> (node, input slot) of every use."""
+        uses: dict[str, list[tuple[NodeProto, int]]] = {}
+        for node in self.nodes:
+            for slot, name in enumerate(node.input):
+                uses.setdefault(name, []).append((node, slot))
+        return uses
+
+    @cached_property
+    def elem_types(self) -> dict[str, int]:
+        """Tensor name -> ONNX element type, as far as it is recorded or can be inferred."""
+        graph = self._inferred.graph
+        infos = [*graph.value_info, *graph.input, *graph.output]
+        found = {v.name: v.type.tensor_type.elem_type for v in infos}
+        return found | {t.name: t.data_type for t in graph.initializer}
+
+    @cached_property
+    def ranks(self) -> dict[str, int]:
+        """Tensor name -> rank, as far as it is known."""
+        graph = self._inferred.graph
+        infos = [v for v in (*graph.value_info, *graph.input, *graph.output) if v.type.tensor_type.HasField("shape")]
+        found = {v.name: len(v.type.tensor_type.shape.dim) for v in infos}
+        return found | {t.name: len(t.dims) for t in graph.initializer}
+
+    @cached_property
+    def _inferred(self) -> onnx.ModelProto:
+        try:
+            return onnx.shape_inference.infer_shapes(self.model)
+        except Exception:  # onnx raises a bare RuntimeError or InferenceError; types stay as recorded
+            return self.model
+
+    def opset(self, domain: str = "") -> int:
+        """Imported version of `domain`, 0 when it is not imported."""
+        return next((o.version for o in self.model.opset_import if o.domain == domain), 0)
+
+    def constant_proto(self, name: str) -> TensorProto | None:
+        """The tensor behind `name` if it is an initializer or a Constant node's value."""
+        if name in self._initializers:
+            return self._initializers[name]
+        node = self.producer.get(name)
+        if node is None or node.op_type not in ("Constant", "Identity"):
+            return None
+        if node.op_type == "Identity":
+            return self.constant_proto(node.input[0])
+        return next((a.t for a in node.attribute if a.name == "value"), None)
+
+    def constant(self, name: str) -> NDArray[np.generic] | None:
+        """The value behind `name`, or None if it is not constant."""
+        proto = self.constant_proto(name)
+        return None if proto is None else numpy_helper.to_array(proto, self._base_dir)
+
+    def is_constant(self, name: str) -> bool:
+        """Whether `name` is computed from initializers and Constant nodes only (through casts, Q/DQ, movement)."""
+        if self.constant_proto(name) is not None:
+            return True
+        node = self.producer.get(name)
+        folds = MOVEMENT_OPS | QUANTIZE_OPS | DEQUANTIZE_OPS
+        return node is not None and node.op_type in folds and self.is_constant(node.input[0])
+
+    def origin(self, name: str) -> str:
+        """`name` traced back through data movement to the tensor that holds the values."""
+        node = self.producer.get(name)
+        while node is not None and node.op_type in MOVEMENT_OPS and len(node.input):
+            name = node.input[0]
+            node = self.producer.get(name)
+        return name
+
+    def dequantizer(self, name: str) -> NodeProto | None:
+        """The DequantizeLinear that `name` comes from through data movement, if any."""
+        node = self.producer.get(self.origin(name))
+        return node if node is not None and node.op_type in DEQUANTIZE_OPS else None
+
+    def low_type(self, dq: NodeProto) -> str | None:
+        """The element type of the codes that `dq` reads, e.g. "int8"; None when unknown."""
+        return LOW_TYPES.get(self.elem_types.get(dq.input[0], 0)) or self._declared_type(dq)
+
+    def _declared_type(self, dq: NodeProto) -> str | None:
+        q = self.producer.get(dq.input[0])
+        if q is None or q.op_type not in QUANTIZE_OPS:
+            return None
+        if len(q.input) > 2 and q.input[2]:
+            return LOW_TYPES.get(self.elem_types.get(q.input[2], 0))
+        return LOW_TYPES.get(int(attribute(q, "output_dtype", 0)) or TensorProto.UINT8)
+
+    def of_type(self, *op_types: str) -> Iterator[NodeProto]:
+        """Nodes of the default domain with one of `op_types`, in graph order."""
+        return (n for n in self.nodes if n.op_type in op_types and n.domain in ("", "ai.onnx"))
+
+
+def attribute(node: NodeProto, name: str, default: float | int) -> float | int:
+    """A scalar attribute of `node`."""
+    for a in node.attribute:
+        if a.name == name:
+            return a.i if a.type == onnx.AttributeProto.INT else a.f
+    return default
+
+
+def int_list(node: NodeProto, name: str, default: list[int]) -> list[int]:
+    """A list-of-integers attribute of `node`."""
+    return next((list(a.ints) for a in node.attribute if a.name == name), default)
