@@ -13,6 +13,7 @@ from qcompile.calib.observers import AbsMax, Probe
 from qcompile.ir.edit import add_constant, drop_if_unused, insert_after, new_node, redirect, swap_output
 from qcompile.ir.model import Model
 from qcompile.ir.ops import is_data_movement
+from qcompile.passes._half_bias import free_large_biases
 from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
 
 HALF_MAX = 65504.0
@@ -45,6 +46,9 @@ class Half(Pass):
         """Convert every node that is safe; cast where precisions meet."""
         ShapeInferencePass()(model.ir)
         graph = model.graph
+        freed = free_large_biases(graph)
+        if freed:
+            ctx.note("", f"{freed} biases moved behind their layer: ONNX Runtime overflows them in float16")
         large = {p.tensor for p, stat in ctx.stats.items() if float(np.max(stat.amax)) > _SAFE}
         keep = {node.name for node in graph if _stays(node, large, ctx)}
         half = [node for node in graph if node.name not in keep]

@@ -11,9 +11,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompile.calib.observers import Moments, MomentsStat, Probe, Rows, RowsStat
-from qcompile.ir.decisions import Decision, decide, decisions, value_at
+from qcompile.ir.decisions import Decision, decide, decision, decisions, value_at
 from qcompile.ir.model import Model
-from qcompile.ir.ops import activation_channel_axis, input_channel_axis
+from qcompile.ir.ops import activation_channel_axis, const_array, input_channel_axis
 from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
 from qcompile.quant.affine import fake_quant, qparams_from_range
 from qcompile.quant.ranges import weight_mse_scale
@@ -51,7 +51,7 @@ class RoundToNearest(Pass):
         changed = False
         for node, slot, d in list(_weights(model.graph)):
             if d.qparams is None:
-                params = self._fit(node, slot, d, ctx)
+                params = _floored(node, slot, self._fit(node, slot, d, ctx), ctx)
                 decide(node, slot, d.with_qparams(params))
                 changed = True
         return PassResult(changed)
@@ -79,6 +79,21 @@ class RoundToNearest(Pass):
         energy = _energy(node, slot, weight, ctx)
         scale = weight_mse_scale(weight, spec.qtype, spec.granularity, energy)
         return QParams(scale, np.zeros(scale.shape, np.int64))
+
+
+def _floored(node: ir.Node, slot: int, params: QParams, ctx: PassContext) -> QParams:
+    """Scales large enough that ONNX Runtime's int32 bias, c / (s_x s_w), cannot overflow on nearly dead channels.
+
+    The floor |c| / (s_x 2^29) bites only where the weights add less than a 10,000th of the bias.
+    """
+    data = decision(node, 0)
+    bias = const_array(node.inputs[2]) if len(node.inputs) > 2 else None
+    if data is None or data.qparams is None or bias is None or bias.shape != params.scale.shape:
+        return params
+    floor = np.abs(bias.astype(np.float64)) / (float(data.qparams.scale) * 2.0**29)
+    if np.any(floor > params.scale):
+        ctx.note(str(node.name), f"{int((floor > params.scale).sum())} nearly dead channels: weight scale raised to keep an int32 bias exact")
+    return QParams(np.maximum(params.scale, floor), params.zero_point)
 
 
 def _weights(graph: ir.Graph) -> Iterable[tuple[ir.Node, int, Decision]]:

@@ -17,7 +17,7 @@ import onnx_graphsurgeon as gs
 
 from qcompile.errors import ModelError, UsageError, VerifyError
 from qcompile.ir.model import Model
-from qcompile.ir.surgeon import fingerprint, import_graph, surgery_kind, to_gs
+from qcompile.ir.surgeon import from_gs, import_graph, surgery_kind, to_gs
 from qcompile.ir.verify import verify_structure
 from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
 
@@ -62,19 +62,17 @@ class GraphSurgery(Pass):
             UsageError: the file, the function or its result cannot be used.
             ModelError: graphsurgeon cannot carry the model.
         """
-        function, graph = self._load(), to_gs(model)
-        before, old = fingerprint(graph), frozenset(_tensor_names(model))
-        result = self._call(function, graph)
-        if fingerprint(result) == before:
+        new, remarks = import_graph(self._call(self._load(), to_gs(model)), model)
+        self._check(new)
+        if new.digest() == from_gs(to_gs(model), model).digest():
             ctx.missed(self.spec_name(), "the function changed nothing")
             return PassResult(modified=False)
-        new, remarks = import_graph(result, model)
-        self._check(new)
+        old = frozenset(_tensor_names(model))
         self._report(ctx, model, new, remarks)
         model.ir = new.ir
         return PassResult(modified=True, changed=old | frozenset(_tensor_names(model)))
 
-    def _load(self) -> Callable[[gs.Graph], gs.Graph | None]:
+    def _load(self) -> Callable[[gs.Graph], object]:
         path = Path(self.file)
         if not path.is_file():
             raise UsageError(f"no surgery file at {self.file}: check the path (it is relative to the current folder)")
@@ -84,18 +82,22 @@ class GraphSurgery(Pass):
             raise UsageError(f"{self.file} has no function {self.function!r}; define it, or name another after the ':'")
         return function
 
-    def _call(self, function: Callable[[gs.Graph], gs.Graph | None], graph: gs.Graph) -> gs.Graph:
+    def _call(self, function: Callable[[gs.Graph], object], graph: gs.Graph) -> gs.Graph:
         try:
             with redirect_stdout(sys.stderr):
                 result = function(graph)
-                result = graph if result is None else result
-                if isinstance(result, gs.Graph):
-                    result.cleanup().toposort()
         except Exception as e:
             raise _blame(Path(self.file), e) from e
+        result = graph if result is None else result
         if not isinstance(result, gs.Graph):
             raise UsageError(f"{self.spec_name()} returned {type(result).__name__}; return the gs.Graph or nothing")
-        return result
+        return self._tidied(result)
+
+    def _tidied(self, graph: gs.Graph) -> gs.Graph:
+        try:
+            return graph.cleanup().toposort()
+        except Exception as e:
+            raise UsageError(f"{self.spec_name()} left a graph that cannot be sorted ({e}); correct the function") from e
 
     def _check(self, new: Model) -> None:
         try:

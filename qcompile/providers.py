@@ -81,8 +81,12 @@ def _relative(a: NDArray[Any], b: NDArray[Any]) -> float:
 
 def comparator(data: Dataset, inputs: Sequence[InputInfo], seed: int, threads: int | None = None) -> OrtComparator:
     """Eight calibration samples, and one random sample of the same shapes and value ranges."""
-    feeds = list(data.take(VERIFY_SAMPLES).batches(VERIFY_SAMPLES))
+    feeds = list(data.take(VERIFY_SAMPLES).batches(VERIFY_SAMPLES if _free_batch(inputs) else 1))
     return OrtComparator([*feeds, _random_like(feeds[0], seed)], threads)
+
+
+def _free_batch(inputs: Sequence[InputInfo]) -> bool:
+    return all(not i.shape or not isinstance(i.shape[0], int) for i in inputs)
 
 
 def _random_like(feed: dict[str, NDArray[Any]], seed: int) -> dict[str, NDArray[Any]]:

@@ -9,7 +9,7 @@ from onnx import NodeProto
 from qcompile.target.view import DEQUANTIZE_OPS, MOVEMENT_OPS, QUANTIZE_OPS, GraphView
 
 PASS_THROUGH = MOVEMENT_OPS | QUANTIZE_OPS | DEQUANTIZE_OPS | {"Dropout"}
-SCORE_OPS = PASS_THROUGH | frozenset("Mul Div Add Sub Where Clip Max Min Tanh".split())
+SCORE_OPS = PASS_THROUGH | frozenset(["Mul", "Div", "Add", "Sub", "Where", "Clip", "Max", "Min", "Tanh"])
 MAX_STEPS = 12
 
 

@@ -7,7 +7,7 @@ kernels back to ONNX nodes by the names in their metadata.  It is a proxy: other
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,7 +185,7 @@ def _float_node(n: AuditedNode) -> dict[str, Any]:
 
 
 @contextmanager
-def uniquely_named(path: Path) -> Iterator[Path]:
+def uniquely_named(path: Path) -> Generator[Path]:
     """`path` itself if its node names are unique and not empty, else a temporary copy with unique names."""
     model = load_graph_only(path)
     names = [n.name for n in model.graph.node]

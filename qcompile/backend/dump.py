@@ -17,12 +17,14 @@ from typing import Any
 from qcompile.errors import BackendError
 
 TESTED = ("1.7.1.116",)
-COMPUTE_KERNELS = frozenset({"gemm", "correlation", "deconv", "runtime_fusion"})
+DEQUANTIZING = "runtime_fusion"  # may read codes, but multiplies in float after dequantizing inside the kernel
+COMPUTE_KERNELS = frozenset({"gemm", "correlation", "deconv", DEQUANTIZING})
 LOW_DATATYPES = {"Int8": "int8", "FP8": "float8e4m3fn", "Float8": "float8e4m3fn", "FP4": "float4e2m1", "Int4": "int4"}
 
 _LINE = re.compile(
     r"^Name: (?P<name>.*?), LayerType: (?P<type>\w+), Inputs: \[(?P<inputs>.*?)\], Constants: \[(?P<constants>.*?)\], "
-    r"Outputs: \[(?P<outputs>.*?)\], TacticName: (?P<tactic>.*?), StreamId: -?\d+,(?: EventId: \d+,)? Metadata: ?(?P<metadata>.*)$"
+    r"Outputs: \[(?P<outputs>.*?)\], TacticName: (?P<tactic>.*?), StreamId: -?\d+,(?: EventId: \d+,)? "
+    r"Metadata: ?(?P<metadata>.*)$"
 )
 _TENSOR = re.compile(r"\{ Name: .*?, Dimensions: \[(?P<dims>[-\d,]*)\], .*?Datatype: (?P<dtype>\w+)")
 _SEPARATOR = re.compile("[\x1e\x1f]")
@@ -64,7 +66,7 @@ class Kernel:
             low = [LOW_DATATYPES[x.dtype] for x in self.inputs if x.dtype in LOW_DATATYPES]
             return low[0] if len(low) >= 3 and len(set(low)) == 1 else None
         weight = self.weight()
-        if not self.inputs or weight is None or self.inputs[0].dtype != weight.dtype:
+        if self.type == DEQUANTIZING or not self.inputs or weight is None or self.inputs[0].dtype != weight.dtype:
             return None
         return LOW_DATATYPES.get(weight.dtype)
 
@@ -78,7 +80,8 @@ class Kernel:
     def to_json(self) -> dict[str, Any]:
         """Plain dict: name, type, dtypes of inputs, constants and outputs, nodes."""
         sides = {"inputs": self.inputs, "constants": self.constants, "outputs": self.outputs}
-        return {"name": self.name, "type": self.type, **{k: [x.dtype for x in v] for k, v in sides.items()}, "nodes": list(self.nodes)}
+        dtypes = {side: [x.dtype for x in operands] for side, operands in sides.items()}
+        return {"name": self.name, "type": self.type, **dtypes, "nodes": list(self.nodes)}
 
 
 def parse_dump(text: str, version: str) -> list[Kernel]:
@@ -99,8 +102,8 @@ def parse_dump(text: str, version: str) -> list[Kernel]:
 
 
 def _kernel(match: re.Match[str]) -> Kernel:
-    sides = [_operands(match[side]) for side in ("inputs", "constants", "outputs")]
-    return Kernel(match["name"], match["type"], *sides, _names(match["metadata"]))
+    inputs, constants, outputs = (_operands(match[side]) for side in ("inputs", "constants", "outputs"))
+    return Kernel(match["name"], match["type"], inputs, constants, outputs, _names(match["metadata"]))
 
 
 def _operands(text: str) -> tuple[Operand, ...]:

@@ -78,7 +78,7 @@ def default_profile(model: ModelProto) -> Profile | None:
     records as `qcompile.shapes` (JSON, {input: dims}), whose value becomes the optimum.
     """
     recorded = _recorded(model)
-    dynamic = [v for v in dynamic_inputs(model)]
+    dynamic = list(dynamic_inputs(model))
     if not dynamic:
         return None
     shapes = {v.name: _guess(v, recorded.get(v.name, [])) for v in dynamic}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import prod
+from typing import Any
 
 import numpy as np
 import onnx
@@ -78,15 +79,13 @@ def _fold(skeleton: ModelProto, constants: Constants, shapes: Mapping[str, list[
     for node in skeleton.graph.node:
         value = _value(node, constants, shapes)
         if value is None:
-            kept.append(node)
+            kept.append(onnx.NodeProto.FromString(node.SerializeToString()))
             continue
         constants[node.output[0]] = value
         skeleton.graph.initializer.append(numpy_helper.from_array(value, node.output[0]))
     folded = len(kept) < len(skeleton.graph.node)
-    kept = [onnx.NodeProto.FromString(n.SerializeToString()) for n in kept] if folded else kept
-    if folded:
-        del skeleton.graph.node[:]
-        skeleton.graph.node.extend(kept)
+    del skeleton.graph.node[:]
+    skeleton.graph.node.extend(kept)
     return folded
 
 
@@ -95,8 +94,10 @@ def _value(node: NodeProto, constants: Constants, shapes: Mapping[str, list[int]
         return np.array(shapes[node.input[0]], dtype=np.int64)
     if node.domain or node.op_type in NEVER_FOLDED or len(node.output) != 1 or not all(x in constants for x in node.input if x):
         return None
+    feeds: dict[str, Any] = {x: constants[x] for x in node.input if x}
     try:
-        value = ReferenceEvaluator(node).run(None, {x: constants[x] for x in node.input if x})[0]
+        results: Any = ReferenceEvaluator(node).run(None, feeds)
     except Exception:  # an operator without a reference implementation: its shape stays unknown
         return None
-    return value if isinstance(value, np.ndarray) and value.size <= SMALL else None
+    small = isinstance(results[0], np.ndarray) and results[0].size <= SMALL and results[0].dtype.kind in "biuf"
+    return results[0] if small else None

@@ -27,6 +27,7 @@ MODULES = {"rtx": "tensorrt_rtx", "trt": "tensorrt"}
 EXTRAS = {"rtx": "rtx", "trt": "tensorrt"}
 MANIFEST_VERSION = 1
 ERROR_LINES = 4
+_NOISE = re.compile(r"^ModelImporter\.cpp:\d+: (ERROR: )?|\[checkMacros\.cpp::catchCudaError.*$")
 Progress = Callable[[str], None]
 
 
@@ -122,11 +123,16 @@ def _reply(done: subprocess.CompletedProcess[str], module: str) -> dict[str, Any
     try:
         return json.loads(done.stdout)
     except json.JSONDecodeError:
-        tail = " | ".join(done.stderr.strip().splitlines()[-ERROR_LINES:])
         raise BackendError(
-            f"the {module} build process ended with status {done.returncode} and no answer: {tail or 'no output'}; "
-            "run `qcompile check` on the model, then report this with the model's Q/DQ graph"
+            f"the {module} builder {_crash(done)}; run `qcompile check` on the model for the likely cause"
         ) from None
+
+
+def _crash(done: subprocess.CompletedProcess[str]) -> str:
+    if done.returncode < 0:
+        return f"crashed (signal {-done.returncode})"
+    last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+    return f"ended with status {done.returncode}: {last[0][:400]}"
 
 
 def _raise_failure(reply: dict[str, Any], onnx_path: Path, module: str) -> None:
@@ -136,14 +142,15 @@ def _raise_failure(reply: dict[str, Any], onnx_path: Path, module: str) -> None:
         raise BackendError(f"{module} {reply['version']} has no target {names}; choose --gpu from {', '.join(supported)}")
     if not reply["ok"]:
         quoted = " | ".join(_relevant(reply["errors"]))
-        raise BackendError(f"{module} {reply['version']} cannot build {onnx_path.name}: {quoted}; run `qcompile check` for the cause")
+        what = f"{module} {reply['version']} cannot build {onnx_path.name}"
+        raise BackendError(f"{what}: {quoted}; run `qcompile check` for the cause")
 
 
 def _relevant(errors: Sequence[str]) -> list[str]:
     """The last few distinct messages, shortened; Polygraphy's own summary only if there is nothing else."""
     own = [e for e in errors if not e.startswith("PolygraphyException")] or list(errors)
-    distinct = list(dict.fromkeys(" ".join(e.split())[:400] for e in own))
-    return distinct[-ERROR_LINES:] or ["no message"]
+    cleaned = (_NOISE.sub("", " ".join(e.split()))[:400].strip() for e in own)
+    return list(dict.fromkeys(e for e in cleaned if e and not e.startswith("---")))[-ERROR_LINES:] or ["no message"]
 
 
 def plan_profiles(model: onnx.ModelProto, given: Sequence[Profile] | None) -> tuple[Profile, ...]:
@@ -218,7 +225,13 @@ def write_manifest(engine: Path, manifest: dict[str, Any]) -> Path:
 
 
 def _manifest(
-    source: Path, model: onnx.ModelProto, engine: Path, plan: BuiltPlan, target: str, gpus: Sequence[str], profiles: Sequence[Profile]
+    source: Path,
+    model: onnx.ModelProto,
+    engine: Path,
+    plan: BuiltPlan,
+    target: str,
+    gpus: Sequence[str],
+    profiles: Sequence[Profile],
 ) -> dict[str, Any]:
     return {
         "schema_version": MANIFEST_VERSION,

@@ -66,9 +66,16 @@ def _item(view: GraphView, node: NodeProto, shapes: Mapping[str, list[int]]) -> 
     types = [view.low_type(dq) if (dq := view.dequantizer(name)) is not None else None for name in slots]
     same = types[0] if types[0] in COMPUTE_TYPES and len(set(types)) == 1 else None
     constant = len(slots) > 1 and view.is_constant(slots[1])
-    kind: WorkKind = "attention" if node.op_type == "Attention" else "conv" if "Conv" in node.op_type else "gemm" if constant else "bmm"
     weight_only = types[1] if constant and types[0] is None else None
-    return WorkItem(node.name, node.op_type, kind, _flops(node, shapes), same, weight_only, constant)
+    return WorkItem(node.name, node.op_type, _kind(node, constant), _flops(node, shapes), same, weight_only, constant)
+
+
+def _kind(node: NodeProto, constant_weight: bool) -> WorkKind:
+    if node.op_type == "Attention":
+        return "attention"
+    if node.op_type in ("Conv", "ConvTranspose"):
+        return "conv"
+    return "gemm" if constant_weight else "bmm"
 
 
 def work_items(view: GraphView, shapes: Mapping[str, list[int]]) -> list[WorkItem]:

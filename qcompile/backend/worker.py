@@ -5,8 +5,8 @@ the builder writes to the process's standard output and may abort the process: b
 
 Request: `onnx`, `out` (path or null: build without saving), `rtx` (bool), `capabilities` ([[8, 9], ...]; empty =
 the GPU of this machine), `profiles` ([{input: [min, opt, max]}]), `layers` (bool: return the kernel dump).
-Reply: `ok`, `version`, `seconds`, `size`, `layers`, `errors` (messages, worst last), `capabilities` (what the
-module knows), `gpu_missing` (bool).
+Reply: `ok`, `version`, `errors` (messages, last one last), `capabilities` (what the module knows), `unknown`
+(asked for but not known), and on success `seconds`, `size`, `layers`.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def build(request: dict[str, Any], reply: dict[str, Any]) -> None:
     logger = collecting_logger(trt)
     trt_util.TRT_LOGGER = logger
     reply["version"] = trt.__version__
-    reply["capabilities"] = [n for n in getattr(trt, "ComputeCapability", type("", (), {"__members__": {}})).__members__]
+    reply["capabilities"] = list(trt.ComputeCapability.__members__) if request["rtx"] else []
     reply["errors"] = logger.errors
     unknown = [f"SM{a}{b}" for a, b in request["capabilities"] if f"SM{a}{b}" not in reply["capabilities"]]
     if request["rtx"] and unknown:
@@ -82,7 +82,8 @@ def build(request: dict[str, Any], reply: dict[str, Any]) -> None:
     start = time.perf_counter()
     network = NetworkFromOnnxPath(request["onnx"], strongly_typed=True)
     engine = bytes(EngineBytesFromNetwork(network, config=builder_config(trt, request))())
-    reply.update(ok=True, seconds=time.perf_counter() - start, size=len(engine), layers=logger.layers if request["layers"] else "")
+    reply.update(ok=True, seconds=time.perf_counter() - start, size=len(engine))
+    reply["layers"] = logger.layers if request["layers"] else ""
     if request["out"]:
         with open(request["out"], "wb") as file:
             file.write(engine)
@@ -94,7 +95,7 @@ def main() -> int:
     """Serve one request; the exit status is 0 whenever a reply was written."""
     stream = reply_stream()
     request = json.load(sys.stdin)
-    reply: dict[str, Any] = {"ok": False, "version": "", "seconds": 0.0, "size": 0, "layers": "", "errors": [], "capabilities": []}
+    reply: dict[str, Any] = {"ok": False, "version": "", "errors": [], "capabilities": []}
     try:
         build(request, reply)
     except Exception as error:

@@ -19,7 +19,7 @@ F64 = NDArray[np.float64]
 
 _INDEX_BITS = 24  # bin indices stay exact in float32
 _ZERO_EXPONENT = -140
-_CHUNK = 1 << 17
+_CHUNK = 1 << 15
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,8 +80,7 @@ class Histogram:
         counts = np.zeros(length, np.int64)
         flat = array.reshape(-1)
         for i in range(0, flat.size, _CHUNK):
-            index = _indices(flat[i : i + _CHUNK], exponent) - start
-            counts += np.bincount(index, minlength=length)
+            counts += np.bincount(_indices(flat[i : i + _CHUNK], exponent, start), minlength=length)
         return HistogramStat(self.bins, exponent, start, counts, np.asarray(lo), np.asarray(hi))
 
 
@@ -107,8 +106,11 @@ def _span(lo: float, hi: float, exponent: int) -> tuple[int, int]:
     return first, last - first + 1
 
 
-def _indices(x: NDArray[Any], exponent: int) -> NDArray[np.int64]:
-    """Bin index of each value; scaling by a power of two is exact (in float32 only upwards: subnormals would vanish)."""
+def _indices(x: NDArray[Any], exponent: int, start: int) -> NDArray[np.intp]:
+    """Bin of each value, counted from `start`; scaling by a power of two is exact (in float32 only upwards: subnormals
+    would vanish), and so is the subtraction of integers below 2^24."""
     exact = x.dtype == np.float32 and -120 < exponent <= 0
-    wide = x if exact else x.astype(np.float64)
-    return np.floor(wide * wide.dtype.type(2.0**-exponent)).astype(np.int64)
+    scaled = x * np.float32(2.0**-exponent) if exact else np.ldexp(x.astype(np.float64), -exponent)
+    np.floor(scaled, out=scaled)
+    scaled -= start
+    return scaled.astype(np.intp)

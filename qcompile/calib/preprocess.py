@@ -89,7 +89,7 @@ def bind(preprocess: Preprocess, info: InputInfo) -> Preprocess:
     depth = info.shape[1] if layout == "nchw" else info.shape[3]
     size = preprocess.size or _fixed_size(dims)
     if size is None:
-        raise DataError(f"input {info.name!r} has a dynamic picture size {list(dims)}; give 'size = [height, width]' in a .toml file")
+        raise DataError(f"input {info.name!r} has a dynamic picture size {list(dims)}; give size in a .toml file")
     channels = preprocess.channels or ("gray" if depth == 1 else "rgb")
     return replace(preprocess, layout=layout, size=size, channels=channels)
 

@@ -64,7 +64,9 @@ def _folder(path: Path, inputs: Sequence[InputInfo], preprocess: str | None) -> 
 def _load_npz(path: Path, inputs: Sequence[InputInfo]) -> Arrays:
     """The arrays that the model needs, and `labels`; other arrays are not read."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # Opened here, because numpy leaves a broken archive's file to the garbage collector.
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise DataError(f"{path} is one array, not a .npz; save it with numpy.savez(file, {inputs[0].name}=array)")
             _require_names(archive.files, inputs, str(path))
@@ -204,16 +206,15 @@ def _generator(path: Path, function: str, inputs: Sequence[InputInfo], samples: 
     source = f"{path}:{function}"
 
     def feeds() -> Iterator[Arrays]:
-        held = 0
-        for item in produce():
-            feed = item if isinstance(item, dict) else _single(item, inputs, source)
-            yield feed
-            held += len(_split(feed, inputs, source))
-            if held >= samples:
-                return
+        try:
+            for item in produce():
+                yield item if isinstance(item, dict) else _single(item, inputs, source)
+        except DataError:
+            raise
+        except Exception as e:  # whatever the user's function raises
+            raise DataError(f"{source} failed ({type(e).__name__}: {e}); run it with python first") from e
 
-    data = _feed_dataset(feeds(), inputs, source)
-    return data if len(data) <= samples else Dataset(data.reader, data.index[:samples], data.names, source)
+    return _feed_dataset(feeds(), inputs, source, samples)
 
 
 def _user_function(path: Path, name: str) -> Callable[[], Iterable[Any]]:
@@ -238,11 +239,13 @@ def _single(item: Any, inputs: Sequence[InputInfo], source: str) -> Arrays:
     return {inputs[0].name: np.asarray(item)}
 
 
-def _feed_dataset(feeds: Iterable[Arrays], inputs: Sequence[InputInfo], source: str) -> Dataset:
-    samples = tuple(itertools.chain.from_iterable(_split(f, inputs, source) for f in feeds))
-    if not samples:
+def _feed_dataset(feeds: Iterable[Arrays], inputs: Sequence[InputInfo], source: str, limit: int | None = None) -> Dataset:
+    """The first `limit` samples of the feeds (all when None)."""
+    samples = itertools.chain.from_iterable(_split(f, inputs, source) for f in feeds)
+    held = tuple(itertools.islice(samples, limit))
+    if not held:
         raise DataError(f"{source} gives no samples; it must give at least one")
-    return Dataset(FeedReader(samples), tuple(range(len(samples))), tuple(i.name for i in inputs), source)
+    return Dataset(FeedReader(held), tuple(range(len(held))), tuple(i.name for i in inputs), source)
 
 
 def _split(feed: Arrays, inputs: Sequence[InputInfo], source: str) -> list[Arrays]:

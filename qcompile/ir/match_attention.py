@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -13,25 +12,26 @@ from numpy.typing import NDArray
 from qcompile.ir import ops
 from qcompile.ir.match_core import Matches, Refusal, label
 from qcompile.ir.match_heads import Projection, head_columns
+from qcompile.ir.match_layout import Layout, token
 from qcompile.ir.match_linear import Linear, linears_by_output, match_linear
-from qcompile.ir.match_shape import rank
+from qcompile.ir.match_norm import Norm, find_norms
+from qcompile.ir.match_scores import Scores, Values, find_scores, find_values, scaling_nodes
+from qcompile.ir.match_shape import dims, rank
 from qcompile.ir.match_source import Source, find_source
-from qcompile.ir.match_trace import Trace, is_scaling, start_layout, trace
+from qcompile.ir.match_trace import Trace, start_layout, trace
 
 Part = Literal["q", "k", "v"]
 _FUSED = frozenset({"Attention", "MultiHeadAttention", "GroupQueryAttention"})
-_SCORE_OPS = frozenset({"Add", "Sub", "Mul", "Div", "Where", "Cast", "Reshape", "Identity", "Clip", "Max", "Min", "Tanh", "Squeeze"})
-_PROBABILITY_OPS = frozenset({"Identity", "Dropout", "Cast", "Reshape", "Transpose", "Mul", "Div", "Where", "Clip", "Add"})
-_MAX_WALK = 16
+_ANCHORS = _FUSED | {"Softmax"}
 
 
 @dataclass(frozen=True)
 class Attention:
     """softmax(scale * q k^T + mask) v, between its projections.
 
-    `q`, `k`, `v` share one linear when the projection is packed (`packed`).  `out` is the output projection and `out_columns[i]`
-    the output channel of `v.linear` that becomes its input channel i; both are None when the output does not go to one linear.
-    `scales` are the Mul / Div nodes by one number on q, k or the scores, `masks` the nodes that add to (or select from) them.
+    `q`, `k`, `v` share one linear when the projection is `packed`.  `out` is the output projection and `out_columns[i]` the
+    output channel of `v.linear` that becomes its input channel i; both are None when `out_refusal` says why.  `scales` are the
+    Mul / Div nodes by one number on q, k or the scores, `masks` the nodes that add to or select from the scores.
     """
 
     q: Projection
@@ -41,12 +41,17 @@ class Attention:
     scales: tuple[ir.Node, ...]
     masks: tuple[ir.Node, ...]
     softmax: ir.Node
-    pv: ir.Node
-    v_slot: int
+    values: Values
     out: Linear | None
     out_columns: NDArray[np.int64] | None
+    out_refusal: str | None
     has_rope: bool
     has_qk_norm: bool
+
+    @property
+    def pv(self) -> ir.Node:
+        """The MatMul of probabilities and values."""
+        return self.values.matmul
 
     @property
     def packed(self) -> bool:
@@ -76,16 +81,13 @@ def head_channel_columns(attention: Attention, part: Part, head: int) -> NDArray
 
 def find_attentions(graph: ir.Graph) -> Matches[Attention]:
     """All attention blocks around a Softmax over the last axis; fused Attention operators are refused."""
-    linears = linears_by_output(graph)
-    traces: dict[Linear, Trace | None] = {}
+    finder = _Finder(linears_by_output(graph), {norm.output: norm for norm in find_norms(graph)})
     found: list[Attention] = []
     refused: list[Refusal] = []
     for node in graph:
-        if node.op_type in _FUSED:
-            refused.append(Refusal(node, f"fused {node.op_type} operator: decompose it first (run canonicalize)"))
-        if not ops.is_op(node, "Softmax"):
+        if node.op_type not in _ANCHORS:
             continue
-        match = _Matcher(node, linears, traces).match()
+        match = finder.match(node)
         if isinstance(match, Attention):
             found.append(match)
         elif match is not None:
@@ -93,78 +95,69 @@ def find_attentions(graph: ir.Graph) -> Matches[Attention]:
     return Matches(tuple(found), tuple(refused))
 
 
-class _Matcher:
-    def __init__(self, softmax: ir.Node, linears: dict[ir.Value, Linear], traces: dict[Linear, Trace | None]) -> None:
-        self.softmax, self.linears, self.traces = softmax, linears, traces
-
-    def match(self) -> Attention | Refusal | None:
-        walk = _find_scores(self.softmax)
-        if walk is None:
-            return None
-        scores, between = walk
-        if not _over_last_axis(self.softmax):
-            return Refusal(self.softmax, "softmax is not over the last axis")
-        found = _find_pv(self.softmax)
-        if found is None:
-            return Refusal(self.softmax, "its probabilities do not go to one MatMul with computed values")
-        pv, slot = found
-        sources = [self._source(v) for v in (scores.inputs[0], scores.inputs[1], pv.inputs[1 - slot])]
-        missing = [name for name, source in zip("qkv", sources, strict=True) if source is None]
-        if missing:
-            return Refusal(self.softmax, f"{' and '.join(missing)} does not come from a linear")
-        q, k, v = (source for source in sources if source is not None)
-        return self._attention(scores, between, pv, 1 - slot, (q, k, v))
-
-    def _source(self, value: ir.Value | None) -> Source | None:
-        return None if value is None else find_source(value, self.linears)
-
-    def _attention(
-        self, scores: ir.Node, between: list[ir.Node], pv: ir.Node, v_slot: int, sources: tuple[Source, Source, Source]
-    ) -> Attention:
-        q, k, v = sources
-        out = self._output(v, pv, v_slot)
-        scaling = [n for s in (q, k) for n in s.scales] + [n for n in between if _scales(n)]
-        return Attention(
-            q=self._projection(q, scores, 0, -1),
-            k=self._projection(k, scores, 1, -2),
-            v=self._projection(v, pv, v_slot, -1 if v_slot else -2),
-            scores=scores,
-            scales=tuple(dict.fromkeys(scaling)),
-            masks=tuple(n for n in between if ops.is_op(n, "Add", "Sub", "Where")),
-            softmax=self.softmax,
-            pv=pv,
-            v_slot=v_slot,
-            out=None if out is None else out[0],
-            out_columns=None if out is None else out[1],
-            has_rope=q.rope or k.rope,
-            has_qk_norm=q.norm or k.norm,
-        )
-
-    def trace_of(self, linear: Linear) -> Trace | None:
-        if linear not in self.traces:
-            self.traces[linear] = trace_linear(linear)
-        return self.traces[linear]
-
-    def _projection(self, source: Source, node: ir.Node, slot: int, axis: int) -> Projection:
-        traced = self.trace_of(source.linear)
-        layouts = [a.layout for a in traced.arrivals if a.node is node and a.slot == slot] if traced is not None else []
-        return Projection(source.linear, head_columns(layouts[0], axis) if layouts else None)
-
-    def _output(self, v: Source, pv: ir.Node, v_slot: int) -> tuple[Linear, NDArray[np.int64]] | None:
-        traced = self.trace_of(v.linear)
-        ends = [] if traced is None else [a for a in traced.arrivals if a.node is pv and a.slot == v_slot]
-        return follow_pv(ends[0].layout, pv) if len(ends) == 1 else None
-
-
 def trace_linear(linear: Linear) -> Trace | None:
-    """Where the output channels of a linear go, through movement and scaling by one number; None if its rank is needed but unknown."""
+    """Where the output channels of a linear go, through movement and scaling by one number; None if a needed rank is unknown."""
     layout = start_layout(linear.output, linear.out_channels, linear.channel_axis)
     return None if layout is None else trace(linear.output, layout, scaling=True)
 
 
-def follow_pv(layout: object, pv: ir.Node) -> tuple[Linear, NDArray[np.int64]] | None:
-    """placeholder"""
-    raise NotImplementedError
+class _Finder:
+    def __init__(self, linears: dict[ir.Value, Linear], norms: dict[ir.Value, Norm]) -> None:
+        self.linears, self.norms = linears, norms
+        self.traces: dict[Linear, Trace | None] = {}
+
+    def match(self, node: ir.Node) -> Attention | Refusal | None:
+        if node.op_type in _FUSED:
+            return Refusal(node, f"fused {node.op_type} operator: decompose it first (run canonicalize)")
+        scores = find_scores(node)
+        if not isinstance(scores, Scores):
+            return scores
+        if not _over_last_axis(node):
+            return Refusal(node, "softmax is not over the last axis")
+        values = find_values(node)
+        if values is None:
+            return Refusal(node, "its probabilities do not go to one MatMul with computed values")
+        return self._with_sources(node, scores, values)
+
+    def _with_sources(self, softmax: ir.Node, scores: Scores, values: Values) -> Attention | Refusal:
+        operands = (*scores.matmul.inputs[:2], values.matmul.inputs[values.slot])
+        sources = [None if v is None else find_source(v, self.linears, self.norms) for v in operands]
+        missing = [name for name, source in zip("qkv", sources, strict=True) if source is None]
+        if missing:
+            return Refusal(softmax, f"{' and '.join(missing)} does not come from a linear")
+        q, k, v = (source for source in sources if source is not None)
+        return self._attention(softmax, scores, values, q, k, v)
+
+    def _attention(self, softmax: ir.Node, scores: Scores, values: Values, q: Source, k: Source, v: Source) -> Attention:
+        v_layout = self._layout(v, values.matmul, values.slot)
+        out = "the channels of v cannot be followed" if v_layout is None else follow_values(v_layout, values)
+        scales = (*q.scales, *k.scales, *scaling_nodes(scores.between))
+        return Attention(
+            q=Projection(q.linear, _columns(self._layout(q, scores.matmul, 0), -1)),
+            k=Projection(k.linear, _columns(self._layout(k, scores.matmul, 1), -2)),
+            v=Projection(v.linear, _columns(v_layout, -1 if values.slot else -2)),
+            scores=scores.matmul,
+            scales=tuple(dict.fromkeys(scales)),
+            masks=tuple(n for n in scores.between if ops.is_op(n, "Add", "Sub", "Where")),
+            softmax=softmax,
+            values=values,
+            out=None if isinstance(out, str) else out[0],
+            out_columns=None if isinstance(out, str) else out[1],
+            out_refusal=out if isinstance(out, str) else None,
+            has_rope=q.rope or k.rope,
+            has_qk_norm=q.norm or k.norm,
+        )
+
+    def _layout(self, source: Source, node: ir.Node, slot: int) -> Layout | None:
+        if source.linear not in self.traces:
+            self.traces[source.linear] = trace_linear(source.linear)
+        traced = self.traces[source.linear]
+        ends = [] if traced is None else [a.layout for a in traced.arrivals if a.node is node and a.slot == slot]
+        return ends[0] if len(ends) == 1 else None
+
+
+def _columns(layout: Layout | None, axis: int) -> NDArray[np.int64] | None:
+    return None if layout is None else head_columns(layout, axis)
 
 
 def _over_last_axis(softmax: ir.Node) -> bool:
@@ -172,19 +165,34 @@ def _over_last_axis(softmax: ir.Node) -> bool:
     return axis == -1 or (known is not None and axis == known - 1)
 
 
-def _scales(node: ir.Node) -> bool:
-    return is_scaling(node, 0) or (ops.is_op(node, "Mul") and is_scaling(node, 1))
+def follow_values(layout: Layout, values: Values) -> tuple[Linear, NDArray[np.int64]] | str:
+    """From V (laid out as `layout` in front of P V) to the output projection: (linear, columns [its in_channels]), or why not."""
+    product = values.matmul.outputs[0]
+    traced = trace(product, _product_layout(layout, values), scaling=True)
+    if traced.outputs:
+        return "the attention output is a graph output"
+    if traced.lost:
+        return traced.lost[0].reason
+    if len(traced.arrivals) != 1:
+        return f"the attention output feeds {len(traced.arrivals)} nodes"
+    end = traced.arrivals[0]
+    linear = match_linear(end.node)
+    if not isinstance(linear, Linear) or end.slot != linear.input_slot:
+        return f"the attention output feeds {label(end.node)}, not a linear"
+    index = end.layout.index(linear.channel_axis)
+    columns = None if index is None else end.layout.columns(index)
+    if columns is None or len(columns) != linear.in_channels:
+        return f"the channels in front of {label(end.node)} cannot be followed"
+    return linear, columns
 
 
-def _find_scores(softmax: ir.Node) -> tuple[ir.Node, list[ir.Node]] | None:
-    """The MatMul of two computed values behind the softmax's input, and the nodes between, nearest to the MatMul first."""
-    raise NotImplementedError
-
-
-def _find_pv(softmax: ir.Node) -> tuple[ir.Node, int] | None:
-    raise NotImplementedError
-
-
-def _unused() -> Iterator[object]:
-    yield match_linear
-    yield label
+def _product_layout(layout: Layout, values: Values) -> Layout:
+    """P V: the batch and channel axes of V stay, its key axis becomes the query axis; size-1 batch axes are broadcast."""
+    sizes = dims(values.matmul.outputs[0])
+    if sizes is not None and len(sizes) > len(layout.axes):
+        layout = replace(layout, axes=((),) * (len(sizes) - len(layout.axes)) + layout.axes)
+    count = len(layout.axes)
+    keys = count - 2 if values.slot else count - 1
+    axes = [axis if axis or i >= count - 2 or not sizes else token(sizes[i]) for i, axis in enumerate(layout.axes)]
+    axes[keys] = token(sizes[keys] if sizes else None)
+    return replace(layout, axes=tuple(axes))

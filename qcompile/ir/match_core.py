@@ -38,9 +38,17 @@ class Matches(Generic[T]):
         return len(self.found)
 
 
+_SHAPE_READERS = frozenset({"Shape", "Size"})
+
+
+def data_uses(value: ir.Value) -> tuple[Site, ...]:
+    """Uses of `value` that read its elements, not only its shape."""
+    return tuple((node, slot) for node, slot in value.uses() if node.domain or node.op_type not in _SHAPE_READERS)
+
+
 def only_use(value: ir.Value) -> Site | None:
-    """The single use of `value` inside its own graph, or None when there are more, none, or it is a graph output."""
-    uses = tuple(value.uses())
+    """The single data use of `value` inside its own graph, or None when there are more, none, or it is a graph output."""
+    uses = data_uses(value)
     if len(uses) != 1 or value.is_graph_output():
         return None
     node, slot = uses[0]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from qcompile.ir.match_shape import Dim
+from qcompile.ir.match_partial import Dim
 
 
 @dataclass(frozen=True)

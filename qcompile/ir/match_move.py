@@ -1,4 +1,7 @@
-"""One step of data movement: the layout of each output of a node, or the reason why the channels are lost."""
+"""One step of data movement: the layout of each output of a node, or the reason why the channels are lost.
+
+Averages over tokens (mean pooling) count as movement: they commute with every per-channel affine map.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import onnx_ir as ir
 from qcompile.ir import ops
 from qcompile.ir.match_core import label
 from qcompile.ir.match_layout import Factor, Layout, cut, reshape, size_of, token
-from qcompile.ir.match_shape import dims, rank, reshape_target, shape_vector
+from qcompile.ir.match_shape import dims, int_vector, rank, reshape_target, shape_vector
 
 Moved = list[tuple[ir.Value, Layout]]
 Step = Moved | str
@@ -223,7 +226,7 @@ def _pad(node: ir.Node, layout: Layout) -> Step:
 
 def padding(node: ir.Node, rank: int | None) -> dict[int, tuple[int, int]] | None:
     """Axis -> (before, after) of a Pad; None when they are not constant.  Negative axes need `rank`."""
-    pads = ops.ints_attr(node, "pads") or ops.const_ints(ops.input_at(node, 1))
+    pads = ops.ints_attr(node, "pads") or int_vector(ops.input_at(node, 1))
     if pads is None:
         return None
     count = len(pads) // 2
@@ -235,7 +238,7 @@ def padding(node: ir.Node, rank: int | None) -> dict[int, tuple[int, int]] | Non
 
 def fills(node: ir.Node) -> float | None:
     """The constant that a Pad writes; None if it writes nothing (all pads 0) or copies (edge, reflect, wrap)."""
-    pads = ops.ints_attr(node, "pads") or ops.const_ints(ops.input_at(node, 1))
+    pads = ops.ints_attr(node, "pads") or int_vector(ops.input_at(node, 1))
     if ops.str_attr(node, "mode", "constant") != "constant" or (pads is not None and not any(p > 0 for p in pads)):
         return None
     value = ops.input_at(node, 2)
@@ -261,14 +264,34 @@ def _tile(node: ir.Node, layout: Layout) -> Step:
     return [(node.outputs[0], replace(layout, axes=tuple(axes)))]
 
 
+def _mean(node: ir.Node, layout: Layout) -> Step:
+    axes = ops.ints_attr(node, "axes") or ops.const_ints(ops.input_at(node, 1))
+    if layout.rank is None or not axes:
+        return _lost(node, "averages over unknown axes")
+    places = {a % layout.rank for a in axes}
+    if any(layout.holds_channels(i) for i in places):
+        return _lost(node, "averages over the channels")
+    keep = bool(ops.int_attr(node, "keepdims", 1))
+    kept = (() if i in places else a for i, a in enumerate(layout.axes) if keep or i not in places)
+    return [(node.outputs[0], replace(layout, axes=tuple(kept)))]
+
+
+def _global_pool(node: ir.Node, layout: Layout) -> Step:
+    if layout.rank is None or any(layout.holds_channels(i) for i in range(2, layout.rank)):
+        return _lost(node, "averages over the channels")
+    return [(node.outputs[0], replace(layout, axes=layout.axes[:2] + ((),) * (layout.rank - 2)))]
+
+
 _HANDLERS: dict[str, Callable[[ir.Node, Layout], Step]] = {
     "Cast": _cast,
     "Dropout": _same,
     "Expand": _expand,
     "Flatten": _flatten,
     "Gather": _gather,
+    "GlobalAveragePool": _global_pool,
     "Identity": _same,
     "Pad": _pad,
+    "ReduceMean": _mean,
     "Reshape": _reshape,
     "Slice": _slice,
     "Split": _split,

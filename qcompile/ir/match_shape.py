@@ -1,15 +1,13 @@
-"""What is known about a shape without running anything: dimensions, and the targets of Reshape and Expand."""
+"""What is known about shapes without running anything: dimensions, and integer vectors computed from them."""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
 from qcompile.ir import ops
+from qcompile.ir.match_partial import Dim, partial_value
 
-Dim = int | str | None
-"""A size, the name of a symbolic size, or unknown."""
-
-_MAX_DEPTH = 8
+_MAX_NODES = 24
 
 
 def dims(value: ir.Value | None) -> tuple[Dim, ...] | None:
@@ -21,13 +19,32 @@ def dims(value: ir.Value | None) -> tuple[Dim, ...] | None:
 
 def rank(value: ir.Value | None) -> int | None:
     """Number of axes of `value`, or None when unknown."""
-    shape = dims(value)
+    if value is not None and value.shape is not None:
+        return len(value.shape)
+    shape = ops.static_shape(value)
     return None if shape is None else len(shape)
+
+
+def shape_vector(value: ir.Value | None) -> tuple[Dim, ...] | None:
+    """Elements of an integer vector (or scalar) made from shapes and constants, None for unknown ones; None if not a vector."""
+    array = None if value is None else partial_value(value)
+    return None if array is None or array.ndim > 1 else tuple(array.reshape(-1).tolist())
+
+
+def int_vector(value: ir.Value | None) -> tuple[int, ...] | None:
+    """`shape_vector` when every element is known, else None."""
+    vector = shape_vector(value)
+    if vector is None:
+        return None
+    known = tuple(v for v in vector if isinstance(v, int))
+    return known if len(known) == len(vector) else None
 
 
 def reshape_target(node: ir.Node) -> tuple[Dim, ...] | None:
     """Output dimensions of a Reshape or Expand, from inferred shapes and from its target vector; None if the rank is unknown."""
     inferred = dims(node.outputs[0])
+    if inferred is not None and all(isinstance(d, int) for d in inferred):
+        return inferred
     target = shape_vector(ops.input_at(node, 1))
     if target is None:
         return inferred
@@ -51,14 +68,13 @@ def _resolve(target: tuple[Dim, ...], source: tuple[Dim, ...] | None, allowzero:
 
 
 def _rest(target: list[Dim], hole: int, source: tuple[Dim, ...] | None) -> Dim:
-    others = [d for i, d in enumerate(target) if i != hole]
+    """The size that -1 stands for: what is left of the source's sizes, if it is known."""
     if source is None:
         return None
-    left = list(source)
-    for dim in [d for d in others if isinstance(d, str)]:
-        if dim in left:
-            left.remove(dim)
-            others.remove(dim)
+    others, left = [d for i, d in enumerate(target) if i != hole], list(source)
+    for name in [d for d in others if isinstance(d, str) and d in left]:
+        left.remove(name)
+        others.remove(name)
     if not all(isinstance(d, int) and d > 0 for d in (*others, *left)):
         return None
     return _product(left) // _product(others)
@@ -71,54 +87,27 @@ def _product(values: list[Dim]) -> int:
     return total
 
 
-def shape_vector(value: ir.Value | None, depth: int = 0) -> tuple[Dim, ...] | None:
-    """Elements of an integer vector (or scalar) computed from shapes and constants; None if its length is unknown."""
-    constant = ops.const_ints(value)
-    if constant is not None:
-        return constant
-    node = None if value is None else value.producer()
-    if node is None or depth > _MAX_DEPTH or node.domain:
-        return _unknown(value)
-    match node.op_type:
-        case "Shape":
-            return _slice_of_shape(node)
-        case "Concat":
-            return _concat(node, depth)
-        case "Gather":
-            return _gather(node, depth)
-        case "Unsqueeze" | "Squeeze" | "Cast" | "Identity" | "Reshape":
-            return shape_vector(node.inputs[0], depth + 1)
-        case _:
-            return _unknown(value)
-
-
-def _unknown(value: ir.Value | None) -> tuple[Dim, ...] | None:
+def is_number(value: ir.Value | None) -> bool:
+    """True for a one-element value that is constant or made from shapes and constants only (1/sqrt(head_dim), unfolded)."""
+    if ops.const_scalar(value) is not None:
+        return True
     shape = ops.static_shape(value)
-    if shape is None or len(shape) > 1 or None in shape:
-        return None
-    return (None,) * (int(shape[0] or 0) if shape else 1)
+    if value is None or shape is None or any(d != 1 for d in shape):
+        return False
+    return _made_from_shapes(value)
 
 
-def _slice_of_shape(node: ir.Node) -> tuple[Dim, ...] | None:
-    shape = dims(node.inputs[0])
-    if shape is None:
-        return None
-    end = node.attributes.get("end")
-    return shape[ops.int_attr(node, "start", 0) : None if end is None else end.as_int()]
-
-
-def _concat(node: ir.Node, depth: int) -> tuple[Dim, ...] | None:
-    parts = [shape_vector(v, depth + 1) for v in node.inputs]
-    if any(p is None for p in parts):
-        return None
-    return tuple(d for p in parts if p is not None for d in p)
-
-
-def _gather(node: ir.Node, depth: int) -> tuple[Dim, ...] | None:
-    indices = ops.const_ints(ops.input_at(node, 1))
-    if indices is None:
-        return _unknown(node.outputs[0])
-    source = shape_vector(node.inputs[0], depth + 1)
-    if source is None or any(not -len(source) <= i < len(source) for i in indices):
-        return (None,) * len(indices)
-    return tuple(source[i] for i in indices)
+def _made_from_shapes(value: ir.Value) -> bool:
+    stack: list[ir.Value | None] = [value]
+    for _ in range(_MAX_NODES):
+        if not stack:
+            return True
+        found = stack.pop()
+        if found is None or ops.is_const(found):
+            continue
+        node = found.producer()
+        if node is None:
+            return False
+        if not ops.is_op(node, "Shape", "Size"):
+            stack.extend(node.inputs)
+    return False

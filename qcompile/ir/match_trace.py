@@ -8,12 +8,10 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from qcompile.ir import ops
-from qcompile.ir.match_core import label
+from qcompile.ir.match_core import data_uses, label
 from qcompile.ir.match_layout import Layout, channels, token
 from qcompile.ir.match_move import can_step, concat_index, fills, step
-from qcompile.ir.match_shape import dims, rank
-
-_SHAPE_READERS = frozenset({"Shape", "Size"})
+from qcompile.ir.match_shape import dims, is_number, rank
 
 
 @dataclass(frozen=True)
@@ -67,10 +65,10 @@ def trace(value: ir.Value, layout: Layout, *, scaling: bool = False) -> Trace:
 
 
 def is_scaling(node: ir.Node, slot: int = 0) -> bool:
-    """True for Mul(x, c), Mul(c, x) and Div(x, c) with a one-element constant c and x at `slot`."""
+    """True for Mul(x, c), Mul(c, x) and Div(x, c) with one number c, constant or made from shapes, and x at `slot`."""
     if ops.is_op(node, "Mul"):
-        return ops.const_scalar(node.inputs[1 - slot]) is not None
-    return ops.is_op(node, "Div") and slot == 0 and ops.const_scalar(node.inputs[1]) is not None
+        return is_number(node.inputs[1 - slot])
+    return ops.is_op(node, "Div") and slot == 0 and is_number(node.inputs[1])
 
 
 class _Tracer:
@@ -97,15 +95,13 @@ class _Tracer:
             layout = layout.closed(known) or layout
         if value.is_graph_output():
             self.outputs.append((value, layout))
-        for node, slot in value.uses():
+        for node, slot in data_uses(value):
             if node.graph is not value.graph:
                 self.lost.append(Lost(node, layout, f"{label(node)} reads it inside a subgraph"))
             else:
                 self._use(node, slot, layout)
 
     def _use(self, node: ir.Node, slot: int, layout: Layout) -> None:
-        if node.domain == "" and node.op_type in _SHAPE_READERS:
-            return
         if ops.is_op(node, "Concat"):
             self._join(node, slot, layout)
         elif can_step(node, slot):

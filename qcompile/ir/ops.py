@@ -5,6 +5,8 @@ Small pure functions on `onnx_ir` nodes; nothing here edits a graph.
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
@@ -45,17 +47,17 @@ _CONSTANT_LISTS = {"value_float": np.float32, "value_floats": np.float32, "value
 
 def is_op(node: ir.Node | None, *op_types: str) -> bool:
     """True if `node` is one of the standard-domain operators `op_types`."""
-    return node is not None and node.domain == "" and node.op_type in op_types
+    return node is not None and node.op_type in op_types and node.domain == ""
 
 
 def is_compute(node: ir.Node) -> bool:
     """True for the GEMM and convolution class: MatMul, Gemm, Conv, ConvTranspose."""
-    return node.domain == "" and node.op_type in COMPUTE_OPS
+    return node.op_type in COMPUTE_OPS and node.domain == ""
 
 
 def is_data_movement(node: ir.Node) -> bool:
     """True if every output element is a copy of an input element (or a pad constant)."""
-    return node.domain == "" and node.op_type in MOVEMENT_OPS
+    return node.op_type in MOVEMENT_OPS and node.domain == ""
 
 
 def int_attr(node: ir.Node, name: str, default: int) -> int:
@@ -110,9 +112,7 @@ def const_value(value: ir.Value | None) -> ir.TensorProtocol | None:
     if source.const_value is not None:
         return source.const_value
     producer = source.producer()
-    if not is_op(producer, "Constant") or producer is None:
-        return None
-    return _constant_tensor(producer)
+    return _constant_tensor(producer) if producer is not None and is_op(producer, "Constant") else None
 
 
 def _constant_tensor(node: ir.Node) -> ir.TensorProtocol | None:
@@ -120,7 +120,7 @@ def _constant_tensor(node: ir.Node) -> ir.TensorProtocol | None:
         if attr.is_ref():
             return None
         if name == "value":
-            return attr.as_tensor()
+            return cast(ir.TensorProtocol, attr.value)  # as_tensor() costs 0.2 ms: it checks a runtime protocol
         if name in _CONSTANT_LISTS:
             return ir.tensor(np.asarray(attr.value, dtype=_CONSTANT_LISTS[name]))
     return None
@@ -140,7 +140,7 @@ def const_array(value: ir.Value | None) -> NDArray | None:
 def const_scalar(value: ir.Value | None) -> float | None:
     """The only element of a one-element numeric constant (any rank), or None."""
     tensor = const_value(value)
-    if tensor is None or tensor.size != 1 or tensor.dtype == ir.DataType.STRING:
+    if tensor is None or any(dim != 1 for dim in static_shape(value) or ()) or tensor.dtype == ir.DataType.STRING:
         return None
     return float(tensor.numpy().reshape(-1)[0])
 
@@ -148,7 +148,7 @@ def const_scalar(value: ir.Value | None) -> float | None:
 def const_ints(value: ir.Value | None) -> tuple[int, ...] | None:
     """An integer constant of rank 0 or 1 as a tuple, or None."""
     tensor = const_value(value)
-    if tensor is None or len(tensor.shape) > 1 or not tensor.dtype.is_integer():
+    if tensor is None or not tensor.dtype.is_integer() or len(static_shape(value) or ()) > 1:
         return None
     return tuple(int(v) for v in tensor.numpy().reshape(-1))
 
@@ -157,10 +157,11 @@ def static_shape(value: ir.Value | None) -> tuple[int | None, ...] | None:
     """Known dimensions of `value` (None for a symbolic one), or None when the rank is unknown."""
     if value is None:
         return None
-    tensor = const_value(value)
-    if tensor is not None:
-        return tuple(int(str(dim)) for dim in tensor.shape)
-    return None if value.shape is None else tuple(dim if isinstance(dim, int) else None for dim in value.shape)
+    shape = value.shape
+    if shape is None:
+        tensor = const_value(value)
+        return None if tensor is None else tuple(int(str(dim)) for dim in tensor.shape)
+    return tuple(dim if isinstance(dim, int) else None for dim in shape)
 
 
 # ---- weights and channels -----------------------------------------------------------------------------------------
@@ -179,8 +180,7 @@ def weight_slot(node: ir.Node) -> int | None:
 
 
 def _is_weight(value: ir.Value | None) -> bool:
-    tensor = const_value(value)
-    return tensor is not None and len(tensor.shape) >= 2
+    return is_const(value) and len(static_shape(value) or ()) >= 2
 
 
 def activation_slot(node: ir.Node) -> int:
@@ -250,6 +250,4 @@ def _weight(node: ir.Node) -> tuple[int, int]:
     slot = weight_slot(node)
     if slot is None:
         raise ModelError(f"{node.op_type} node {node.name!r} has no constant weight: call weight_slot() first")
-    tensor = const_value(node.inputs[slot])
-    assert tensor is not None
-    return slot, len(tensor.shape)
+    return slot, len(static_shape(node.inputs[slot]) or ())

@@ -6,7 +6,7 @@ re-attaches the metadata by name, refuses 4-bit graphs, and sends large weights 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal, TypeVar
@@ -95,18 +95,6 @@ def import_graph(graph: gs.Graph, like: Model) -> tuple[Model, list[str]]:
     return model, _reattach(model, like)
 
 
-def fingerprint(graph: gs.Graph) -> bytes:
-    """Bytes that two graphs made from one model share exactly if they export to the same model.
-
-    An untouched placeholder counts as equal without reading its weights.
-
-    Raises:
-        ModelError: graphsurgeon cannot export the graph.
-    """
-    proto, travelling = _export(graph)
-    return proto.SerializeToString(deterministic=True) + repr([id(t) for t in travelling]).encode()
-
-
 class _MappedValues(LazyValues):
     """A large weight on its way through graphsurgeon: never read unless the user's function touches it."""
 
@@ -138,7 +126,7 @@ def _refuse_four_bit(model: Model) -> None:
 def _placeholder(tensor: ir.TensorProtocol, register: list[ir.TensorProtocol]) -> ir.TensorProtocol:
     register.append(tensor)
     location = f"{_PREFIX}{len(register) - 1}"
-    return ir.ExternalTensor(location, None, None, tensor.dtype, shape=ir.Shape(tensor.shape), name=str(tensor.name))
+    return ir.ExternalTensor(location, None, None, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=str(tensor.name))
 
 
 def _restore(tensor: ir.TensorProtocol, register: list[ir.TensorProtocol]) -> ir.TensorProtocol:
@@ -148,12 +136,12 @@ def _restore(tensor: ir.TensorProtocol, register: list[ir.TensorProtocol]) -> ir
 
 
 def _fill(constant: gs.Constant, large: list[ir.TensorProtocol]) -> None:
-    lazy = constant._values
+    lazy = vars(constant)["_values"]
     if not isinstance(lazy, LazyValues) or not lazy.tensor.external_data:
         return
     location = lazy.tensor.external_data[0].value
-    constant._values = _MappedValues(large[int(location[len(_PREFIX) :])], lazy)
-    constant.data_location = None
+    constant.values = _MappedValues(large[int(location[len(_PREFIX) :])], lazy)
+    vars(constant)["data_location"] = None  # else a value that the user sets is exported as if it lay in a file
 
 
 def _constants(graph: gs.Graph) -> Iterator[gs.Constant]:
@@ -164,7 +152,7 @@ def _constants(graph: gs.Graph) -> Iterator[gs.Constant]:
 
 
 @contextmanager
-def _recording() -> Iterator[list[ir.TensorProtocol]]:
+def _recording() -> Generator[list[ir.TensorProtocol]]:
     travelling: list[ir.TensorProtocol] = []
     token = _travelling.set(travelling)
     try:
@@ -178,7 +166,7 @@ def _export(graph: gs.Graph) -> tuple[onnx.ModelProto, list[ir.TensorProtocol]]:
         with _recording() as travelling:
             return gs.export_onnx(graph), travelling
     except Exception as e:
-        raise ModelError(f"graphsurgeon cannot export the graph ({e}); give every graph input and output a dtype and shape") from e
+        raise ModelError(f"graphsurgeon cannot export the graph ({e}); give every graph input and output a dtype") from e
 
 
 def _reattach(model: Model, like: Model) -> list[str]:
@@ -223,11 +211,12 @@ def _values(model: ir.Model) -> Iterator[ir.Value]:
 
 
 def _uncarried(old: ir.Model) -> list[str]:
-    remarks: list[str] = []
-    for function in old.functions.values():
-        if any(node.metadata_props or node.doc_string for node in function.all_nodes()):
-            remarks.append(f"metadata inside function {function.name!r} dropped: graphsurgeon does not carry it")
-    for value in old.graph.inputs:
-        if value.shape is not None and any(value.shape.get_denotation(i) for i in range(len(value.shape))):
-            remarks.append(f"dimension denotations of input {value.name!r} dropped: graphsurgeon does not carry them")
-    return remarks
+    inside = [f.name for f in old.functions.values() if any(n.metadata_props or n.doc_string for n in f.all_nodes())]
+    denoted = [v.name for v in old.graph.inputs if _has_denotation(v)]
+    remarks = [f"metadata inside function {name!r} dropped: graphsurgeon does not carry it" for name in inside]
+    return remarks + [f"dimension denotations of input {name!r} dropped: graphsurgeon does not carry them" for name in denoted]
+
+
+def _has_denotation(value: ir.Value) -> bool:
+    shape = value.shape
+    return shape is not None and any(shape.get_denotation(i) for i in range(len(shape)))

@@ -6,7 +6,7 @@ Everything here returns a float64 pair (lo, hi) for `affine.qparams_from_range`,
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,7 +57,7 @@ def percentile(hist: HasCounts, p: float, symmetric: bool = False) -> tuple[F64,
     if symmetric:
         top = _absolute_quantile(hist, p / 100)
         return np.asarray(-top), np.asarray(top)
-    lo, hi = (_quantile(hist, q) for q in (1 - p / 100, p / 100))
+    lo, hi = _quantile(hist, 1 - p / 100, "right"), _quantile(hist, p / 100, "left")
     return np.clip(lo, hist.lo, hist.hi), np.clip(hi, hist.lo, hist.hi)
 
 
@@ -116,11 +116,13 @@ def _require_values(hist: HasCounts) -> None:
         raise ValueError("the histogram is empty: nothing was observed")
 
 
-def _quantile(hist: HasCounts, q: float) -> F64:
-    cumulative = np.concatenate([[0], np.cumsum(hist.counts)]).astype(np.float64)
-    distinct = np.concatenate([[True], np.diff(cumulative) > 0])
-    # A run of empty bins is a flat stretch: its two ends are equally right, the inner one clips more.
-    return np.asarray(np.interp(q * cumulative[-1], cumulative[distinct], hist.edges[distinct]))
+def _quantile(hist: HasCounts, q: float, side: Literal["left", "right"]) -> F64:
+    """The value below which the share q lies; over a run of empty bins its lower end (`left`) or upper end (`right`)."""
+    cumulative = np.cumsum(hist.counts)
+    target = q * cumulative[-1]
+    i = min(int(np.searchsorted(cumulative, target, side)), len(cumulative) - 1)
+    inside = 1 - (cumulative[i] - target) / hist.counts[i] if hist.counts[i] else 1.0
+    return np.asarray(hist.edges[i] + max(0.0, inside) * (hist.edges[i + 1] - hist.edges[i]))
 
 
 def _absolute_quantile(hist: HasCounts, q: float) -> float:

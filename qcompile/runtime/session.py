@@ -27,6 +27,9 @@ _LEVELS: dict[Optimize, ort.GraphOptimizationLevel] = {
     "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
 _FATAL = 4
+_CODE_LOCATION = re.compile(r"\S*/\S+\.(?:cc|h|cpp):\d+ [^ ]+(?:\([^)]*\))?(?: const)? ?")
+_NOISE = re.compile(r"Stacktrace|#\d|0x|\*+|\[?/|={3}|Please fix")
+_STATUS = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
 _MAX_BYTES = 2**31 - 1
 
 
@@ -144,12 +147,10 @@ def batch_length(feeds: dict[str, NDArray[Any]]) -> int:
 
 def meaningful_line(error: Exception) -> str:
     """The last line of an ONNX Runtime message that says something, without code locations and stack frames."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    telling = [line for line in lines if line and not re.match(r"^(Stacktrace|#\d|0x|\*+|\[?/|={3}|Please fix)", line)]
-    last = telling[-1] if telling else type(error).__name__
-    last = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", last)
-    last = re.sub(r"\S*/\S+\.(cc|h|cpp):\d+ [^ ]+(\([^)]*\))?( const)? ?", "", last)
-    return last.rstrip(" .;") or type(error).__name__
+    lines = [_CODE_LOCATION.sub("", line.strip()) for line in str(error).splitlines()]
+    telling = [line for line in lines if line and not _NOISE.match(line)]
+    last = _STATUS.sub("", telling[-1]).rstrip(" .;") if telling else ""
+    return last or type(error).__name__
 
 
 def _why_no_cuda() -> str | None:

@@ -15,12 +15,27 @@ from onnx import NodeProto, TensorProto, numpy_helper
 from qcompile.errors import ModelError
 
 MOVEMENT_OPS = frozenset(
-    "Transpose Reshape Squeeze Unsqueeze Slice Split Identity Expand Flatten Cast MaxPool Gather DepthToSpace SpaceToDepth".split()
+    [
+        "Transpose",
+        "Reshape",
+        "Squeeze",
+        "Unsqueeze",
+        "Slice",
+        "Split",
+        "Identity",
+        "Expand",
+        "Flatten",
+        "Cast",
+        "MaxPool",
+        "Gather",
+        "DepthToSpace",
+        "SpaceToDepth",
+    ]
 )
 QUANTIZE_OPS = frozenset({"QuantizeLinear"})
 DEQUANTIZE_OPS = frozenset({"DequantizeLinear"})
 WEIGHTED_OPS = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm"})
-LOW_TYPES = {
+LOW_TYPES: dict[int, str] = {
     TensorProto.INT8: "int8",
     TensorProto.UINT8: "uint8",
     TensorProto.INT4: "int4",
@@ -96,6 +111,13 @@ class GraphView:
         return found | {t.name: len(t.dims) for t in graph.initializer}
 
     @cached_property
+    def static_names(self) -> frozenset[str]:
+        """Tensors whose every axis has a known size."""
+        graph = self._inferred.graph
+        infos = [v for v in (*graph.value_info, *graph.input, *graph.output) if v.type.tensor_type.HasField("shape")]
+        return frozenset(v.name for v in infos if all(d.dim_value > 0 for d in v.type.tensor_type.shape.dim))
+
+    @cached_property
     def _inferred(self) -> onnx.ModelProto:
         try:
             return onnx.shape_inference.infer_shapes(self.model)
@@ -118,9 +140,16 @@ class GraphView:
         return next((a.t for a in node.attribute if a.name == "value"), None)
 
     def constant(self, name: str) -> NDArray[np.generic] | None:
-        """The value behind `name`, or None if it is not constant."""
+        """The value behind `name`, or None if it is not constant.
+
+        Raises:
+            ModelError: its external data cannot be read.
+        """
         proto = self.constant_proto(name)
-        return None if proto is None else numpy_helper.to_array(proto, self._base_dir)
+        try:
+            return None if proto is None else numpy_helper.to_array(proto, self._base_dir)
+        except (OSError, ValueError, onnx.checker.ValidationError) as error:
+            raise ModelError(f"the value of {name!r} cannot be read ({error}); put the external data beside the model") from error
 
     def is_constant(self, name: str) -> bool:
         """Whether `name` is computed from initializers and Constant nodes only (through casts, Q/DQ, movement)."""
@@ -149,11 +178,26 @@ class GraphView:
 
     def _declared_type(self, dq: NodeProto) -> str | None:
         q = self.producer.get(dq.input[0])
-        if q is None or q.op_type not in QUANTIZE_OPS:
-            return None
+        return None if q is None or q.op_type not in QUANTIZE_OPS else self.output_type(q)
+
+    def output_type(self, q: NodeProto) -> str | None:
+        """The code type that a QuantizeLinear writes: its zero point's, else `output_dtype`, else uint8."""
         if len(q.input) > 2 and q.input[2]:
             return LOW_TYPES.get(self.elem_types.get(q.input[2], 0))
         return LOW_TYPES.get(int(attribute(q, "output_dtype", 0)) or TensorProto.UINT8)
+
+    def axis_after(self, name: str, axis: int) -> int | None:
+        """Where `axis` of the tensor behind `name` (before data movement) lies in `name`; None after a reshape."""
+        node = self.producer.get(name)
+        if node is None or node.op_type not in MOVEMENT_OPS:
+            return axis
+        before = self.axis_after(node.input[0], axis)
+        if before is None or node.op_type in ("Identity", "Cast", "Slice", "MaxPool"):
+            return before
+        if node.op_type == "Transpose":
+            perm = int_list(node, "perm", [])
+            return perm.index(before) if before in perm else None
+        return None
 
     def of_type(self, *op_types: str) -> Iterator[NodeProto]:
         """Nodes of the default domain with one of `op_types`, in graph order."""

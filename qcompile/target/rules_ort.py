@@ -1,0 +1,53 @@
+"""Rules of ONNX Runtime's CPU provider (fact sheet A2, C3; feasibility probe 7)."""
+
+from __future__ import annotations
+
+from onnx import NodeProto
+
+from qcompile.target.findings import Context, Hits, Operand
+
+LAST_GOOD_OPSET = 20
+
+
+def int8_matmul_add(c: Context) -> Hits:
+    """From opset 21 on, ORT 1.31 turns an int8 MatMul of fixed 3-D shape + constant Add into a Gemm with a uint8 zero point.
+
+    Measured over 576 forms: fails exactly when the activation is int8 with an explicit zero point and every axis is fixed.
+    """
+    if c.view.opset() <= LAST_GOOD_OPSET:
+        return
+    for site in c.sites:
+        if site.node.op_type == "MatMul" and site.weight is not None and any(_signed_static(c, o) for o in site.activations):
+            bias = next((n for n, slot in c.view.consumers.get(site.node.output[0], []) if _constant_add(c, n, slot)), None)
+            if bias is not None:
+                yield (
+                    site.node.name,
+                    f"ONNX Runtime 1.31 fuses this MatMul and {bias.name} wrongly (opset {c.view.opset()}) and fails to load",
+                )
+
+
+def _signed_static(c: Context, operand: Operand) -> bool:
+    name = operand.dq.output[0]
+    explicit = len(operand.dq.input) > 2 and bool(operand.dq.input[2])
+    return operand.type_name == "int8" and explicit and name in c.view.static_names and c.view.ranks.get(name, 0) >= 3
+
+
+def _constant_add(c: Context, node: NodeProto, slot: int) -> bool:
+    return node.op_type == "Add" and c.view.is_constant(node.input[1 - slot])
+
+
+def slow_pairing(c: Context) -> Hits:
+    """int8 activations with uint8 weights have no integer kernel."""
+    for site in c.sites:
+        kinds = [(o.type_name, o.constant) for o in site.operands]
+        if ("int8", False) in kinds and ("uint8", True) in kinds:
+            yield site.node.name, "int8 activations with uint8 weights have no integer kernel, so this runs in float"
+
+
+def simulated_codes(c: Context) -> Hits:
+    """16-bit and fp8 codes are dequantized in front of a float kernel."""
+    integer = {"int8", "uint8", "int4", "uint4", "int32"}
+    for node in c.quantizers:
+        kind = c.code_type(node)
+        if node.op_type == "DequantizeLinear" and kind is not None and kind not in integer:
+            yield node.name, f"{kind} codes are simulated: ONNX Runtime dequantizes them and computes in float"

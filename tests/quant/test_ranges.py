@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
+
+from qcompile.calib.observers import AbsMax, Histogram, MinMax
+from qcompile.quant.affine import fake_quant, qparams_from_range
+from qcompile.quant.qtype import INT8, UINT8, QType, simulated_int
+from qcompile.quant.ranges import minmax, mse, percentile, weight_mse_scale
+from qcompile.quant.spec import PerAxis, PerBlock, PerTensor, QParams
+
+INT4 = simulated_int(4)
+
+
+def error(x: NDArray[Any], lo: Any, hi: Any, qtype: QType, symmetric: bool) -> float:
+    return float(np.square(fake_quant(x, qparams_from_range(lo, hi, qtype, symmetric), qtype) - x).sum())
+
+
+def heavy(n: int = 20000, seed: int = 0) -> NDArray[np.float32]:
+    return np.random.default_rng(seed).standard_t(3, n).astype(np.float32)
+
+
+def test_minmax_of_any_statistic() -> None:
+    x = np.array([-3.0, 1.0, 2.0], np.float32)
+    assert minmax(MinMax().observe(x)) == (-3, 2)
+    assert minmax(AbsMax().observe(x)) == (-3, 3)
+    assert minmax(Histogram().observe(x)) == (-3, 2)
+
+
+@settings(deadline=None)
+@given(x=hnp.arrays(np.float32, st.integers(1, 300), elements=st.floats(-100, 100, width=32)), p=st.floats(60, 100))
+def test_percentile_cuts_the_share_within_a_bin(x: NDArray[Any], p: float) -> None:
+    hist = Histogram(256).observe(x)
+    width = float(hist.edges[1] - hist.edges[0])
+    lo, hi = percentile(hist, p)
+    assert x.min() <= lo <= hi + width
+    assert hi <= x.max()
+    assert np.mean(x > hi + width) <= (1 - p / 100) + 1e-9
+    assert np.mean(x < lo - width) <= (1 - p / 100) + 1e-9
+    _, top = percentile(hist, p, symmetric=True)
+    assert np.mean(np.abs(x) > top + width) <= (1 - p / 100) + 1e-9
+
+
+def test_percentile_agrees_with_numpy_on_many_values() -> None:
+    x = np.random.default_rng(0).normal(size=100_000).astype(np.float32)
+    hist = Histogram().observe(x)
+    lo, hi = percentile(hist, 99.9)
+    np.testing.assert_allclose([lo, hi], np.percentile(x, [0.1, 99.9]), atol=0.02)
+    np.testing.assert_allclose(percentile(hist, 99.9, symmetric=True)[1], np.percentile(np.abs(x), 99.9), atol=0.02)
+
+
+def test_percentile_100_is_minmax() -> None:
+    hist = Histogram().observe(heavy())
+    assert percentile(hist, 100) == minmax(hist)
+    assert percentile(hist, 100, symmetric=True)[1] == max(-hist.lo, hist.hi)
+
+
+def test_percentile_of_one_sided_data_stays_one_sided() -> None:
+    lo, hi = percentile(Histogram().observe(np.abs(heavy())), 99)
+    assert 0 <= lo < hi
+
+
+def test_percentile_is_checked() -> None:
+    with pytest.raises(ValueError, match=r"\(50, 100\], got 1"):
+        percentile(Histogram().observe(heavy()), 1)
+    with pytest.raises(ValueError, match="empty"):
+        percentile(Histogram().empty(), 99)
+
+
+@pytest.mark.parametrize(("qtype", "symmetric"), [(INT8, True), (INT4, True), (UINT8, False), (INT4, False)])
+def test_mse_is_near_the_best_of_a_dense_search(qtype: QType, symmetric: bool) -> None:
+    x = heavy() + (0 if symmetric else 1.5)
+    x = x.astype(np.float32)
+    lo, hi = mse(Histogram().observe(x), qtype, symmetric)
+    found = error(x, lo, hi, qtype, symmetric)
+    ratios = np.linspace(0.02, 1, 60)
+    if symmetric:
+        dense = min(error(x, -t, t, qtype, True) for t in np.abs(x).max() * ratios)
+    else:
+        dense = min(error(x, x.min() * a, x.max() * b, qtype, False) for a in ratios[::3] for b in ratios[::3])
+    assert found <= 1.05 * dense
+    assert found <= error(x, x.min(), x.max(), qtype, symmetric)
+
+
+def test_mse_of_trivial_data() -> None:
+    lo, hi = mse(Histogram().observe(np.zeros(10, np.float32)), INT8)
+    assert (lo, hi) == (0, 0)
+    lo, hi = mse(Histogram().observe(np.full(10, 3.0, np.float32)), UINT8, symmetric=False)
+    assert lo == 0
+    assert hi == pytest.approx(3, rel=0.1)
+
+
+@settings(deadline=None, max_examples=40)
+@given(w=hnp.arrays(np.float32, (5, 12), elements=st.floats(-10, 10, width=32)), axis=st.sampled_from([0, 1, -1]))
+@pytest.mark.parametrize("qtype", [INT8, INT4], ids=lambda q: q.name)
+def test_weight_search_never_loses_to_minmax(qtype: QType, w: NDArray[Any], axis: int) -> None:
+    channels = PerAxis(axis % 2)
+    stat = MinMax(axis).observe(w)
+    best = QParams(weight_mse_scale(w, qtype, axis), np.zeros(w.shape[axis], np.int64))
+    plain = qparams_from_range(stat.lo, stat.hi, qtype)
+    ours, theirs = (np.square(fake_quant(w, q, qtype, channels) - w).sum(1 - axis % 2) for q in (best, plain))
+    assert (ours <= theirs * (1 + 1e-5) + 1e-12).all()
+
+
+@pytest.mark.parametrize("granularity", [PerTensor(), PerAxis(1), PerBlock(0, 8), PerBlock(1, 5)], ids=str)
+def test_weight_search_by_granularity(granularity: Any) -> None:
+    w = heavy(16 * 12).reshape(16, 12)
+    scale = weight_mse_scale(w, INT4, granularity)
+    q = QParams(scale, np.zeros(scale.shape, np.int64))
+    assert np.square(fake_quant(w, q, INT4, granularity) - w).sum() < np.square(w).sum()
+
+
+def test_importance_moves_the_scale() -> None:
+    w = heavy(64 * 8).reshape(64, 8)
+    w[0] = 30
+    importance = np.ones((64, 1))
+    importance[0] = 1e4
+    plain, weighted = weight_mse_scale(w, INT4, 1), weight_mse_scale(w, INT4, 1, importance)
+    assert (weighted > plain).all()
+
+
+def test_weight_search_is_fast() -> None:
+    w = heavy(1000 * 4096).reshape(1000, 4096)
+    start = time.perf_counter()
+    weight_mse_scale(w, INT8, 0)
+    assert time.perf_counter() - start < 5

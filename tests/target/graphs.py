@@ -1,0 +1,190 @@
+"""Tiny Q/DQ graphs: one weighted operator (or one attention block) with every knob of the behaviour matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+
+TYPES = {
+    "int8": TensorProto.INT8,
+    "uint8": TensorProto.UINT8,
+    "int4": TensorProto.INT4,
+    "int16": TensorProto.INT16,
+    "float8e4m3fn": TensorProto.FLOAT8E4M3FN,
+    "float8e5m2": TensorProto.FLOAT8E5M2,
+    "int32": TensorProto.INT32,
+}
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the one operator is quantized; the defaults are legal everywhere."""
+
+    op: str = "Conv"
+    activation: str | None = "int8"
+    weight: str | None = "int8"
+    weight_axis: int | None = None
+    per_channel: bool = True
+    activation_axis: int | None = None
+    zero_point: int = 0
+    scale: float = 0.05
+    scale_type: int = TensorProto.FLOAT16
+    body: int = TensorProto.FLOAT16
+    int32_bias: bool = False
+    trans_b: bool = False
+    block: int = 0
+    computed_scale: bool = False
+    opset: int = 21
+
+    def but(self, **changes: object) -> Form:
+        """A copy with some fields changed."""
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+
+SHAPES = {
+    "Conv": ([1, 32, 8, 8], [32, 32, 3, 3]),
+    "ConvTranspose": ([1, 32, 8, 8], [32, 32, 2, 2]),
+    "MatMul": ([4, 64], [64, 32]),
+}
+AXES = {"Conv": 0, "ConvTranspose": 1, "MatMul": 1}
+
+
+class Builder:
+    """Collects nodes and initializers of one graph."""
+
+    def __init__(self) -> None:
+        self.nodes: list[NodeProto] = []
+        self.initializers: list[TensorProto] = []
+
+    def tensor(self, name: str, kind: int, dims: Sequence[int], values: object) -> str:
+        flat = np.broadcast_to(np.asarray(values, dtype=np.float64), tuple(dims)).reshape(-1)
+        self.initializers.append(helper.make_tensor(name, kind, list(dims), flat.tolist()))
+        return name
+
+    def node(self, op: str, inputs: Sequence[str], output: str, **attributes: object) -> str:
+        self.nodes.append(helper.make_node(op, list(inputs), [output], name=f"n_{output}", **attributes))
+        return output
+
+    def quantize(self, x: str, form: Form, kind: str, scale: float | None = None, dims: Sequence[int] = ()) -> str:
+        """x -> Q -> DQ, named `n_<x>_q` and `n_<x>_dq`."""
+        axis = {} if not dims else {"axis": form.activation_axis}
+        s = self.tensor(f"{x}_s", form.scale_type, dims, form.scale if scale is None else scale)
+        if form.computed_scale:
+            s = self.node("Abs", [s], f"{x}_s2") if dims else self.node("ReduceMax", [x], f"{x}_s2", keepdims=0)
+        z = self.tensor(f"{x}_z", TYPES[kind], dims, form.zero_point)
+        self.node("QuantizeLinear", [x, s, z], f"{x}_q", **axis)
+        return self.node("DequantizeLinear", [f"{x}_q", s, z], f"{x}_dq", **axis)
+
+    def model(
+        self, inputs: Sequence[tuple[str, int, Sequence[object]]], outputs: Sequence[tuple[str, int]], opset: int
+    ) -> onnx.ModelProto:
+        """Checks nothing: some of these graphs are wrong on purpose."""
+        ins = [helper.make_tensor_value_info(n, t, list(d)) for n, t, d in inputs]
+        outs = [helper.make_tensor_value_info(n, t, None) for n, t in outputs]
+        graph = helper.make_graph(self.nodes, "tiny", ins, outs, self.initializers)
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+
+
+def single(form: Form) -> onnx.ModelProto:
+    """x -> [Q -> DQ] -> op(., [DQ] W, b) -> y."""
+    b = Builder()
+    x_dims, w_dims = SHAPES["MatMul" if form.op in ("MatMul", "Gemm") else form.op]
+    w_dims = w_dims[::-1] if form.trans_b else w_dims
+    x = "x"
+    if form.activation is not None:
+        dims = () if form.activation_axis is None else (x_dims[form.activation_axis],)
+        x = b.quantize("x", form, form.activation, dims=dims)
+    inputs = [x, _weight(b, form, w_dims)]
+    if form.op != "MatMul":
+        inputs.append(_bias(b, form))
+    attributes = {"transB": 1} if form.trans_b else {"strides": [2, 2]} if form.op == "ConvTranspose" else {}
+    b.node(form.op, inputs, "y", **attributes)
+    return b.model([("x", form.body, x_dims)], [("y", form.body)], form.opset)
+
+
+def _weight(b: Builder, form: Form, dims: Sequence[int]) -> str:
+    rng = np.random.default_rng(0)
+    if form.weight is None:
+        values = rng.normal(size=dims) * 0.1
+        return b.tensor("w", form.body, dims, values)
+    default = 0 if form.trans_b else AXES.get(form.op, 1)
+    axis = default if form.weight_axis is None else form.weight_axis
+    codes = b.tensor("w_codes", TYPES[form.weight], dims, rng.integers(0, 8, size=dims))
+    scale_dims, attributes = _weight_scales(form, dims, axis)
+    scale = b.tensor("w_s", form.scale_type, scale_dims, rng.uniform(0.005, 0.02, size=scale_dims))
+    return b.node("DequantizeLinear", [codes, scale], "w_dq", **attributes)
+
+
+def _weight_scales(form: Form, dims: Sequence[int], axis: int) -> tuple[Sequence[int], dict[str, int]]:
+    if form.block:
+        return [dims[0] // form.block, dims[1]], {"axis": 0, "block_size": form.block}
+    return ([dims[axis]], {"axis": axis}) if form.per_channel else ([], {})
+
+
+def _bias(b: Builder, form: Form) -> str:
+    if not form.int32_bias:
+        return b.tensor("b", form.body, [32], 0.1)
+    scale = b.tensor("b_s", form.scale_type, [], 0.0005)
+    return b.node("DequantizeLinear", [b.tensor("b_codes", TYPES["int32"], [32], 7), scale], "b_dq")
+
+
+@dataclass(frozen=True)
+class AttentionForm:
+    """Which tensors of an attention block are quantized."""
+
+    quantized: frozenset[str] = frozenset({"q", "k", "softmax", "v"})
+    packed: bool = False
+    scores: bool = False
+    softmax_scale: float = 1 / 127
+
+
+def attention(form: AttentionForm = AttentionForm(), opset: int = 21) -> onnx.ModelProto:
+    """x [n, 64, 128] -> q, k, v projections (int8) -> 4 heads -> output projection, in float16."""
+    b, base, half = Builder(), Form(), TensorProto.FLOAT16
+    x = b.quantize("x", base, "int8")
+    parts = _packed(b, x) if form.packed else {part: _projected(b, x, part) for part in "qkv"}
+    heads = {p: b.node("Transpose", [t], f"{p}_t", perm=[0, 2, 3, 1] if p == "k" else [0, 2, 1, 3]) for p, t in parts.items()}
+    ready = {p: b.quantize(t, base, "int8") if p in form.quantized else t for p, t in heads.items()}
+    scores = b.node("Mul", [b.node("MatMul", [ready["q"], ready["k"]], "scores"), b.tensor("scaling", half, [], 0.125)], "scaled")
+    scores = b.quantize(scores, base, "int8") if form.scores else scores
+    probabilities = b.node("Softmax", [scores], "p", axis=-1)
+    if "softmax" in form.quantized:
+        probabilities = b.quantize(probabilities, base, "int8", scale=form.softmax_scale)
+    out = b.node("Transpose", [b.node("MatMul", [probabilities, ready["v"]], "o")], "o_t", perm=[0, 2, 1, 3])
+    merged = b.node("Reshape", [out, _shape(b, "merge", [0, 0, 128])], "merged")
+    b.node("MatMul", [b.quantize(merged, base, "int8"), _codes(b, "w_out", [128, 128])], "y")
+    return b.model([("x", half, ["n", 64, 128])], [("y", half)], opset)
+
+
+def _projected(b: Builder, x: str, part: str) -> str:
+    linear = b.node("MatMul", [x, _codes(b, f"w_{part}", [128, 128])], f"{part}_lin")
+    biased = b.node("Add", [linear, b.tensor(f"b_{part}", TensorProto.FLOAT16, [128], 0.1)], f"{part}_b")
+    return b.node("Reshape", [biased, _shape(b, f"shape_{part}", [0, 0, 4, 32])], f"{part}_h")
+
+
+def _packed(b: Builder, x: str) -> dict[str, str]:
+    linear = b.node("MatMul", [x, _codes(b, "w_qkv", [128, 384])], "qkv")
+    biased = b.node("Add", [linear, b.tensor("b_qkv", TensorProto.FLOAT16, [384], 0.1)], "qkv_b")
+    cut = b.node("Reshape", [biased, _shape(b, "cut", [0, 0, 3, 4, 32])], "cut_r")
+    b.nodes.append(helper.make_node("Split", [cut], ["q_5", "k_5", "v_5"], name="n_split", axis=2, num_outputs=3))
+    two = _shape(b, "two", [2])
+    return {p: b.node("Squeeze", [f"{p}_5", two], f"{p}_h") for p in "qkv"}
+
+
+def _codes(b: Builder, name: str, dims: Sequence[int]) -> str:
+    codes = b.tensor(f"{name}_codes", TensorProto.INT8, dims, np.random.default_rng(1).integers(-127, 128, size=dims))
+    return b.node(
+        "DequantizeLinear",
+        [codes, b.tensor(f"{name}_s", TensorProto.FLOAT16, [dims[-1]], 0.01)],
+        f"{name}_dq",
+        axis=len(dims) - 1,
+    )
+
+
+def _shape(b: Builder, name: str, values: Sequence[int]) -> str:
+    b.initializers.append(numpy_helper.from_array(np.array(values, dtype=np.int64), name))
+    return name
