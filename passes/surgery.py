@@ -113,7 +113,7 @@ class GraphSurgery(Pass):
         if surgery_kind(self._load()) is None:
             ctx.note(self.spec_name(), "not declared with @qcompile.surgery: taken as a change of the float function")
         was, now = ({n.name for n in m.graph.all_nodes()} for m in (old, new))
-        ctx.applied(self.spec_name(), "graph rewritten", nodes_added=len(now - was), nodes_removed=len(was - now))
+        ctx.applied(self.spec_name(), "graph or constants changed", nodes_added=len(now - was), nodes_removed=len(was - now))
 
 
 @cache

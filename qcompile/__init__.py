@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 from qcompile.compile import Options, Result, compile
 from qcompile.ir.model import Model
+from qcompile.ir.surgeon import from_gs, surgery, to_gs
 from qcompile.pipeline.base import Kind, Pass, PassContext, PassResult
 
-__all__ = ["Kind", "Model", "Options", "Pass", "PassContext", "PassResult", "Result", "compile"]
+__all__ = ["Kind", "Model", "Options", "Pass", "PassContext", "PassResult", "Result", "compile", "from_gs", "surgery", "to_gs"]

@@ -141,15 +141,15 @@ class _Reshape:
     def finish(self, is_open: bool) -> bool:
         """Place what is left; False if that is ambiguous."""
         rest = range(self.low, self.high)
+        if len(rest) == 1 and not is_open:
+            self.axes[self.low] = self.source
+            return True
         if not any(f.stride for f in self.source):
             for i in rest:
                 self.axes[i] = list(token(self.target[i]))
             return bool(rest) or is_open or not self.source
         if is_open or not rest:
             return False
-        if len(rest) == 1:
-            self.axes[self.low] = self.source
-            return True
         self.from_right(pair_unknown=True)
         return self.high == self.low and not self.source
 

@@ -47,6 +47,11 @@ class Linear:
         return _size(self.weight, self.out_axis)
 
     @property
+    def pointwise(self) -> bool:
+        """True for MatMul, Gemm and a 1x1 Conv."""
+        return all(size == 1 for size in (ops.static_shape(self.weight) or ())[2:])
+
+    @property
     def input_slot(self) -> int:
         """Slot of the activation."""
         return 1 - self.weight_slot

@@ -62,9 +62,9 @@ def find_mlps(graph: ir.Graph) -> Matches[Mlp]:
 
 
 def match_mlp(activation: Activation, linears: dict[ir.Value, Linear]) -> Mlp | Refusal | None:
-    """The MLP around one activation; None if its input does not come from a linear."""
+    """The MLP around one activation; None if its input does not come from a linear (or the two are parts of a CNN)."""
     fc1 = _linear_behind(activation.input, linears)
-    if fc1 is None or activation.kind in ("sigmoid", "tanh"):
+    if fc1 is None or not fc1.pointwise or activation.kind in ("sigmoid", "tanh"):
         return None
     gate, up = _gate(activation, linears)
     hidden = activation.output if gate is None else gate.outputs[0]
@@ -75,9 +75,10 @@ def match_mlp(activation: Activation, linears: dict[ir.Value, Linear]) -> Mlp | 
     traced = trace(hidden, layout)
     reason = next(_reasons(traced, channels), None)
     if reason is not None:
-        return Refusal(activation.node, reason)
+        return Refusal(activation.node, reason) if fc1.kind != "conv" else None
     fc2 = match_linear(traced.arrivals[0].node)
-    assert isinstance(fc2, Linear)
+    if not isinstance(fc2, Linear) or not fc2.pointwise or fc1.channel_axis != fc2.channel_axis:
+        return None
     return Mlp(fc1, activation, fc2, hidden, traced.moved, gate, up, _shift_refusal(fc2, traced))
 
 

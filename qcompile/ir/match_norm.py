@@ -9,7 +9,8 @@ from typing import Literal
 import onnx_ir as ir
 
 from qcompile.ir import ops
-from qcompile.ir.match_core import Matches, Refusal, Site, is_channel_vector, label, only_user, other_input
+from qcompile.ir.match_core import Matches, Refusal, Site, is_channel_vector, only_user, other_input
+from qcompile.ir.match_group import group_chain
 from qcompile.ir.match_shape import dims, rank
 
 NormKind = Literal["layer", "rms", "group"]
@@ -23,7 +24,7 @@ _DIRECT: dict[str, NormKind] = {
 
 @dataclass(frozen=True)
 class Norm:
-    """output = normalise(input) * gamma + beta over the last axis ("group": channel axis 1).
+    """output = normalise(input) * gamma + beta over the last axis ("group": channel axis 1, constants may be [C, 1, 1]).
 
     `gamma_site` / `beta_site` are the slots to write new constants to; None when there is no node to hold them (decomposed
     chain without affine part, RMSNorm without beta).  A LayerNormalization without B has beta None and beta_site (node, 2), an
@@ -52,7 +53,7 @@ class Norm:
         for value in (self.gamma, self.beta):
             shape = ops.static_shape(value)
             if shape:
-                return shape[-1]
+                return max(d or 0 for d in shape)
         known = dims(self.output) or dims(self.input)
         size = known[self.axis] if known else None
         return size if isinstance(size, int) else None
@@ -75,9 +76,9 @@ def match_norm(node: ir.Node) -> Norm | Refusal | None:
     """The norm whose operator, or whose square root, is `node`; None if it is neither."""
     if node.op_type in _DIRECT and node.domain in ("", "com.microsoft"):
         return _direct(node)
-    if _root_exponent(node) is not None:
-        return _decomposed(node)
-    return None
+    if ops.is_op(node, "InstanceNormalization"):
+        return _instance(node)
+    return _decomposed(node) if _root_exponent(node) is not None else None
 
 
 # ---- single operators ---------------------------------------------------------------------------------------------
@@ -97,6 +98,15 @@ def _direct(node: ir.Node) -> Norm | Refusal:
     beta_site = None if kind == "rms" else (node, 2)
     eps = ops.float_attr(node, "epsilon", 1e-5)
     return Norm(kind, x, node.outputs[0], gamma, beta, (node, 1), beta_site, 1 if kind == "group" else -1, eps, (node,))
+
+
+def _instance(node: ir.Node) -> Norm | Refusal:
+    chain = group_chain(node)
+    if chain is None:
+        return Refusal(node, "its scale or bias is computed, not constant")
+    x, output, *sites, nodes = chain
+    gamma, beta = (None if site is None else site[0].inputs[site[1]] for site in sites)
+    return Norm("group", x, output, gamma, beta, sites[0], sites[1], 1, ops.float_attr(node, "epsilon", 1e-5), nodes)
 
 
 def _axis_refusal(node: ir.Node, gamma: ir.Value | None, x: ir.Value) -> str | None:
@@ -256,8 +266,3 @@ def _affine_step(value: ir.Value, op_type: str, body: list[ir.Node]) -> tuple[Si
         return None, value
     body.append(user)
     return (user, 1 if user.inputs[1] is constant else 0), user.outputs[0]
-
-
-def describe(norm: Norm) -> str:
-    """`<op> <name>` of the node that makes the output."""
-    return label(norm.node)

@@ -160,12 +160,33 @@ def _elementwise(function: Callable[[int, int], int], neutral: int | None) -> Ca
     return apply
 
 
+def _equal(a: Dim, b: Dim) -> bool | None:
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    names, numbers = [d for d in (a, b) if isinstance(d, str)], [d for d in (a, b) if isinstance(d, int)]
+    return False if names and numbers and numbers[0] < 0 else None
+
+
+def _equality(node: ir.Node, of: Of) -> _Partial | None:
+    first, second = of(node.inputs[0]), of(node.inputs[1])
+    return None if first is None or second is None else np.asarray(np.frompyfunc(_equal, 2, 1)(first, second), dtype=object)
+
+
+def _where(node: ir.Node, of: Of) -> _Partial | None:
+    condition, yes, no = (of(v) for v in node.inputs)
+    if condition is None or yes is None or no is None:
+        return None
+    choose = np.frompyfunc(lambda c, a, b: None if c is None else a if c else b, 3, 1)
+    return np.asarray(choose(condition, yes, no), dtype=object)
+
+
 _RULES: dict[str, Callable[[ir.Node, Of], _Partial | None]] = {
     "Add": _elementwise(lambda a, b: a + b, 0),
     "Cast": _cast,
     "Concat": _concat,
     "ConstantOfShape": _constant_of_shape,
     "Div": _elementwise(lambda a, b: a // b if a * b >= 0 else -(-a // b), 1),
+    "Equal": _equality,
     "Gather": _gather,
     "Identity": _copy,
     "Mod": _elementwise(lambda a, b: a % b, None),
@@ -177,4 +198,5 @@ _RULES: dict[str, Callable[[ir.Node, Of], _Partial | None]] = {
     "Sub": _elementwise(lambda a, b: a - b, 0),
     "Transpose": _transpose,
     "Unsqueeze": _unsqueeze,
+    "Where": _where,
 }

@@ -19,8 +19,9 @@ _MAX_STEPS = 24
 class ResidualStream:
     """One chain of residual Adds.
 
-    `values` are the stream's tensors, first the one that enters the first Add; `writers` the linears whose (scaled, moved) output
-    an Add writes, `readers` the norms of stream values, `others` all other nodes that read one.
+    `values` are the stream's tensors, first the one that enters the first Add; `writers` the linears whose (scaled, moved)
+    output an Add writes, `readers` the norms of stream values, `others` all other nodes that read one.  Readers and others may
+    stand behind data movement.
     """
 
     values: tuple[ir.Value, ...]
@@ -146,8 +147,22 @@ def _known_chain(value: ir.Value, chain_of: dict[ir.Value, _Chain]) -> _Chain | 
     return None
 
 
+def _users(values: list[ir.Value]) -> dict[ir.Node, None]:
+    """The nodes that compute with stream values, directly or behind movement."""
+    users: dict[ir.Node, None] = {}
+    queue, seen = list(values), set(values)
+    while queue:
+        for user, _ in data_uses(queue.pop(0)):
+            if ops.is_data_movement(user) or ops.is_op(user, "Cast"):
+                queue.extend(out for out in user.outputs if out not in seen)
+                seen.update(user.outputs)
+            else:
+                users[user] = None
+    return users
+
+
 def _stream(chain: _Chain, norm_of: dict[ir.Node, Norm]) -> ResidualStream:
-    users = dict.fromkeys(user for value in chain.values for user, _ in data_uses(value))
+    users = _users(chain.values)
     own = set(chain.adds)
     readers = dict.fromkeys(norm_of[u] for u in users if u in norm_of)
     others = tuple(u for u in users if u not in norm_of and u not in own)

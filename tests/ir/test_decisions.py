@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -32,6 +32,7 @@ def qparams(draw: st.DrawFn) -> QParams:
 found = st.builds(Decision, specs, st.text(max_size=20), st.none() | qparams())
 
 
+@settings(deadline=None)
 @given(found, st.sampled_from([0, 1, ~0]))
 def test_what_is_decided_is_read_back_exactly(d: Decision, slot: int) -> None:
     model = Model.from_proto(tiny.linear())

@@ -62,7 +62,8 @@ class Builder:
 
     def tensor(self, name: str, kind: int, dims: Sequence[int], values: object) -> str:
         flat = np.broadcast_to(np.asarray(values, dtype=np.float64), tuple(dims)).reshape(-1)
-        self.initializers.append(helper.make_tensor(name, kind, list(dims), flat.tolist()))
+        typed = numpy_helper.to_array(helper.make_tensor(name, kind, list(dims), flat.tolist()))
+        self.initializers.append(numpy_helper.from_array(typed, name))  # raw data, as exporters write it
         return name
 
     def node(self, op: str, inputs: Sequence[str], output: str, **attributes: object) -> str:

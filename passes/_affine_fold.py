@@ -1,0 +1,276 @@
+"""The one affine fold behind smooth and repq: x' = (x - t) / r per channel, undone in the linears that read x.
+
+    norm:   gamma' = gamma / r,  beta' = (beta - t) / r          (exact, no new node)
+    value:  columns of the value projection / s, rows of the output projection * s
+    hidden: a gated MLP's up projection, a ReLU MLP's fc1 / s; behind GELU one Mul by 1 / s (and Sub t) is inserted
+    linear: W' = diag(r) W,  c' = c + t W
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qcompile.ir.edit import add_constant, new_node, set_constant, splice_after
+from qcompile.ir.match import Linear, Mlp, NormToLinears, VProjection, find_mlps, find_norm_to_linears, find_v_projections, match_linear
+from qcompile.ir.ops import const_array
+from qcompile.pipeline.base import AffineMap, PassContext, claim, claimed_by
+
+F64 = NDArray[np.float64]
+SiteKind = Literal["norm", "value", "hidden"]
+
+
+@dataclass(frozen=True, eq=False)
+class FoldSite:
+    """One tensor [..., C] whose channels may be rescaled: `tensor` as its readers `linears` see it.
+
+    `channels[i]` is the channel of r that row i of the linears' weights belongs to (grouped-query heads repeat).
+    """
+
+    kind: SiteKind
+    tensor: ir.Value
+    linears: tuple[Linear, ...]
+    anchor: ir.Node
+    match: NormToLinears | VProjection | Mlp
+    shift_refusal: str | None
+    free: bool = True
+    channels: NDArray[np.int64] | None = None
+
+    @property
+    def moved(self) -> Iterator[str]:
+        """Names of the tensors whose values change."""
+        return _moved(self)
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """Names of the tensors that the linears read."""
+        return tuple(dict.fromkeys(str(x.input.name) for x in self.linears))
+
+    def weight_rows(self) -> F64:
+        """Weights of all linears side by side, [C_in, sum of outputs], float64."""
+        return np.concatenate([_rows(x) for x in self.linears], axis=1)
+
+
+@dataclass
+class Folded:
+    """What the folds of one pass changed."""
+
+    maps: dict[str, AffineMap] = field(default_factory=dict[str, AffineMap])
+    changed: set[str] = field(default_factory=set[str])
+
+
+def norm_sites(graph: ir.Graph, ctx: PassContext, remark: bool = False) -> list[FoldSite]:
+    """Norm -> linears; refusals become remarks."""
+    matches = find_norm_to_linears(graph)
+    if remark:
+        for refusal in matches.refused:
+            ctx.missed(str(refusal.node.name), refusal.reason)
+    return [
+        FoldSite("norm", m.linears[0].input, m.linears, m.norm.node, m, m.shift_refusal)
+        for m in matches
+        if all(x.channel_axis == -1 for x in m.linears) and m.linears
+    ]
+
+
+def value_sites(graph: ir.Graph, ctx: PassContext, remark: bool = False) -> list[FoldSite]:
+    """Value projection -> output projection, through attention."""
+    matches = find_v_projections(graph)
+    if remark:
+        for refusal in matches.refused:
+            ctx.missed(str(refusal.node.name), refusal.reason)
+    return [FoldSite("value", m.out.input, (m.out,), m.attention.pv, m, m.shift_refusal, channels=m.columns) for m in matches]
+
+
+def hidden_sites(graph: ir.Graph, ctx: PassContext, remark: bool = False) -> list[FoldSite]:
+    """The hidden layer of an MLP -> fc2."""
+    matches = find_mlps(graph)
+    if remark:
+        for refusal in matches.refused:
+            ctx.missed(str(refusal.node.name), refusal.reason)
+    return [FoldSite("hidden", m.fc2.input, (m.fc2,), m.fc2.node, m, m.shift_refusal, free=_absorber(m) is not None) for m in matches if m.fc2.channel_axis == -1]
+
+
+def usable(site: FoldSite, ctx: PassContext, override: bool) -> bool:
+    """Whether the site may be folded now; remarks why not."""
+    owner = claimed_by(site.anchor)
+    reason = next((r for x in site.linears if (r := ctx.excluded(str(x.node.name)))), None)
+    if owner and owner != ctx.pass_name and not override:
+        reason = f"claimed by {owner}"
+    if reason:
+        ctx.missed(str(site.anchor.name), reason)
+    return reason is None
+
+
+def fold(graph: ir.Graph, site: FoldSite, r: F64, t: F64, ctx: PassContext, out: Folded) -> None:
+    """Rewrite one site: r [C] nonzero, t [C] (zeros where the site refuses a shift)."""
+    moved = set(_moved(site))
+    match site.match:
+        case NormToLinears():
+            _fold_norm(graph, site.match, r, t)
+        case VProjection():
+            _fold_value(site.match, r)
+        case Mlp():
+            moved |= _fold_hidden(graph, site, site.match, r, t)
+    rows = r if site.channels is None else r[site.channels]
+    for linear in site.linears:
+        _fold_linear(graph, linear, rows, t)
+    claim(site.anchor, ctx.pass_name)
+    exact = set(site.readers) if site.kind != "hidden" or site.free else set[str]()
+    out.maps.update({name: AffineMap(rows, t) for name in exact})
+    out.changed |= moved - exact
+
+
+def _fresh(linear: Linear) -> Linear:
+    """The linear as it is now: an earlier fold may have replaced its weight or added a bias."""
+    now = match_linear(linear.node)
+    assert isinstance(now, Linear)
+    return now
+
+
+def _rows(linear: Linear) -> F64:
+    weight = const_array(_fresh(linear).weight)
+    assert weight is not None
+    return np.moveaxis(weight.astype(np.float64), linear.in_axis, 0).reshape(weight.shape[linear.in_axis], -1)
+
+
+def _along(vector: F64, weight: NDArray, axis: int) -> F64:
+    return vector.reshape([-1 if i == axis else 1 for i in range(weight.ndim)])
+
+
+def _fold_norm(graph: ir.Graph, m: NormToLinears, r: F64, t: F64) -> None:
+    norm = m.norm
+    if norm.gamma_site is None:
+        _append_affine(graph, norm.output, 1 / r, -t / r)
+        return
+    gamma = const_array(norm.gamma)
+    assert gamma is not None
+    node, slot = norm.gamma_site
+    set_constant(node, slot, _like(gamma, np.broadcast_to(gamma.astype(np.float64).reshape(-1), r.shape) / r))
+    beta = const_array(norm.beta)
+    if beta is not None and norm.beta_site is not None:
+        wide = np.broadcast_to(beta.astype(np.float64).reshape(-1), r.shape)
+        set_constant(norm.beta_site[0], norm.beta_site[1], _like(beta, (wide - t) / r))
+    elif np.any(t):
+        _make_beta(graph, m, -t / r, gamma.dtype)
+
+
+def _like(old: NDArray, new: F64) -> F64:
+    return new.reshape(old.shape) if old.size == new.size else new
+
+
+def _make_beta(graph: ir.Graph, m: NormToLinears, beta: F64, dtype: np.dtype) -> None:
+    site = m.norm.beta_site
+    if site is None:
+        _append_affine(graph, m.norm.output, np.ones_like(beta), beta)
+        return
+    node, slot = site
+    node.resize_inputs(slot + 1)
+    node.replace_input_with(slot, add_constant(graph, f"{node.name}_beta", beta.astype(dtype)))
+
+
+def _append_affine(graph: ir.Graph, value: ir.Value, scale: F64, shift: F64) -> ir.Value:
+    """value * scale + shift behind `value`, for all its readers; returns the new value."""
+    dtype = value.dtype.numpy() if value.dtype is not None else np.dtype(np.float32)
+    out = value
+    for op, vector, neutral in (("Mul", scale, 1.0), ("Add", shift, 0.0)):
+        if np.all(vector == neutral):
+            continue
+        constant = add_constant(graph, f"{value.name}_{op.lower()}", vector.astype(dtype))
+        node = new_node(graph, op, [out, constant], name=f"{value.name}_fold_{op.lower()}", like=value)
+        splice_after(graph, out, node)
+        out = node.outputs[0]
+    return out
+
+
+def _fold_value(m: VProjection, s: F64) -> None:
+    """Columns of the value projection (weight and bias) divided by s, which is indexed by its output channel."""
+    _divide_outputs(m.linear, s)
+
+
+def _divide_outputs(linear: Linear, s: F64) -> None:
+    linear = _fresh(linear)
+    weight = const_array(linear.weight)
+    assert weight is not None
+    set_constant(linear.node, linear.weight_slot, weight.astype(np.float64) / _along(s, weight, linear.out_axis))
+    bias = const_array(linear.bias)
+    if bias is not None and linear.bias_node is not None and linear.bias_slot is not None:
+        wide = np.broadcast_to(bias.astype(np.float64).reshape(-1), s.shape) / s
+        set_constant(linear.bias_node, linear.bias_slot, _like(bias, wide))
+
+
+def _absorber(m: Mlp) -> Linear | None:
+    """The linear that can take 1 / s for free: a gate's partner, or fc1 in front of ReLU."""
+    if m.gate is not None:
+        return m.up if m.up is not None and m.up is not m.fc1 else None
+    return m.fc1 if m.activation.kind == "relu" else None
+
+
+def _fold_hidden(graph: ir.Graph, site: FoldSite, m: Mlp, r: F64, t: F64) -> set[str]:
+    absorber = _absorber(m)
+    if absorber is not None:
+        _divide_outputs(absorber, r)
+        return {str(absorber.output.name), str(absorber.node.outputs[0].name), str(m.hidden.name)}
+    _append_affine(graph, site.tensor, 1 / r, -t / r)
+    return set()
+
+
+def _fold_linear(graph: ir.Graph, linear: Linear, r: F64, t: F64) -> None:
+    linear = _fresh(linear)
+    weight = const_array(linear.weight)
+    assert weight is not None
+    wide = weight.astype(np.float64)
+    if np.any(t):
+        _add_to_bias(graph, linear, t @ np.moveaxis(wide, linear.in_axis, 0).reshape(len(t), -1))
+    set_constant(linear.node, linear.weight_slot, wide * _along(r, weight, linear.in_axis))
+
+
+def _add_to_bias(graph: ir.Graph, linear: Linear, extra: F64) -> None:
+    bias = const_array(linear.bias)
+    if bias is not None and linear.bias_node is not None and linear.bias_slot is not None:
+        wide = np.broadcast_to(bias.astype(np.float64).reshape(-1), extra.shape) + extra
+        set_constant(linear.bias_node, linear.bias_slot, _like(bias, wide))
+        return
+    weight = linear.weight.dtype
+    dtype = weight.numpy() if weight is not None else np.dtype(np.float32)
+    constant = add_constant(graph, f"{linear.node.name}_bias", extra.astype(dtype))
+    if linear.kind == "matmul":
+        add = new_node(graph, "Add", [linear.output, constant], name=f"{linear.node.name}_bias_add", like=linear.output)
+        splice_after(graph, linear.output, add)
+        return
+    linear.node.resize_inputs(3)
+    linear.node.replace_input_with(2, constant)
+
+
+def _moved(site: FoldSite) -> Iterator[str]:
+    yield from site.readers if site.kind != "hidden" or site.free else ()
+    match site.match:
+        case NormToLinears(norm=norm, path=path):
+            yield str(norm.output.name)
+            yield from (str(v.name) for node in path for v in node.outputs)
+        case VProjection():
+            yield from _between(site.match.linear.node, site.match.out.node)
+        case Mlp(hidden=hidden, path=path) if site.free:
+            yield str(hidden.name)
+            yield from (str(v.name) for node in path for v in node.outputs)
+            yield from _between(site.match.fc1.node, site.match.fc2.node)
+        case _:
+            return
+
+
+def _between(first: ir.Node, last: ir.Node) -> Iterator[str]:
+    """Outputs of all nodes from `first` up to the inputs of `last` (a superset of what changes)."""
+    seen: set[int] = set()
+    front = [first]
+    while front and len(seen) < 256:
+        node = front.pop()
+        if id(node) in seen or node is last:
+            continue
+        seen.add(id(node))
+        for value in node.outputs:
+            yield str(value.name)
+            front.extend(n for n, _ in value.uses())

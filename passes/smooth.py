@@ -1,0 +1,157 @@
+"""smooth: SmoothQuant and its shifted form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qcompile.calib.observers import MinMax, MinMaxStat, Probe, Rows, RowsStat
+from qcompile.ir.model import Model
+from qcompile.passes._affine_fold import FoldSite, Folded, fold, hidden_sites, norm_sites, usable, value_sites
+from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
+from qcompile.quant.affine import fake_quant, qparams_from_range
+from qcompile.quant.qtype import INT8, QType
+from qcompile.quant.spec import PerAxis
+
+F64 = NDArray[np.float64]
+_ROWS = 256
+_COLUMNS = 1024
+_ALPHAS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+_PAYS_DB = 1.0
+
+
+@dataclass(frozen=True)
+class SmoothQuant(Pass):
+    """Move activation outliers into weights: Norm -> Linear becomes Norm / r -> Linear * r.
+
+    before: LayerNorm(gamma, beta) -> MatMul(W) -> Add(c)
+    after:  LayerNorm(gamma / r, (beta - t) / r) -> MatMul(diag(r) W) -> Add(c + t W)
+    r_j = max|x_j - t_j|^alpha / max_o|W_jo|^(1 - alpha) (Xiao et al. 2022, arXiv:2211.10438, eq. 4); with `shift`
+    t_j = (max x_j + min x_j) / 2 (SQ-b of MPTQ-ViT, arXiv:2401.14895), else 0.  Also V -> output projection, and where it
+    gains at least 1 dB, GELU -> fc2 (one Mul is inserted).  `search` picks alpha a site by the layer's output error.
+    Refuses a norm that also feeds the residual stream (post-norm), a graph output, or anything that is no linear layer.
+    """
+
+    name = "smooth"
+    kind = Kind.EQUIVALENT
+    requires = frozenset({Fact.CANONICAL, Fact.BN_FOLDED})
+    alpha: Annotated[float, "migration strength in [0, 1]: 0 leaves activations, 1 equalizes them"] = 0.5
+    shift: Annotated[bool, "centre each channel first (SQ-b)"] = False
+    search: Annotated[bool, "choose alpha for each site by the layer's output error on calibration rows"] = False
+    sites: Annotated[Literal["all", "norm"], "fold all sites, or only norm -> linear"] = "all"
+    override: Annotated[bool, "fold sites again that another pass has folded"] = False
+
+    def __post_init__(self) -> None:
+        self.check_range("alpha", 0.0, 1.0)
+
+    def _sites(self, model: Model, ctx: PassContext, remark: bool = False) -> list[FoldSite]:
+        found = norm_sites(model.graph, ctx, remark)
+        if self.sites == "all":
+            found += value_sites(model.graph, ctx, remark) + hidden_sites(model.graph, ctx, remark)
+        return found
+
+    def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:
+        """Per-channel ranges of the input, and a sample of rows where an error is measured."""
+        for site in self._sites(model, ctx):
+            yield Probe(str(site.tensor.name), MinMax(-1))
+            if self.search or not site.free:
+                yield Probe(str(site.tensor.name), Rows(_ROWS))
+
+    def may_change(self, model: Model, ctx: PassContext) -> Iterable[str]:
+        """Every tensor of every site."""
+        return (name for site in self._sites(model, ctx) for name in site.moved)
+
+    def apply(self, model: Model, ctx: PassContext) -> PassResult:
+        """Fold every free site, remark on every other one."""
+        if ctx.scheme.activation is None:
+            ctx.missed("", "the scheme leaves activations in float, nothing to smooth")
+            return PassResult(False)
+        out, done = Folded(), False
+        for site in self._sites(model, ctx, remark=True):
+            done = (usable(site, ctx, self.override) and self._one(model, site, ctx, out)) or done
+        return PassResult(done, out.maps, frozenset(out.changed))
+
+    def _one(self, model: Model, site: FoldSite, ctx: PassContext, out: Folded) -> bool:
+        stat = ctx.stats[Probe(str(site.tensor.name), MinMax(-1))]
+        assert isinstance(stat, MinMaxStat)
+        weight = site.weight_rows()
+        if stat.lo.shape != (weight.shape[0],):
+            ctx.missed(str(site.anchor.name), "the measured channels do not match the weight's rows")
+            return False
+        shift = self._shift(site, stat)
+        alpha, gain = self.alpha, None
+        if self.search or not site.free:
+            alpha, gain = self._best(site, stat, shift, weight, ctx)
+        if alpha == 0.0 or (not site.free and (gain or 0.0) < _PAYS_DB):
+            ctx.missed(str(site.anchor.name), "does not pay: the layer's output error would hardly fall", gain_db=round(gain or 0.0, 2))
+            return False
+        r = ratios(stat, shift, weight, alpha)
+        if site.channels is not None:
+            r = _by_channel(r, site)
+        fold(model.graph, site, r, shift, ctx, out)
+        numbers = {"alpha": alpha, "r_min": float(r.min()), "r_max": float(r.max())} | ({} if gain is None else {"gain_db": round(gain, 2)})
+        ctx.applied(str(site.anchor.name), f"{site.kind} site smoothed into {', '.join(str(x.node.name) for x in site.linears)}", **numbers)
+        return True
+
+    def _shift(self, site: FoldSite, stat: MinMaxStat) -> F64:
+        if not self.shift or site.shift_refusal is not None or site.kind == "value" or (site.kind == "hidden" and site.free):
+            return np.zeros_like(stat.lo)
+        return (stat.lo + stat.hi) / 2
+
+    def _best(self, site: FoldSite, stat: MinMaxStat, shift: F64, weight: F64, ctx: PassContext) -> tuple[float, float]:
+        """The alpha with the least output error, and its gain over no smoothing in dB."""
+        rows = ctx.stats[Probe(str(site.tensor.name), Rows(_ROWS))]
+        assert isinstance(rows, RowsStat)
+        x, columns = rows.rows.astype(np.float32), _subset(weight)
+        types = (ctx.scheme.activation or INT8, ctx.scheme.weight or INT8)
+        candidates = _ALPHAS if self.search else (0.0, self.alpha)
+        errors = {a: _output_error(x, columns, stat, shift * (a > 0), _row_ratios(stat, shift, weight, a, site), types, ctx.target.symmetric) for a in candidates}
+        best = min(candidates, key=lambda a: (errors[a], a))
+        return best, 10 * float(np.log10((errors[0.0] + 1e-30) / (errors[best] + 1e-30)))
+
+
+def ratios(stat: MinMaxStat, shift: F64, weight: F64, alpha: float) -> F64:
+    """r [C] of SmoothQuant; dead channels keep r = 1; clamped to [1e-5, 1e5]."""
+    if alpha == 0.0:
+        return np.ones_like(stat.lo)
+    x = np.maximum(np.abs(stat.lo - shift), np.abs(stat.hi - shift))
+    w = np.abs(weight).max(1)
+    dead = (x <= 1e-8 * x.max(initial=0.0)) | (w <= 1e-8 * w.max(initial=0.0))
+    r = np.maximum(x, 1e-30) ** alpha / np.maximum(w, 1e-30) ** (1 - alpha)
+    return np.where(dead, 1.0, np.clip(r, 1e-5, 1e5))
+
+
+def _row_ratios(stat: MinMaxStat, shift: F64, weight: F64, alpha: float, site: FoldSite) -> F64:
+    r = ratios(stat, shift, weight, alpha)
+    return r if site.channels is None else _by_channel(r, site)[site.channels]
+
+
+def _by_channel(r: F64, site: FoldSite) -> F64:
+    """r by the value projection's output channel: the largest of the rows that read it, 1 for other channels."""
+    assert site.channels is not None
+    from qcompile.ir.match import VProjection
+
+    assert isinstance(site.match, VProjection)
+    out = np.zeros(site.match.linear.out_channels)
+    np.maximum.at(out, site.channels, r)
+    return np.where(out > 0, out, 1.0)
+
+
+def _subset(weight: F64) -> NDArray[np.float32]:
+    step = max(1, weight.shape[1] // _COLUMNS)
+    return weight[:, ::step].astype(np.float32)
+
+
+def _output_error(x: NDArray[np.float32], w: NDArray[np.float32], stat: MinMaxStat, t: F64, r: F64, types: tuple[QType, QType], symmetric: bool) -> float:
+    """|| Q((x - t) / r) Q(diag(r) W) + t W - x W ||^2 over the sampled rows."""
+    lo, hi = ((stat.lo - t) / r).min(), ((stat.hi - t) / r).max()
+    a = ((x - t) / r).astype(np.float32)
+    b = (w * r[:, None]).astype(np.float32)
+    top = np.abs(b).max(0).astype(np.float64)
+    qa = fake_quant(a, qparams_from_range(lo, hi, types[0], symmetric), types[0])
+    qb = fake_quant(b, qparams_from_range(-top, top, types[1], True), types[1], PerAxis(1))
+    return float(np.square(qa @ qb - a @ b, dtype=np.float64).sum())

@@ -1,0 +1,61 @@
+"""Profile strings, defaults and checks."""
+
+from __future__ import annotations
+
+import json
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from qcompile.backend.profile import SHAPES_KEY, check_profile, default_profile, parse_profile
+from qcompile.errors import UsageError
+
+
+def model(**inputs: list[int | str]) -> onnx.ModelProto:
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, d) for n, d in inputs.items()]
+    return helper.make_model(helper.make_graph([], "g", values, []))
+
+
+def test_parse() -> None:
+    profile = parse_profile("x:1x3x32x32,8x3x32x32,32x3x32x32; layer:0:2x4")
+    assert profile.to_json() == {"x": [[1, 3, 32, 32], [8, 3, 32, 32], [32, 3, 32, 32]], "layer:0": [[2, 4]] * 3}
+    assert profile.optimum()["x"] == (8, 3, 32, 32)
+
+
+@pytest.mark.parametrize("text", ["x", "x:1x3,2x3", "x:1xax3", ":1x3", "x:8x3,1x3,32x3", "x:0x3,1x3,2x3", "x:1x3,1x3x4,2x3"])
+def test_bad_strings(text: str) -> None:
+    with pytest.raises(UsageError, match="profile"):
+        parse_profile(text)
+
+
+def test_defaults() -> None:
+    assert default_profile(model(x=[1, 3, 8, 8])) is None
+    guessed = default_profile(model(x=["N", 3, "T"], y=[4]))
+    assert guessed is not None and guessed.to_json() == {"x": [[1, 3, 8], [8, 3, 32], [32, 3, 128]]}
+    assert "guessed" in guessed.source
+
+
+def test_calibration_shapes_are_used() -> None:
+    m = model(ids=["N", "T"])
+    m.metadata_props.add(key=SHAPES_KEY, value=json.dumps({"ids": [16, 200]}))
+    found = default_profile(m)
+    assert (
+        found is not None and found.to_json() == {"ids": [[1, 8], [8, 200], [32, 200]]} and found.source == "calibration shapes"
+    )
+    m.metadata_props[0].value = "not json"
+    assert "guessed" in default_profile(m).source  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("z:1x3", "not an input"),
+        ("x:1x4", "does not fit"),
+        ("x:1x3x3", "does not fit"),
+        ("y:4", "no shapes for the dynamic input 'x'"),
+    ],
+)
+def test_profiles_that_do_not_fit(text: str, match: str) -> None:
+    with pytest.raises(UsageError, match=match):
+        check_profile(model(x=["N", 3], y=[4]), parse_profile(text))
