@@ -8,18 +8,24 @@ import onnx_ir as ir
 
 from qcompile.ir.decisions import value_at
 from qcompile.ir.ops import output_channel_axis
-from qcompile.quant.qtype import QType
+from qcompile.pipeline.base import PassContext
+from qcompile.quant.qtype import UINT8, QType, simulated_int
 from qcompile.quant.spec import Granularity, PerAxis, PerBlock, QuantSpec, Scheme
 
 
 @dataclass(frozen=True)
 class Site:
-    """One input (slot >= 0) or output (~i) to quantize; `fixed` is a range known without data."""
+    """One input (slot >= 0) or output (~i) to quantize; its range is that of the tensor `like` if given."""
 
     node: ir.Node
     slot: int
     spec: QuantSpec
-    fixed: tuple[float, float] | None = None
+    like: ir.Value | None = None
+
+    @property
+    def measured(self) -> str:
+        """Name of the tensor whose statistics set the range."""
+        return str((self.like or self.value).name)
 
     @property
     def value(self) -> ir.Value:
@@ -39,10 +45,10 @@ class Placement:
     sites: list[Site] = field(default_factory=list[Site])
     missed: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
 
-    def add(self, node: ir.Node, slot: int, spec: QuantSpec, fixed: tuple[float, float] | None = None) -> None:
+    def add(self, node: ir.Node, slot: int, spec: QuantSpec, like: ir.Value | None = None) -> None:
         """Quantize `slot` of `node`, once."""
         if all(s.node is not node or s.slot != slot for s in self.sites[-64:]):
-            self.sites.append(Site(node, slot, spec, fixed))
+            self.sites.append(Site(node, slot, spec, like))
 
     def miss(self, node: ir.Node, reason: str) -> None:
         """Leave `node` in float."""
@@ -59,6 +65,15 @@ def weight_spec(node: ir.Node, slot: int, scheme: Scheme) -> QuantSpec:
     return QuantSpec(scheme.weight, granularity, symmetric=True, method="mse" if scheme.weight.bits < 8 else "minmax")
 
 
-def activation_spec(qtype: QType, symmetric: bool = True) -> QuantSpec:
-    """Per tensor."""
-    return QuantSpec(qtype, symmetric=symmetric)
+def activation_spec(ctx: PassContext) -> QuantSpec:
+    """Per tensor: signed and symmetric where zero points must be 0, else unsigned with a zero point."""
+    qtype = ctx.scheme.activation
+    assert qtype is not None
+    if ctx.target.symmetric or qtype.family == "float":
+        return QuantSpec(qtype)
+    return QuantSpec(unsigned(qtype), symmetric=False)
+
+
+def unsigned(qtype: QType) -> QType:
+    """The unsigned integer of the same width."""
+    return UINT8 if qtype.bits == 8 else simulated_int(qtype.bits, signed=False)

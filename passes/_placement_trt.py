@@ -40,7 +40,7 @@ def _weighted(out: Placement, node: ir.Node, slot: int, ctx: PassContext) -> Non
             return
         spec = spec.with_granularity(PerBlock(spec.granularity.axis, size))
     if ctx.scheme.activation is not None:
-        out.add(node, 1 - slot if node.op_type in ("MatMul", "Gemm") else 0, activation_spec(ctx.scheme.activation))
+        out.add(node, 1 - slot if node.op_type in ("MatMul", "Gemm") else 0, activation_spec(ctx))
     elif ctx.scheme.block_size is not None and not is_op(node, "MatMul", "Gemm"):
         out.miss(node, "weight-only blocks exist for MatMul and Gemm only")
         return
@@ -79,7 +79,7 @@ def _attention(out: Placement, core: AttentionCore, ctx: PassContext, attention:
         for node in (core.scores, core.values):
             out.miss(node, reason)
         return
-    spec = activation_spec(ctx.scheme.activation)
+    spec = activation_spec(ctx)
     out.add(core.scores, 0, spec)
     out.add(core.scores, 1, spec)
     out.add(core.values, core.probability_slot, spec)

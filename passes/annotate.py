@@ -32,19 +32,23 @@ class Annotate(Pass):
 
     name = "annotate"
     kind = Kind.ANNOTATE
-    requires = frozenset({Fact.CANONICAL, Fact.BN_FOLDED})
+    requires = frozenset({Fact.CANONICAL, Fact.PADS_FOLDED, Fact.BN_FOLDED})
     establishes = frozenset({Fact.DECIDED})
     range_: Annotated[Literal["auto", "minmax", "percentile", "mse"], "how activation ranges are chosen"] = "auto"
     attention: Annotated[Literal["all", "none"], "quantize the two products of attention, or leave them in float"] = "all"
 
     def required(self, target: Target, scheme: Scheme) -> frozenset[Fact]:
-        """On TensorRT a packed qkv weight must be split, and scales need their opset."""
-        packed = {Fact.QKV_SPLIT} if target.name in _TENSORRT and scheme.activation is not None else set[Fact]()
-        return self.requires | {Fact.OPSET} | packed
+        """Scales need their opset; packed qkv weights are split; ORT's CPU kernels want their forms."""
+        forms = {Fact.OPSET}
+        if scheme.activation is not None:
+            forms |= {Fact.QKV_SPLIT}
+        if target.name == "ort" and scheme.activation is not None and not scheme.simulated:
+            forms |= {Fact.STEM, Fact.GELU_ORDER, Fact.BIAS_RANK}
+        return self.requires | forms
 
     def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:
-        """One statistic for each activation without a fixed range."""
-        return dict.fromkeys(self._probe(s, ctx) for s in self._place(model, ctx).sites if not s.is_weight and s.fixed is None)
+        """One statistic for each activation."""
+        return dict.fromkeys(self._probe(s, ctx) for s in self._place(model, ctx).sites if not s.is_weight)
 
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
         """Write the decisions; earlier ones are replaced."""
@@ -61,7 +65,7 @@ class Annotate(Pass):
             return Placement()
         if ctx.target.name in _TENSORRT or ctx.scheme.simulated or ctx.scheme.activation is None:
             return _placement_trt.place(model, ctx, self.attention)
-        return _placement_ort.place(model, ctx, self.attention)
+        return _placement_ort.place(model, ctx)
 
     def _method(self, site: Site, ctx: PassContext) -> str:
         if self.range_ != "auto":
@@ -70,7 +74,7 @@ class Annotate(Pass):
 
     def _probe(self, site: Site, ctx: PassContext) -> Probe:
         observer = MinMax() if self._method(site, ctx) == "minmax" else Histogram()
-        return Probe(str(site.value.name), observer)
+        return Probe(site.measured, observer)
 
     def _decide(self, site: Site, ctx: PassContext) -> None:
         name = str(site.value.name)
@@ -85,8 +89,6 @@ class Annotate(Pass):
         ctx.applied(str(site.node.name), f"activation {name} in {site.spec.qtype.name}", lo=float(np.min(lo)), hi=float(np.max(hi)))
 
     def _range(self, site: Site, ctx: PassContext) -> tuple[np.ndarray, np.ndarray]:
-        if site.fixed is not None:
-            return np.asarray(site.fixed[0]), np.asarray(site.fixed[1])
         stat = ctx.stats[self._probe(site, ctx)]
         match self._method(site, ctx):
             case "percentile":

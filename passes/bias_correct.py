@@ -13,7 +13,7 @@ from qcompile.calib.observers import Moments, MomentsStat, Probe
 from qcompile.ir.decisions import Decision, decisions, value_at
 from qcompile.ir.edit import add_constant, set_constant
 from qcompile.ir.model import Model
-from qcompile.ir.ops import activation_channel_axis, const_array, int_attr, is_op, output_channel_axis
+from qcompile.ir.ops import activation_channel_axis, const_array, int_attr, is_compute, is_op, output_channel_axis, weight_slot
 from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
 from qcompile.quant.affine import fake_quant
 
@@ -33,8 +33,10 @@ class BiasCorrection(Pass):
     requires = frozenset({Fact.DECIDED, Fact.FITTED})
 
     def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:
-        """Per-channel means of the inputs of quantized layers."""
-        return dict.fromkeys(_probe(node, slot) for node, slot, _ in _layers(model.graph))
+        """Per-channel means of the inputs of quantized layers (of all layers, where nothing is decided yet)."""
+        if any(True for _ in decisions(model.graph)):
+            return dict.fromkeys(_probe(node) for node, _, _ in _layers(model.graph))
+        return dict.fromkeys(_probe(node) for node in model.graph if is_compute(node) and weight_slot(node) == 1)
 
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
         """Correct every layer that has a bias."""
@@ -49,13 +51,13 @@ def _layers(graph: ir.Graph) -> Iterator[tuple[ir.Node, int, Decision]]:
             yield node, slot, d
 
 
-def _probe(node: ir.Node, slot: int) -> Probe:
+def _probe(node: ir.Node) -> Probe:
     return Probe(str(value_at(node, 0).name), Moments(activation_channel_axis(node)))
 
 
 def _correct(graph: ir.Graph, node: ir.Node, slot: int, d: Decision, ctx: PassContext) -> bool:
     site = bias_site(node)
-    stat = ctx.stats.get(_probe(node, slot))
+    stat = ctx.stats.get(_probe(node))
     if site is None or d.qparams is None or not isinstance(stat, MomentsStat) or stat.mean.ndim != 1:
         ctx.missed(str(node.name), "the layer has no constant bias to correct")
         return False

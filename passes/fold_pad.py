@@ -22,6 +22,7 @@ class FoldPad(Pass):
 
     name = "fold-pad"
     kind = Kind.EQUIVALENT
+    establishes = frozenset({Fact.PADS_FOLDED})
     requires = frozenset({Fact.CANONICAL})
 
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
@@ -32,7 +33,7 @@ class FoldPad(Pass):
 
 
 def _fold(pad: ir.Node, ctx: PassContext) -> bool:
-    reason = ctx.excluded(str(pad.name)) or _refusal(pad)
+    reason = _refusal(pad)
     if reason:
         ctx.missed(str(pad.name), reason)
         return False

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from qcompile.ir.edit import fresh_name
 from qcompile.ir.model import Model
 from qcompile.ir.ops import const_array, is_op
 from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
@@ -21,15 +22,16 @@ class GeluOrder(Pass):
 
     name = "gelu-order"
     kind = Kind.EQUIVALENT
+    establishes = frozenset({Fact.GELU_ORDER})
     requires = frozenset({Fact.CANONICAL})
 
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
         """Reorder every site; the inner product's value changes, the GELU's does not."""
-        changed = [_reorder(node, ctx) for node in list(model.graph) if is_op(node, "Erf")]
+        changed = [_reorder(model.graph, node, ctx) for node in list(model.graph) if is_op(node, "Erf")]
         return PassResult(any(changed), changed=frozenset(name for name in changed if name))
 
 
-def _reorder(erf: ir.Node, ctx: PassContext) -> str:
+def _reorder(graph: ir.Graph, erf: ir.Node, ctx: PassContext) -> str:
     """The name of the inner product, whose values changed; empty when nothing did."""
     add = _only_reader(erf, "Add")
     inner = _only_reader(add, "Mul") if add is not None else None
@@ -37,15 +39,22 @@ def _reorder(erf: ir.Node, ctx: PassContext) -> str:
     if add is None or inner is None or outer is None:
         return ""
     half = _slot_of_half(inner)
-    if half is None or ctx.excluded(str(erf.name)):
-        return ""
     x_slot = 0 if outer.inputs[1] is inner.outputs[0] else 1
-    x, constant = outer.inputs[x_slot], inner.inputs[half]
+    x = outer.inputs[x_slot]
+    if half is None or x is None or x not in _argument(erf):
+        return ""
+    constant = inner.inputs[half]
     inner.replace_input_with(half, x)
     outer.replace_input_with(x_slot, constant)
-    inner.outputs[0].name = f"{inner.outputs[0].name}_times_x"
+    inner.outputs[0].name = fresh_name(graph, f"{inner.outputs[0].name}_times_x")
     ctx.applied(str(outer.name), "GELU: times x first, times 0.5 last")
     return str(inner.outputs[0].name)
+
+
+def _argument(erf: ir.Node) -> list[ir.Value | None]:
+    """What is divided by sqrt 2 on the way into Erf."""
+    producer = erf.inputs[0].producer() if erf.inputs[0] is not None else None
+    return list(producer.inputs) if producer is not None and is_op(producer, "Div", "Mul") else []
 
 
 def _slot_of_half(node: ir.Node) -> int | None:

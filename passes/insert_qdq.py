@@ -16,7 +16,7 @@ from qcompile.ir.edit import add_constant, drop_if_unused, insert_after, new_nod
 from qcompile.ir.model import Model
 from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
 from qcompile.quant.affine import quantize
-from qcompile.quant.qtype import QType
+from qcompile.quant.qtype import INT8, QType
 from qcompile.quant.spec import PerAxis, PerBlock, PerTensor, QParams
 
 Use = tuple[ir.Node, int, Decision]
@@ -134,12 +134,22 @@ def _chain(graph: ir.Graph, value: ir.Value, decision: Decision, params: QParams
     dtype = np.dtype(value.dtype.numpy()) if value.dtype is not None else np.dtype(np.float32)
     scale, zero = _constants(graph, stem, params, qtype, dtype)
     attributes = _axis_attributes(decision)
+    if graph.opset_imports.get("", 0) >= 21 and qtype == INT8 and not params.zero_point.any():
+        return _without_zero_point(graph, value, scale, zero)
     clip = [_clip(graph, value, params, qtype, dtype)] if qtype.narrow else []
     source = clip[0].outputs[0] if clip else value
     q = new_node(graph, "QuantizeLinear", [source, scale, zero], name=f"{stem}_QuantizeLinear", attributes=attributes)
     q.outputs[0].shape, q.outputs[0].type = value.shape, ir.TensorType(_storage(qtype))
     dq = new_node(graph, "DequantizeLinear", [q.outputs[0], scale, zero], name=f"{stem}_DequantizeLinear", like=value, attributes=attributes)
     return [*clip, q, dq]
+
+
+def _without_zero_point(graph: ir.Graph, value: ir.Value, scale: ir.Value, zero: ir.Value) -> list[ir.Node]:
+    """From opset 21 the type is an attribute; ONNX Runtime 1.31 fails to load a static 3-D MatMul + Add with an int8 zero point."""
+    drop_if_unused(graph, zero)
+    q = new_node(graph, "QuantizeLinear", [value, scale], name=f"{value.name}_QuantizeLinear", attributes={"output_dtype": int(ir.DataType.INT8)})
+    q.outputs[0].shape, q.outputs[0].type = value.shape, ir.TensorType(ir.DataType.INT8)
+    return [q, new_node(graph, "DequantizeLinear", [q.outputs[0], scale], name=f"{value.name}_DequantizeLinear", like=value)]
 
 
 def _clip(graph: ir.Graph, value: ir.Value, params: QParams, qtype: QType, dtype: np.dtype) -> ir.Node:

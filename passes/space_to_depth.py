@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qcompile.ir.edit import add_constant, insert_after, new_node
+from qcompile.ir.edit import insert_after, new_node, set_constant
 from qcompile.ir.model import Model
 from qcompile.ir.ops import const_array, is_op
 from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
@@ -28,6 +29,7 @@ class SpaceToDepthStem(Pass):
 
     name = "space-to-depth"
     kind = Kind.EQUIVALENT
+    establishes = frozenset({Fact.STEM})
     requires = frozenset({Fact.CANONICAL, Fact.BN_FOLDED})
 
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
@@ -39,41 +41,46 @@ class SpaceToDepthStem(Pass):
 
 
 def _rewrite(graph: ir.Graph, conv: ir.Node, ctx: PassContext) -> bool:
-    reason = ctx.excluded(str(conv.name)) or _refusal(conv)
+    reason = _refusal(conv)
     if reason:
         ctx.missed(str(conv.name), reason)
         return False
-    x, weight, shape = conv.inputs[0], const_array(conv.inputs[1]), _static_shape(conv)
-    assert x is not None and weight is not None and shape is not None
-    pads, sizes = _pads(conv), [_axis(weight.shape[2 + i], shape[2 + i], _pads(conv)[i], _pads(conv)[2 + i]) for i in range(2)]
-    packed = _pack(weight, [pads[0] % 2, pads[1] % 2])
+    x, weight, picture = conv.inputs[0], const_array(conv.inputs[1]), _picture(conv)
+    assert x is not None and weight is not None and picture is not None
+    sizes, pads = _padding(conv, weight, picture), _pads(conv)
+    packed = _pack(weight, (pads[0] % 2, pads[1] % 2))
     blocks = new_node(graph, "SpaceToDepth", [x], name=f"{conv.name}_blocks", attributes={"blocksize": 2})
-    out = blocks.outputs[0]
-    out.type, out.shape = x.type, ir.Shape([shape[0], 4 * weight.shape[1], int(shape[2]) // 2, int(shape[3]) // 2])
+    blocks.outputs[0].type = x.type
+    blocks.outputs[0].shape = ir.Shape([picture[0], 4 * weight.shape[1], picture[1] // 2, picture[2] // 2])
     insert_after(graph, x, blocks)
-    conv.replace_input_with(0, out)
-    conv.replace_input_with(1, add_constant(graph, f"{conv.name}_blocked_weight", packed.astype(weight.dtype), x.dtype))
+    conv.replace_input_with(0, blocks.outputs[0])
+    set_constant(conv, 1, packed)
     _set(conv, "strides", [1, 1])
     _set(conv, "kernel_shape", list(packed.shape[2:]))
-    _set(conv, "pads", [s[0] for s in sizes] + [s[1] for s in sizes])
+    _set(conv, "pads", [begin for begin, _ in sizes] + [end for _, end in sizes])
     ctx.applied(str(conv.name), f"{weight.shape[1]} channels became {4 * weight.shape[1]}", kernel=int(packed.shape[2]))
     return True
 
 
 def _refusal(conv: ir.Node) -> str | None:
-    weight, shape = const_array(conv.inputs[1]), _static_shape(conv)
-    if weight is None or weight.ndim != 4 or shape is None:
+    weight, picture = const_array(conv.inputs[1]), _picture(conv)
+    if weight is None or weight.ndim != 4 or picture is None:
         return "its weight is not constant, or the picture's height and width are not known"
     if _ints(conv, "strides", [1, 1]) != [2, 2] or _ints(conv, "dilations", [1, 1]) != [1, 1] or _int(conv, "group", 1) != 1:
         return "not a plain convolution of stride 2"
-    if weight.shape[1] > _FEW_CHANNELS or any(int(d) % 2 for d in shape[2:]):
+    if weight.shape[1] > _FEW_CHANNELS or picture[1] % 2 or picture[2] % 2:
         return f"it has {weight.shape[1]} input channels (at most {_FEW_CHANNELS} gain) or an odd height or width"
     if "auto_pad" in conv.attributes and conv.attributes["auto_pad"].as_string() not in ("", "NOTSET", "VALID"):
         return "auto_pad is not written out"
-    pads = _pads(conv)
-    if any(_axis(weight.shape[2 + i], shape[2 + i], pads[i], pads[2 + i])[1] < 0 for i in range(2)):
+    if any(end < 0 for _, end in _padding(conv, weight, picture)):
         return "its padding has no counterpart in blocks"
     return None
+
+
+def _padding(conv: ir.Node, weight: NDArray[Any], picture: tuple[Any, int, int]) -> list[tuple[int, int]]:
+    """Blocks of padding (begin, end) of the rows and of the columns."""
+    pads = _pads(conv)
+    return [_axis(weight.shape[2 + i], picture[1 + i], pads[i], pads[2 + i]) for i in range(2)]
 
 
 def _axis(kernel: int, size: int, before: int, after: int) -> tuple[int, int]:
@@ -84,7 +91,7 @@ def _axis(kernel: int, size: int, before: int, after: int) -> tuple[int, int]:
     return start, length - 1 - size // 2 - start + blocks
 
 
-def _pack(weight: NDArray[np.generic], shift: list[int]) -> NDArray[np.generic]:
+def _pack(weight: NDArray[Any], shift: tuple[int, int]) -> NDArray[Any]:
     """[O, C, K, L] -> [O, 4C, K', L'] in SpaceToDepth's channel order (row in block, column in block, channel)."""
     o, c, k, m = weight.shape
     rows, columns = -(-(k + shift[0]) // 2), -(-(m + shift[1]) // 2)
@@ -93,13 +100,13 @@ def _pack(weight: NDArray[np.generic], shift: list[int]) -> NDArray[np.generic]:
     return wide.reshape(o, c, rows, 2, columns, 2).transpose(0, 3, 5, 1, 2, 4).reshape(o, 4 * c, rows, columns)
 
 
-def _static_shape(conv: ir.Node) -> list[int] | None:
-    """[N, C, H, W] of the input with known H and W; N is whatever it is."""
+def _picture(conv: ir.Node) -> tuple[int | ir.SymbolicDim, int, int] | None:
+    """N, H, W of the input, H and W known."""
     value = conv.inputs[0]
     if value is None or value.shape is None or len(value.shape) != 4:
         return None
-    dims = [d if isinstance(d, int) else d for d in value.shape]
-    return dims if all(isinstance(d, int) for d in dims[2:]) else None  # type: ignore[return-value]
+    height, width = value.shape[2], value.shape[3]
+    return (value.shape[0], height, width) if isinstance(height, int) and isinstance(width, int) else None
 
 
 def _pads(conv: ir.Node) -> list[int]:

@@ -12,6 +12,7 @@ import onnxruntime as ort
 from qcompile.calib.data import Dataset, fixed_batch
 from qcompile.errors import ModelError
 from qcompile.ir.model import Model
+from qcompile.ir.ops import is_data_movement
 from qcompile.runtime.feeds import run_padded
 from qcompile.runtime.metrics import ChannelTally, Distance
 from qcompile.runtime.session import batch_length, make_session
@@ -78,7 +79,7 @@ def _common(reference: Model, candidate: Model) -> dict[str, _Layer]:
     return {
         str(v.name): _Layer(node, str(v.name))
         for node in reference.graph
-        if node.op_type not in _NOT_LAYERS
+        if node.op_type not in _NOT_LAYERS and not is_data_movement(node)
         for v in node.outputs
         if v.name and v.name in theirs
     }
@@ -126,7 +127,7 @@ def _rows(layers: dict[str, _Layer]) -> list[dict[str, Any]]:
 
 
 def _row(layer: _Layer, sqnr: float, rescaled: bool, found: dict[str, tuple[float, bool]]) -> dict[str, Any]:
-    inputs = [found[str(v.name)][0] for v in layer.node.inputs if v is not None and str(v.name) in found]
+    inputs = [found[name][0] for v in layer.node.inputs for name in _sources(v, found)]
     return {
         "node": layer.node.name,
         "op_type": layer.node.op_type,
@@ -136,3 +137,13 @@ def _row(layer: _Layer, sqnr: float, rescaled: bool, found: dict[str, tuple[floa
         "relative_error": layer.distance.relative_error,
         "rescaled": rescaled,
     }
+
+
+def _sources(value: ir.Value | None, found: dict[str, tuple[float, bool]]) -> set[str]:
+    """The compared tensors that `value` is made of, through data movement (which is not compared itself)."""
+    if value is None or str(value.name) in found:
+        return set() if value is None else {str(value.name)}
+    producer = value.producer()
+    if producer is None or not is_data_movement(producer):
+        return set()
+    return set[str]().union(*(_sources(v, found) for v in producer.inputs))

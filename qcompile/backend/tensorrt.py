@@ -21,6 +21,7 @@ import onnx
 
 from qcompile.backend.profile import Profile, check_profile, default_profile
 from qcompile.errors import BackendError, UsageError
+from qcompile.ir.atomic import write_atomic
 from qcompile.target.view import load_graph_only
 
 MODULES = {"rtx": "tensorrt_rtx", "trt": "tensorrt"}
@@ -214,14 +215,13 @@ def manifest_path(engine: Path) -> Path:
 
 def write_manifest(engine: Path, manifest: dict[str, Any]) -> Path:
     """Write the manifest of `engine` beside it, atomically; call again with an `audit` entry added to record the audit."""
-    path = manifest_path(engine)
-    with tempfile.NamedTemporaryFile("w", dir=engine.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8") as file:
-        json.dump(manifest, file, indent=2, sort_keys=True)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)
-    return path
+    text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
+    try:
+        return write_atomic(manifest_path(engine), text)
+    except OSError as error:
+        raise BackendError(
+            f"cannot write {manifest_path(engine)}: {error.strerror or error}; free space or choose another folder"
+        ) from error
 
 
 def _manifest(

@@ -41,9 +41,13 @@ class Fact(enum.Enum):
     """What is known of a model; passes require, establish and invalidate facts."""
 
     CANONICAL = "canonical"
+    PADS_FOLDED = "pads-folded"
     BN_FOLDED = "bn-folded"
+    STEM = "stem"
+    GELU_ORDER = "gelu-order"
     OPSET = "opset"
     QKV_SPLIT = "qkv-split"
+    BIAS_RANK = "bias-rank"
     DECIDED = "decided"
     FITTED = "fitted"
     QUANTIZED = "quantized"

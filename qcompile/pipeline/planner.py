@@ -13,9 +13,13 @@ from qcompile.target.target import Target
 
 PROVIDERS: dict[Fact, str] = {
     Fact.CANONICAL: "canonicalize",
+    Fact.PADS_FOLDED: "fold-pad",
     Fact.BN_FOLDED: "fold-bn",
+    Fact.STEM: "space-to-depth",
+    Fact.GELU_ORDER: "gelu-order",
     Fact.OPSET: "opset",
     Fact.QKV_SPLIT: "split-qkv",
+    Fact.BIAS_RANK: "bias-rank",
     Fact.DECIDED: "annotate",
     Fact.FITTED: "rtn",
     Fact.QUANTIZED: "insert-qdq",

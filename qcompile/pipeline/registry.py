@@ -15,6 +15,10 @@ ENTRY_POINT_GROUP = "qcompile.passes"
 
 BUILTIN: dict[str, str] = {
     "canonicalize": "qcompile.passes.canonicalize:Canonicalize",
+    "fold-pad": "qcompile.passes.fold_pad:FoldPad",
+    "space-to-depth": "qcompile.passes.space_to_depth:SpaceToDepthStem",
+    "gelu-order": "qcompile.passes.gelu_order:GeluOrder",
+    "bias-rank": "qcompile.passes.bias_rank:BiasRank",
     "fold-bn": "qcompile.passes.fold_bn:FoldBatchNorm",
     "opset": "qcompile.passes.opset:RaiseOpset",
     "split-qkv": "qcompile.passes.split_qkv:SplitQkv",
@@ -89,4 +93,5 @@ def default_preset(target: str, scheme: str) -> str:
     return DEFAULTS.get(f"{target}-{scheme}", DEFAULTS.get(scheme, ""))
 
 
-DEFAULTS: dict[str, str] = {}
+_INTEGER = "smooth{search},bias-correct"
+DEFAULTS: dict[str, str] = {"w8a8": _INTEGER, "w6a6": _INTEGER, "w4a8": _INTEGER, "w4a4": _INTEGER}

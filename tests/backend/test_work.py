@@ -63,7 +63,7 @@ def test_shapes_through_computed_pads() -> None:
         helper.make_node("Unsqueeze", ["n", "axes"], ["n1"]),
         helper.make_node("Concat", ["n1", "rest"], ["target"], axis=0),
         helper.make_node("Reshape", ["x", "target"], ["r"]),
-        helper.make_node("ConstantOfShape", ["two"], ["zeros"]),
+        helper.make_node("ConstantOfShape", ["two"], ["zeros"], value=numpy_helper.from_array(np.zeros(1, np.int64))),
         helper.make_node("Concat", ["pads", "zeros"], ["all"], axis=0),
         helper.make_node("Pad", ["r", "all"], ["y"]),
     ]

@@ -129,9 +129,11 @@ def test_the_tracer_agrees_with_onnx(body: str) -> None:
     traced = trace(graph.inputs[0], start)
     ends = [a.layout for a in traced.arrivals if a.node.op_type == "Relu"]
     assert len(ends) == 1 and not traced.lost
-    filled = [np.shape(expected)[i] if f.size is None else f.size for i, a in enumerate(ends[0].axes) for f in a[:1]]
-    assert len(filled) <= np.ndim(expected)
-    known = Layout(
-        tuple(token(np.shape(expected)[i]) if any(f.size is None for f in a) else a for i, a in enumerate(ends[0].axes)), ends[0].offset
-    )
-    np.testing.assert_array_equal(np.broadcast_to(predicted(known), np.shape(expected)), expected)
+    layout = with_sizes(ends[0], np.shape(expected))
+    np.testing.assert_array_equal(np.broadcast_to(predicted(layout), np.shape(expected)), expected)
+
+
+def with_sizes(layout: Layout, shape: tuple[int, ...]) -> Layout:
+    """Token axes whose size was not known get it from `shape`."""
+    axes = (token(shape[i]) if any(f.size is None for f in axis) else axis for i, axis in enumerate(layout.axes))
+    return Layout(tuple(axes), layout.offset)
