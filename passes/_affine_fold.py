@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from qcompile.ir.edit import add_constant, new_node, set_constant, splice_after
 from qcompile.ir.match import Linear, Mlp, NormToLinears, VProjection, find_mlps, find_norm_to_linears, find_v_projections, match_linear
 from qcompile.ir.ops import const_array
-from qcompile.pipeline.base import AffineMap, PassContext, claim, claimed_by
+from qcompile.pipeline.base import AffineMap, PassContext, PassResult, claim, claimed_by, mark_folded
 
 F64 = NDArray[np.float64]
 SiteKind = Literal["norm", "value", "hidden"]
@@ -62,6 +62,11 @@ class Folded:
 
     maps: dict[str, AffineMap] = field(default_factory=dict[str, AffineMap])
     changed: set[str] = field(default_factory=set[str])
+    derived: dict[str, tuple[str, AffineMap]] = field(default_factory=dict[str, tuple[str, AffineMap]])
+
+    def result(self, modified: bool) -> PassResult:
+        """What the runner is told."""
+        return PassResult(modified, self.maps, frozenset(self.changed), self.derived)
 
 
 def norm_sites(graph: ir.Graph, ctx: PassContext, remark: bool = False) -> list[FoldSite]:
@@ -115,10 +120,11 @@ def fold(graph: ir.Graph, site: FoldSite, r: F64, t: F64, ctx: PassContext, out:
         case VProjection():
             _fold_value(site.match, r)
         case Mlp():
-            moved |= _fold_hidden(graph, site, site.match, r, t)
+            moved |= _fold_hidden(graph, site, site.match, r, t, out)
     rows = r if site.channels is None else r[site.channels]
     for linear in site.linears:
         _fold_linear(graph, linear, rows, t)
+        mark_folded(linear.node)
     claim(site.anchor, ctx.pass_name)
     exact = set(site.readers) if site.kind != "hidden" or site.free else set[str]()
     out.maps.update({name: AffineMap(rows, t) for name in exact})
@@ -210,12 +216,13 @@ def _absorber(m: Mlp) -> Linear | None:
     return m.fc1 if m.activation.kind == "relu" else None
 
 
-def _fold_hidden(graph: ir.Graph, site: FoldSite, m: Mlp, r: F64, t: F64) -> set[str]:
+def _fold_hidden(graph: ir.Graph, site: FoldSite, m: Mlp, r: F64, t: F64, out: Folded) -> set[str]:
     absorber = _absorber(m)
     if absorber is not None:
         _divide_outputs(absorber, r)
         return {str(absorber.output.name), str(absorber.node.outputs[0].name), str(m.hidden.name)}
-    _append_affine(graph, site.tensor, 1 / r, -t / r)
+    new = _append_affine(graph, site.tensor, 1 / r, -t / r)
+    out.derived[str(new.name)] = (str(site.tensor.name), AffineMap(r, t))
     return set()
 
 

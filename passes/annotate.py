@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import numpy as np
 
-from qcompile.calib.observers import Histogram, HistogramStat, MinMax, Probe
+from qcompile.calib.observers import Histogram, HistogramStat, MinMax, MinMaxStat, Probe, Rows, RowsStat, Stat
 from qcompile.ir.decisions import Decision, clear_decisions, decide
 from qcompile.ir.model import Model
 from qcompile.passes import _placement_ort, _placement_trt
 from qcompile.passes._placement import Placement, Site
-from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
+from qcompile.pipeline.base import FOLD_ROWS, Fact, Kind, Pass, PassContext, PassResult, input_folded
 from qcompile.quant import ranges
 from qcompile.quant.affine import qparams_from_range
 from qcompile.quant.spec import QParams, Scheme
@@ -48,7 +48,7 @@ class Annotate(Pass):
 
     def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:
         """One statistic for each activation."""
-        return dict.fromkeys(self._probe(s, ctx) for s in self._place(model, ctx).sites if not s.is_weight)
+        return dict.fromkeys(p for s in self._place(model, ctx).sites if not s.is_weight for p in self._probes(s, ctx))
 
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
         """Write the decisions; earlier ones are replaced."""
@@ -72,9 +72,11 @@ class Annotate(Pass):
             return self.range_
         return "minmax" if site.spec.qtype.family == "float" else "mse"
 
-    def _probe(self, site: Site, ctx: PassContext) -> Probe:
-        observer = MinMax() if self._method(site, ctx) == "minmax" else Histogram()
-        return Probe(site.measured, observer)
+    def _probes(self, site: Site, ctx: PassContext) -> list[Probe]:
+        """A folded input's statistics followed the fold; anything else is observed."""
+        if input_folded(site.node) and site.slot >= 0:
+            return [Probe(site.measured, MinMax(-1)), Probe(site.measured, Rows(FOLD_ROWS))]
+        return [Probe(site.measured, MinMax() if self._method(site, ctx) == "minmax" else Histogram())]
 
     def _decide(self, site: Site, ctx: PassContext) -> None:
         name = str(site.value.name)
@@ -89,7 +91,7 @@ class Annotate(Pass):
         ctx.applied(str(site.node.name), f"activation {name} in {site.spec.qtype.name}", lo=float(np.min(lo)), hi=float(np.max(hi)))
 
     def _range(self, site: Site, ctx: PassContext) -> tuple[np.ndarray, np.ndarray]:
-        stat = ctx.stats[self._probe(site, ctx)]
+        stat = _joined([ctx.stats[p] for p in self._probes(site, ctx)])
         match self._method(site, ctx):
             case "percentile":
                 assert isinstance(stat, HistogramStat)
@@ -99,6 +101,15 @@ class Annotate(Pass):
                 return ranges.mse(stat, site.spec.qtype, site.spec.symmetric)
             case _:
                 return ranges.minmax(stat)  # type: ignore[arg-type]
+
+
+def _joined(stats: list[Stat]) -> Stat:
+    """One statistic: exact extremes over a histogram of the sampled rows, where a fold left these two."""
+    if len(stats) == 1:
+        return stats[0]
+    extremes, rows = stats
+    assert isinstance(extremes, MinMaxStat) and isinstance(rows, RowsStat)
+    return replace(Histogram().observe(rows.rows), lo=np.asarray(extremes.lo.min()), hi=np.asarray(extremes.hi.max()))
 
 
 def _quantizer(name: str, params: QParams) -> str:

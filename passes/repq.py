@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 from qcompile.calib.observers import MinMax, MinMaxStat, Probe, Rows, RowsStat
 from qcompile.ir.model import Model
 from qcompile.passes._affine_fold import FoldSite, Folded, fold, norm_sites, usable
-from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
+from qcompile.pipeline.base import FOLD_ROWS, Fact, Kind, Pass, PassContext, PassResult
 
 F64 = NDArray[np.float64]
-_ROWS = 1024
 _PERCENTILES = (0.999, 0.9999, 0.99999)
 
 
@@ -37,11 +36,10 @@ class RepQ(Pass):
     override: Annotated[bool, "fold sites again that another pass has folded"] = False
 
     def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:
-        """Per-channel ranges, and rows for the percentiles."""
+        """Per-channel ranges, and rows for the percentiles and the later ranges."""
         for site in norm_sites(model.graph, ctx):
             yield Probe(str(site.tensor.name), MinMax(-1))
-            if self.percentile == "search":
-                yield Probe(str(site.tensor.name), Rows(_ROWS))
+            yield Probe(str(site.tensor.name), Rows(FOLD_ROWS))
 
     def may_change(self, model: Model, ctx: PassContext) -> Iterable[str]:
         """Every tensor of every site."""
@@ -57,7 +55,7 @@ class RepQ(Pass):
             if usable(site, ctx, self.override):
                 self._one(model, site, ctx, out)
                 done = True
-        return PassResult(done, out.maps, frozenset(out.changed))
+        return out.result(done)
 
     def _one(self, model: Model, site: FoldSite, ctx: PassContext, out: Folded) -> None:
         assert ctx.scheme.activation is not None
@@ -73,7 +71,7 @@ class RepQ(Pass):
         assert isinstance(stat, MinMaxStat)
         if self.percentile == "minmax":
             return stat.lo, stat.hi
-        rows = ctx.stats[Probe(str(site.tensor.name), Rows(_ROWS))]
+        rows = ctx.stats[Probe(str(site.tensor.name), Rows(FOLD_ROWS))]
         assert isinstance(rows, RowsStat)
         return best_percentile(rows.rows.astype(np.float64), bits)
 

@@ -12,13 +12,12 @@ from numpy.typing import NDArray
 from qcompile.calib.observers import MinMax, MinMaxStat, Probe, Rows, RowsStat
 from qcompile.ir.model import Model
 from qcompile.passes._affine_fold import FoldSite, Folded, fold, hidden_sites, norm_sites, usable, value_sites
-from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
+from qcompile.pipeline.base import FOLD_ROWS, Fact, Kind, Pass, PassContext, PassResult
 from qcompile.quant.affine import fake_quant, qparams_from_range
 from qcompile.quant.qtype import INT8, QType
 from qcompile.quant.spec import PerAxis
 
 F64 = NDArray[np.float64]
-_ROWS = 256
 _COLUMNS = 1024
 _ALPHAS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _PAYS_DB = 1.0
@@ -55,11 +54,10 @@ class SmoothQuant(Pass):
         return found
 
     def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:
-        """Per-channel ranges of the input, and a sample of rows where an error is measured."""
+        """Per-channel ranges of the input, and a sample of rows for the errors and the later ranges."""
         for site in self._sites(model, ctx):
             yield Probe(str(site.tensor.name), MinMax(-1))
-            if self.search or not site.free:
-                yield Probe(str(site.tensor.name), Rows(_ROWS))
+            yield Probe(str(site.tensor.name), Rows(FOLD_ROWS))
 
     def may_change(self, model: Model, ctx: PassContext) -> Iterable[str]:
         """Every tensor of every site."""
@@ -73,7 +71,7 @@ class SmoothQuant(Pass):
         out, done = Folded(), False
         for site in self._sites(model, ctx, remark=True):
             done = (usable(site, ctx, self.override) and self._one(model, site, ctx, out)) or done
-        return PassResult(done, out.maps, frozenset(out.changed))
+        return out.result(done)
 
     def _one(self, model: Model, site: FoldSite, ctx: PassContext, out: Folded) -> bool:
         stat = ctx.stats[Probe(str(site.tensor.name), MinMax(-1))]
@@ -104,7 +102,7 @@ class SmoothQuant(Pass):
 
     def _best(self, site: FoldSite, stat: MinMaxStat, shift: F64, weight: F64, ctx: PassContext) -> tuple[float, float]:
         """The alpha with the least output error, and its gain over no smoothing in dB."""
-        rows = ctx.stats[Probe(str(site.tensor.name), Rows(_ROWS))]
+        rows = ctx.stats[Probe(str(site.tensor.name), Rows(FOLD_ROWS))]
         assert isinstance(rows, RowsStat)
         x, columns = rows.rows.astype(np.float32), _subset(weight)
         types = (ctx.scheme.activation or INT8, ctx.scheme.weight or INT8)

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from qcompile.ir.edit import add_constant, erase_dead, new_node, replace_value
 from qcompile.ir.model import Model
 from qcompile.ir.ops import const_array, int_attr, ints_attr, is_op
-from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult, claim, claimed_by
+from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult, copy_notes
 
 _PARTS = 3
 
@@ -180,7 +180,5 @@ def _project(graph: ir.Graph, packed: Packed, part: str, weight: np.ndarray, bia
     for node in chain:
         node.outputs[0].type = dtype
     graph.insert_after(anchor, chain)
-    owner = claimed_by(packed.matmul)
-    if owner:
-        claim(chain[0], owner)
+    copy_notes(packed.matmul, chain[0])
     return chain[-1].outputs[0]

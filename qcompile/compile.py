@@ -21,7 +21,7 @@ from qcompile.pipeline.runner import Failure, Runner, VerifyMode
 from qcompile.pipeline.spec import format_pipeline, near
 from qcompile.providers import SweepStatistics, comparator
 from qcompile.quant.spec import SCHEMES, Scheme
-from qcompile.report import SCHEMA_VERSION, PassReport, Remark
+from qcompile.report import SCHEMA_VERSION, PassReport, Remark, json_text
 from qcompile.target.catalog import TARGETS
 from qcompile.target.target import Target
 
@@ -288,10 +288,10 @@ def _reproduce(failure: Failure, job: Job) -> str:
 def write_report(result: Result, report: str | Path | None, remarks: str | Path | None) -> None:
     """Write the JSON report and the remarks, if asked for."""
     if report is not None:
-        write_atomic(Path(report), json.dumps(result.to_json(), indent=2, allow_nan=False, default=str) + "\n")
+        write_atomic(Path(report), json_text(result.to_json()) + "\n")
     if remarks is not None:
         document = {"schema_version": SCHEMA_VERSION, "remarks": [r.to_json() for r in result.remarks]}
-        write_atomic(Path(remarks), json.dumps(document, indent=2) + "\n")
+        write_atomic(Path(remarks), json_text(document) + "\n")
 
 
 def describe_plan(job: Job) -> list[tuple[str, str, bool]]:

@@ -41,26 +41,19 @@ class OrtComparator:
 
     feeds: list[dict[str, NDArray[Any]]]
     threads: int | None = None
-    _cached: tuple[Model, list[list[NDArray[Any]]]] | None = None
 
-    def compare(self, reference: Model, candidate: Model) -> Comparison:
-        """max|d| / max|y| over all outputs, and the SQNR of the calibration samples in dB."""
-        expected, got = self._reference(reference), self._outputs(candidate)
-        worst = max((_relative(a, b) for e, g in zip(expected, got, strict=True) for a, b in zip(e, g, strict=True)), default=0.0)
-        signal = sum(float(np.square(_wide(a)).sum()) for a in _firsts(expected))
-        noise = sum(float(np.square(_wide(a) - _wide(b)).sum()) for a, b in zip(_firsts(expected), _firsts(got), strict=True))
-        sqnr = float("inf") if noise == 0 else 10 * float(np.log10(max(signal, 1e-300) / noise))
-        return Comparison(worst, sqnr, len(self.feeds))
-
-    def _reference(self, model: Model) -> list[list[NDArray[Any]]]:
-        """References are never edited in place, so the latest one's outputs are kept."""
-        if self._cached is None or self._cached[0] is not model:
-            self._cached = (model, self._outputs(model))
-        return self._cached[1]
-
-    def _outputs(self, model: Model) -> list[list[NDArray[Any]]]:
+    def outputs(self, model: Model) -> list[list[NDArray[Any]]]:
+        """All outputs for every feed."""
         session = make_session(model.to_proto().SerializeToString(), optimize="off", qdq_fusion=False, threads=self.threads)
         return [session.run(None, feed) for feed in self.feeds]
+
+    def compare(self, reference: list[list[NDArray[Any]]], candidate: list[list[NDArray[Any]]]) -> Comparison:
+        """max|d| / max|y| over all outputs, and the SQNR of the first output on the calibration samples in dB."""
+        worst = max((_relative(a, b) for e, g in zip(reference, candidate, strict=True) for a, b in zip(e, g, strict=True)), default=0.0)
+        signal = sum(float(np.square(_wide(a)).sum()) for a in _firsts(reference))
+        noise = sum(float(np.square(_wide(a) - _wide(b)).sum()) for a, b in zip(_firsts(reference), _firsts(candidate), strict=True))
+        sqnr = float("inf") if noise == 0 else 10 * float(np.log10(max(signal, 1e-300) / noise))
+        return Comparison(worst, sqnr, len(self.feeds))
 
 
 def _wide(array: NDArray[Any]) -> NDArray[np.float64]:

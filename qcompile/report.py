@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -48,3 +50,18 @@ class PassReport:
         out = asdict(self)
         out["remarks"] = [r.to_json() for r in self.remarks]
         return out
+
+
+def json_text(document: Any) -> str:
+    """The document as JSON text: NaN and infinity become null, numpy scalars numbers, paths strings."""
+    return json.dumps(_plain(document), indent=2, allow_nan=False, default=str)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

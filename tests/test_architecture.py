@@ -29,7 +29,12 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "evaluate": ("ir", "runtime", "calib", "layers"),
     "benchmark": ("ir", "runtime", "calib"),
     "compile": ("ir", "quant", "runtime", "calib", "target", "pipeline", "backend", "providers", PACKAGE),
-    "cli": ("compile", "evaluate", "benchmark", "pipeline.registry", PACKAGE),
+    "engine": ("backend", "target"),
+    "inspection": ("ir",),
+    "cli": (
+        *("compile", "evaluate", "benchmark", "engine", "inspection", PACKAGE),
+        *("pipeline.registry", "pipeline.describe", "target.rules", "calib.data", "ir.model"),
+    ),
 }
 HEAVY = {"tensorrt": "backend", "tensorrt_rtx": "backend", "polygraphy": "backend", "click": "cli"}
 THIRD_PARTY_ALLOWED = {"polygraphy": ("backend", "calib")}

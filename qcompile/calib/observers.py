@@ -36,6 +36,7 @@ __all__ = [
     "SecondMoment",
     "SecondMomentStat",
     "Stat",
+    "follows",
 ]
 
 F64 = NDArray[np.float64]
@@ -160,6 +161,18 @@ class MomentsStat(Stat):
         """Sums over both."""
         return replace(self, count=self.count + other.count, sum=self.sum + other.sum, sumsq=self.sumsq + other.sumsq)
 
+    def mapped(self, t: ArrayLike, r: ArrayLike) -> Self:
+        """Sums of x' = (x - t) / r; per-channel `t` and `r` need per-channel sums.
+
+        Raises:
+            NotCarried: per-channel map of a per-tensor statistic.
+        """
+        shift, ratio = np.asarray(t, np.float64), np.asarray(r, np.float64)
+        if np.broadcast_shapes(shift.shape, ratio.shape, self.sum.shape) != self.sum.shape:
+            raise NotCarried("a per-channel map cannot be followed by per-tensor moments")
+        centred = self.sumsq - 2 * shift * self.sum + self.count * shift**2
+        return replace(self, sum=(self.sum - self.count * shift) / ratio, sumsq=centred / ratio**2)
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -222,6 +235,11 @@ class RowsStat(Stat):
         order = np.lexsort((ids[:, 1], ids[:, 0], keys))[: self.capacity]
         return replace(self, keys=keys[order], ids=ids[order], rows=rows[order])
 
+    def mapped(self, t: ArrayLike, r: ArrayLike) -> Self:
+        """The same rows after x' = (x - t) / r, computed in float64."""
+        rows = (self.rows.astype(np.float64) - np.asarray(t)) / np.asarray(r)
+        return replace(self, rows=rows.astype(self.rows.dtype))
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -244,6 +262,11 @@ class Rows:
         keys = _hash(ids, self.seed)
         order = np.lexsort((ids[:, 1], ids[:, 0], keys))[: self.count]
         return RowsStat(self.count, keys[order], ids[order], rows[order])
+
+
+def follows(observer: Observer) -> bool:
+    """Whether this observer's statistic can be carried through a per-channel x' = (x - t) / r."""
+    return isinstance(observer, Rows) or (isinstance(observer, MinMax | Moments) and observer.axis is not None)
 
 
 def other_axes(ndim: int, axis: int | None) -> tuple[int, ...]:

@@ -26,6 +26,8 @@ __all__ = [
 
 S = TypeVar("S", bound=Stat)
 CLAIM = "qcompile.claimed_by"
+FOLDED = "qcompile.input_folded"
+FOLD_ROWS = 512
 
 
 class Kind(enum.Enum):
@@ -85,9 +87,15 @@ class Comparison:
 
 
 class Comparator(Protocol):
-    """Runs two models on the same inputs, ORT optimizations off."""
+    """Runs models on the same inputs, ORT optimizations off."""
 
-    def compare(self, reference: Model, candidate: Model) -> Comparison: ...
+    def outputs(self, model: Model) -> Any:
+        """What the model answers, in a form that `compare` reads."""
+        ...
+
+    def compare(self, reference: Any, candidate: Any) -> Comparison:
+        """The distance of two models' outputs."""
+        ...
 
 
 @dataclass
@@ -138,12 +146,14 @@ def _matches(pattern: str, node: str) -> bool:
 class PassResult:
     """What a pass did: whether nodes, constants or decisions changed, and which tensors' values moved, how.
 
-    A tensor that an EQUIVALENT pass changed in another way is listed in `changed`.
+    A tensor that an EQUIVALENT pass changed in another way is listed in `changed`; `derived` names new tensors that
+    are an affine map of an old one, which keeps its values.
     """
 
     modified: bool
     maps: Mapping[str, AffineMap] = field(default_factory=dict)
     changed: frozenset[str] = frozenset()
+    derived: Mapping[str, tuple[str, AffineMap]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -193,6 +203,21 @@ class Pass:
 def option_name(field_name: str) -> str:
     """The spelling of an option in pipeline strings: block_size -> block-size."""
     return field_name.rstrip("_").replace("_", "-")
+
+
+def mark_folded(node: Any) -> None:
+    """Note on a linear layer that a fold changed the channels of its input."""
+    node.metadata_props[FOLDED] = "1"
+
+
+def input_folded(node: Any) -> bool:
+    """Whether a fold changed the channels of this layer's input: its rows and per-channel extremes are known."""
+    return FOLDED in node.metadata_props
+
+
+def copy_notes(source: Any, target: Any) -> None:
+    """Hand a node's notes on to the node that takes its place."""
+    target.metadata_props.update({k: v for k, v in source.metadata_props.items() if k in (CLAIM, FOLDED)})
 
 
 def claim(node: Any, pass_name: str) -> None:

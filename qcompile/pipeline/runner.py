@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import psutil
 
-from qcompile.calib.observers import MinMaxStat, NotCarried, Probe, Stat
+from qcompile.calib.observers import NotCarried, Probe, Stat, follows
 from qcompile.errors import GateError, QcompileError, VerifyError
 from qcompile.ir.model import Model
 from qcompile.ir.verify import verify_structure
-from qcompile.pipeline.base import Comparator, Comparison, Kind, Pass, PassContext, PassResult, StatisticsProvider
+from qcompile.pipeline.base import AffineMap, Comparator, Comparison, Kind, Pass, PassContext, PassResult, StatisticsProvider
 from qcompile.pipeline.spec import format_pass
 from qcompile.report import PassReport
 
@@ -47,6 +48,8 @@ class Runner:
     on_done: Callable[[PassReport, Model], None] = lambda report, model: None
     on_failure: Callable[[Failure], str] = lambda failure: ""
     _known: dict[Probe, Stat] = field(default_factory=dict[Probe, Stat])
+    _outputs: Any = None
+    _reference: tuple[Model, Any] | None = None
 
     def run(self, model: Model, passes: Sequence[Pass], ctx: PassContext, *, strict_for: Sequence[bool] | None = None) -> tuple[Model, list[PassReport]]:
         """Apply `passes` in order to a copy of `model`; returns the result and one report a pass.
@@ -66,6 +69,8 @@ class Runner:
                 reference, segment_start, report = current.clone(), current.clone(), replace(report, verified="not verified: changes the function on purpose")
             elif self._compares(p, result):
                 report = self._verified(p, report, before, current, reference)
+            elif result.modified and p.kind is not Kind.ANNOTATE:
+                self._outputs = None
             self._gate(report, strict_for[i] if strict_for else True)
             reports.append(report)
             self.on_done(report, current)
@@ -85,7 +90,7 @@ class Runner:
                 e.args = (f"{e}{hint}",)
                 raise
             raise VerifyError(f"pass {p.name!r} failed: {type(e).__name__}: {e}{hint or '; please report it'}") from e
-        self._carry(p, result)
+        self._carry(result)
         seconds, rss = time.perf_counter() - start, psutil.Process().memory_info().rss / 1e6
         return PassReport(format_pass(p), p.kind.value, result.modified, tuple(ctx.remarks), seconds, rss), result
 
@@ -102,39 +107,44 @@ class Runner:
         return {probe: self._known[probe] for probe in wanted}
 
     def _early(self, p: Pass, later: Sequence[Pass], model: Model, ctx: PassContext) -> Iterable[Probe]:
-        """Probes of later passes whose tensors no pass before them will change: one sweep answers them too."""
+        """Probes of later passes that will still hold when they run: one sweep answers them too."""
         scratch = replace(ctx, remarks=[])
         moved = set(p.may_change(model, scratch))
         for q in later:
             for probe in q.probes(model, replace(scratch, pass_name=q.name)):
-                if probe.tensor not in moved:
+                if probe.tensor not in moved or follows(probe.observer):
                     yield probe
             moved |= set(q.may_change(model, scratch))
 
-    def _carry(self, p: Pass, result: PassResult) -> None:
+    def _carry(self, result: PassResult) -> None:
         """Keep statistics that the pass's changes of variable carry over exactly; drop the others."""
+        for tensor, (source, change) in result.derived.items():
+            for probe in [k for k in self._known if k.tensor == source]:
+                self._keep(replace(probe, tensor=tensor), self._known[probe], change)
         for probe in [k for k in self._known if k.tensor in result.maps or k.tensor in result.changed]:
             stat = self._known.pop(probe)
-            change = result.maps.get(probe.tensor)
-            if change is None or not isinstance(stat, MinMaxStat):
-                continue
-            try:
-                self._known[probe] = stat.mapped(change.t, change.r)
-            except NotCarried:
-                continue
-        if p.kind is Kind.EQUIVALENT and result.modified and not result.maps and not result.changed:
-            return
+            if probe.tensor in result.maps:
+                self._keep(probe, stat, result.maps[probe.tensor])
+
+    def _keep(self, probe: Probe, stat: Stat, change: AffineMap) -> None:
+        with contextlib.suppress(NotCarried):
+            self._known[probe] = stat.mapped(change.t, change.r)
 
     # verification ---------------------------------------------------------------------------
 
     def _compares(self, p: Pass, result: PassResult) -> bool:
-        return self.verify == "each" and self.comparator is not None and result.modified and p.kind is not Kind.ANNOTATE
+        return self.verify == "each" and self.comparator is not None and result.modified and p.kind in (Kind.EQUIVALENT, Kind.LOWER)
 
     def _verified(self, p: Pass, report: PassReport, before: Model, after: Model, reference: Model) -> PassReport:
         assert self.comparator is not None
-        if p.kind is Kind.FIT:
-            return report
-        distance = self.comparator.compare(before if p.kind is Kind.EQUIVALENT else reference, after)
+        if self._reference is None or self._reference[0] is not reference:
+            self._reference = (reference, self.comparator.outputs(reference))
+        if p.kind is Kind.EQUIVALENT:
+            expected = self._outputs if self._outputs is not None else self.comparator.outputs(before)
+        else:
+            expected = self._reference[1]
+        self._outputs = self.comparator.outputs(after)
+        distance = self.comparator.compare(expected, self._outputs)
         if p.kind is Kind.EQUIVALENT:
             self._hold(report.spec, distance, before)
         return replace(report, verified=_verdict(p.kind), relative_error=distance.relative_error, sqnr_db=distance.sqnr_db)
@@ -148,7 +158,7 @@ class Runner:
 
     def _verify_end(self, reports: list[PassReport], passes: Sequence[Pass], start: Model, end: Model) -> list[PassReport]:
         assert self.comparator is not None
-        distance = self.comparator.compare(start, end)
+        distance = self.comparator.compare(self.comparator.outputs(start), self.comparator.outputs(end))
         if all(p.kind in (Kind.EQUIVALENT, Kind.ANNOTATE) for p in passes):
             self._hold("the whole pipeline", distance, start)
         reports[-1] = replace(reports[-1], verified="compared at the end", relative_error=distance.relative_error, sqnr_db=distance.sqnr_db)

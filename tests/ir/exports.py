@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,13 @@ INDEX: dict[str, dict[str, Any]] = json.loads((FOLDER / "index.json").read_text(
 
 
 def load(name: str) -> ir.Model:
-    """The fixture after shape inference and shape folding."""
+    """A fresh copy of the fixture after shape inference and shape folding."""
+    return prepared(name).clone()
+
+
+@cache
+def prepared(name: str) -> ir.Model:
+    """The one that `load` copies: do not edit."""
     model = ir.from_proto(onnx.load(FOLDER / INDEX[name]["file"]))
     ShapeInferencePass()(model)
     for _ in range(8):

@@ -8,7 +8,7 @@ import onnx_ir as ir
 import pytest
 
 from qcompile.ir import match
-from tests.ir.exports import INDEX, load
+from tests.ir.exports import INDEX, prepared
 
 KINDS = {"erf": "gelu-erf", "tanh": "gelu-tanh", "quick": "quick-gelu", "silu-gated": "swiglu"}
 FUSED = [name for name, entry in INDEX.items() if entry.get("seen_qkv") == "attention-op"]
@@ -17,17 +17,9 @@ GATHERED = {"hf_swin_dy18"}
 """Its mean pooling is exported as ReduceMean, Reshape and a Gather with computed indices."""
 
 
-@pytest.fixture(scope="module")
-def graphs() -> dict[str, ir.Graph]:
-    return {}
-
-
 @pytest.fixture
-def graph(request: pytest.FixtureRequest, graphs: dict[str, ir.Graph]) -> ir.Graph:
-    name: str = request.param
-    if name not in graphs:
-        graphs[name] = load(name).graph
-    return graphs[name]
+def graph(request: pytest.FixtureRequest) -> ir.Graph:
+    return prepared(request.param).graph
 
 
 def by_name(names: list[str]) -> pytest.MarkDecorator:
@@ -61,7 +53,7 @@ def test_only_real_padding_forbids_a_shift(graph: ir.Graph, entry: dict) -> None
 
 
 def test_a_gather_with_computed_indices_is_refused() -> None:
-    refused = match.find_norm_to_linears(load("hf_swin_dy18").graph).refused
+    refused = match.find_norm_to_linears(prepared("hf_swin_dy18").graph).refused
     assert Counter("gathers channels" in r.reason for r in refused)[True] == 1
 
 
@@ -86,7 +78,7 @@ def test_every_value_projection_is_a_site(graph: ir.Graph, entry: dict) -> None:
 
 @pytest.mark.parametrize("name", FUSED)
 def test_fused_attention_is_refused(name: str) -> None:
-    refused = match.find_attentions(load(name).graph).refused
+    refused = match.find_attentions(prepared(name).graph).refused
     assert [r.reason for r in refused] == ["fused Attention operator: decompose it first (run canonicalize)"] * 2
 
 
@@ -109,23 +101,23 @@ def test_pre_norm_transformers_have_one_residual_stream(graph: ir.Graph, entry: 
 
 
 def test_swin_streams_survive_window_moves_and_rolls() -> None:
-    streams = match.find_residual_streams(load("timm_swin_ts17").graph)
+    streams = match.find_residual_streams(prepared("timm_swin_ts17").graph)
     assert [len(s.adds) for s in streams] == [4, 2]
 
 
 @pytest.mark.parametrize("name", ["unet_ts17", "unet_dy18", "unet_dy21"])
 def test_unet_shortcuts(name: str) -> None:
-    graph = load(name).graph
+    graph = prepared(name).graph
     assert {a.kind for a in match.find_activations(graph)} == {"silu"}
     assert [r.reason for r in match.find_concat_shortcuts(graph).refused] == ["no convolution reads the joined channels directly"]
 
 
 @pytest.mark.parametrize("name", ["mobilenet_ts17", "mobilenet_dy18"])
 def test_convolution_chains(name: str) -> None:
-    chains = match.find_conv_chains(load(name).graph)
+    chains = match.find_conv_chains(prepared(name).graph)
     assert chains.found and all(c.activation is None or c.activation.kind == "relu6" for c in chains)
 
 
 @pytest.mark.parametrize("name", ["resnet_bn_ts17"])
 def test_batch_norms_between_convolutions(name: str) -> None:
-    assert any(c.batch_norm is not None for c in match.find_conv_chains(load(name).graph))
+    assert any(c.batch_norm is not None for c in match.find_conv_chains(prepared(name).graph))

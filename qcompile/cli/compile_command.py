@@ -1,0 +1,91 @@
+"""`qcompile MODEL`: the default command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qcompile.cli.output import print_json
+from qcompile.cli.progress import Reporter, reporter
+from qcompile.cli.views import calibration_line, show_engine, show_plan, show_result, sweeps_line
+from qcompile.compile import DEFAULT_SAMPLES, SCHEMES, TARGETS, Job, Options, Result, describe_plan, prepare, run, write_report
+from qcompile.engine import DEFAULT_GPU, EngineResult, gpu_list, make_engine, profile_from, require_engine
+from qcompile.errors import UsageError
+from qcompile.inspection import model_bytes
+from qcompile.report import SCHEMA_VERSION
+
+DELIVERED = [s for s in SCHEMES if any(s in t.schemes for t in TARGETS.values())]
+_TARGET_HELP = "; ".join(f"{t.name}: {t.title}" for t in TARGETS.values())
+
+
+@click.command("compile")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--passes", help="Pipeline, e.g. 'repq,smooth{alpha=0.6}'; without it the target's default runs (see: qcompile passes).")
+@click.option("--target", type=click.Choice(list(TARGETS)), help=f"Default trt. {_TARGET_HELP}.")
+@click.option("--scheme", type=click.Choice(DELIVERED), help="Default w8a8. Which target takes which: docs/guide/targets.md.")
+@click.option("--calib", metavar="DATA", help="npz, folder, pictures, file.py:function, polygraphy JSON or 'random'; default MODEL.calib.npz beside MODEL.")
+@click.option("--samples", type=click.IntRange(1), default=DEFAULT_SAMPLES, show_default=True, help="Calibration samples, spread evenly over DATA.")
+@click.option("--preprocess", metavar="SPEC", help="For pictures: a preset or a TOML file.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="OUT.onnx", help="Default MODEL.TARGET-SCHEME.onnx in this folder.")
+@click.option("--engine", type=click.Path(path_type=Path), metavar="OUT", help="Also build an engine (targets rtx and trt); rtx is audited.")
+@click.option("--gpu", default=DEFAULT_GPU, show_default=True, metavar="SM,..", help="GPUs of the engine (rtx; trt builds for this machine's).")
+@click.option("--profile", metavar="SHAPES", help="Shapes of the engine: 'x:1x3x224x224,8x3x224x224,32x3x224x224' (min, opt, max).")
+@click.option("--verify", type=click.Choice(["each", "end", "off"]), default="each", show_default=True, help="When outputs are compared.")
+@click.option("--keep-float", multiple=True, metavar="PATTERN", help="Nodes (globs on names) that stay float; repeatable.")
+@click.option("--only", multiple=True, metavar="PATTERN", help="Quantize only these nodes; repeatable.")
+@click.option("--min-sqnr", type=float, metavar="DB", help="Fail (exit 1) if the output's SQNR is lower.")
+@click.option("--report", type=click.Path(path_type=Path), metavar="OUT.json", help="Write everything that happened.")
+@click.option("--remarks", type=click.Path(path_type=Path), metavar="OUT.json", help="Write what was done or missed at every site.")
+@click.option("--dry-run", is_flag=True, help="Print the completed pipeline and the sweeps it needs; write nothing.")
+@click.option("--exact", is_flag=True, help="Run exactly these passes, insert none.")
+@click.option("--strict", is_flag=True, help="Fail (exit 1) if one of your passes changes nothing.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of everything random.")
+@click.option("--threads", type=click.IntRange(1), help="ONNX Runtime threads; default: all cores.")
+@click.option("--print-after", is_flag=True, help="Print the graph after every pass, on standard error.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on standard output, and nothing else there.")
+def compile_command(  # one argument an option: click's way
+    model: Path, engine: Path | None, gpu: str, profile: str | None, report: Path | None, remarks: Path | None, dry_run: bool, as_json: bool, **options: Any
+) -> None:
+    """Quantize MODEL: run the passes, verify each, write a Q/DQ model, and an engine if asked."""
+    job = prepare(model, Options(**options))
+    gpus = gpu_list(gpu)
+    if engine is not None:
+        _check_engine(job, engine, gpus)
+    if dry_run:
+        print_json(_plan_document(job)) if as_json else show_plan(job)
+        return
+    with reporter() as progress:
+        result, made = _run(job, progress, engine, gpus, profile, report, remarks)
+    if as_json:
+        print_json(result.to_json() | ({} if made is None else {"engine": made.to_json()}))
+        return
+    show_result(job, result, model_bytes(job.model, model))
+    if made is not None:
+        show_engine(made)
+
+
+def _check_engine(job: Job, engine: Path, gpus: tuple[str, ...]) -> None:
+    if job.scheme.simulated:
+        raise UsageError(f"no engine computes in {job.scheme.name}, it is only simulated; drop --engine, or choose --scheme w8a8")
+    require_engine(job.target.name, engine, gpus)
+
+
+def _run(
+    job: Job, progress: Reporter, engine: Path | None, gpus: tuple[str, ...], profile: str | None, report: Path | None, remarks: Path | None
+) -> tuple[Result, EngineResult | None]:
+    shapes = profile_from(profile)
+    result = run(job, progress)
+    write_report(result, report, remarks)
+    if engine is None:
+        return result, None
+    return result, make_engine(result.output, engine, target=result.target, gpus=gpus, profile=shapes, note=progress.note)
+
+
+def _plan_document(job: Job) -> dict[str, Any]:
+    passes = [{"pass": spec, "help": text, "inserted": inserted} for spec, text, inserted in describe_plan(job)]
+    return {
+        "schema_version": SCHEMA_VERSION, "pipeline": job.pipeline, "target": job.target.name, "scheme": job.scheme.name,
+        "output": str(job.output), "calibration": calibration_line(job), "sweeps": sweeps_line(job), "passes": passes,
+    }  # fmt: skip

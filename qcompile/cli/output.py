@@ -1,0 +1,66 @@
+"""Standard output: one JSON document, or tables."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from qcompile.report import json_text
+
+PLAIN_WIDTH = 118
+
+
+def print_json(document: Any) -> None:
+    """The document on standard output, with a newline; NaN and infinity become null."""
+    click.echo(json_text(document))
+
+
+def console() -> Console:
+    """Where tables go; wide enough for names when it is no terminal."""
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False, emoji=False)
+
+
+def print_text(*lines: str) -> None:
+    """Plain lines; brackets in node names are no markup."""
+    for line in lines:
+        console().print(line, markup=False, soft_wrap=True)
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None, right: Sequence[int] = ()) -> None:
+    """A table of strings; the columns in `right` hold numbers."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="right" if i in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    console().print(table)
+
+
+def number(value: float | None, form: str = ".1f", unit: str = "") -> str:
+    """A number for a table: `-` when there is none, `exact` for an infinite SQNR."""
+    if value is None or value != value:
+        return "-"
+    if value == float("inf"):
+        return "exact" if unit == " dB" else "inf"
+    return f"{value:{form}}{unit}"
+
+
+def percent(value: float | None) -> str:
+    """0.9876 -> `98.8 %`."""
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def flops(value: float) -> str:
+    """Operations with a unit."""
+    return f"{value / 1e9:.3f} G"
+
+
+def megabytes(size: float) -> str:
+    """Bytes as MB (10^6)."""
+    return f"{size / 1e6:.2f} MB"

@@ -1,0 +1,170 @@
+"""Results as tables and lines for people."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from qcompile.cli.output import flops, megabytes, number, percent, print_table, print_text
+from qcompile.cli.progress import tally
+from qcompile.compile import Job, Result, describe_plan
+from qcompile.engine import EngineResult
+from qcompile.pipeline.describe import statistics_readers
+from qcompile.report import PassReport
+
+WORST_LAYERS = 12
+FLOAT_NODES = 8
+EXAMPLES = 2
+
+
+def show_plan(job: Job) -> None:
+    """`--dry-run`: the pipeline, its passes, the data and the sweeps."""
+    print_text(job.pipeline, "")
+    plan = describe_plan(job)
+    print_table(["pass", "from", "what"], [(spec, "inserted" if inserted else "you", text) for spec, text, inserted in plan])
+    print_text("", f"output       {job.output}", f"calibration  {calibration_line(job)}", f"sweeps       {sweeps_line(job)}")
+
+
+def sweeps_line(job: Job) -> str:
+    """Which passes read statistics: each needs a sweep at most, and shares one where nothing in between moves its tensors."""
+    readers = statistics_readers(job.plan.passes)
+    if not readers:
+        return "none"
+    return f"at most {len(readers)}, for {', '.join(readers)} (passes share a sweep where nothing between them moves their tensors)"
+
+
+def calibration_line(job: Job) -> str:
+    """Which data, how many samples, and whether convention chose it."""
+    if job.data_source is None:
+        return "none found"
+    how = " (found beside the model; --calib chooses other data)" if job.options.calib is None else ""
+    return f"{job.options.samples} samples of {job.data_source}{how}"
+
+
+def show_result(job: Job, result: Result, source_bytes: int) -> None:
+    """After a compilation: the passes, the sites that were missed and why, the output."""
+    rows = [_pass_row(p, inserted) for p, inserted in zip(result.passes, job.plan.inserted, strict=True)]
+    print_table(["pass", "sites", "against", "error", "seconds", "memory"], rows, right=(4, 5))
+    _show_missed(result)
+    size = Path(result.output).stat().st_size
+    print_text("", f"output       {result.output}")
+    print_text(f"size         {megabytes(size)} (float model {megabytes(source_bytes)})")
+    print_text(f"SQNR         {number(result.sqnr_db, unit=' dB')} against the float model, on calibration samples")
+    print_text(f"calibration  {_used(job, result)}")
+    print_text(f"sweeps       {result.sweeps}")
+    for note in result.notes:
+        print_text(f"note         {note}")
+
+
+def _pass_row(p: PassReport, inserted: bool) -> tuple[str, ...]:
+    against = {"equivalent": "step before", "lower": "float model"}.get(p.kind, "") if p.relative_error is not None else ""
+    error = number(p.sqnr_db, unit=" dB") if p.kind == "lower" else number(p.relative_error, ".1e") if p.relative_error else "0"
+    shown = "" if p.relative_error is None else error
+    return f"{'+ ' if inserted else ''}{p.spec}", tally(p), against, shown, f"{p.seconds:.1f}", f"{p.peak_rss_mb:.0f} MB"
+
+
+def _show_missed(result: Result) -> None:
+    missed = Counter((r.pass_name, r.reason) for r in result.remarks if r.kind == "missed")
+    if missed:
+        print_text("", "missed sites (all of them: --remarks OUT.json)")
+        rows = [(name, str(n), reason) for (name, reason), n in sorted(missed.items(), key=lambda x: (x[0][0], -x[1]))]
+        print_table(["pass", "count", "reason"], rows, right=(1,))
+
+
+def _used(job: Job, result: Result) -> str:
+    if not result.samples:
+        return "none"
+    how = ", found beside the model" if job.options.calib is None else ""
+    return f"{result.samples} samples of {result.calibration}{how}"
+
+
+def show_engine(made: EngineResult) -> None:
+    """The engine's file, its profile and the audits."""
+    b = made.build
+    print_text("", f"engine       {b.path} ({megabytes(b.size)}, built in {b.seconds:.1f} s with {b.manifest['backend']} {b.version})")
+    print_text(f"manifest     {b.manifest_path}")
+    for profile in b.profiles:
+        print_text(f"profile      {_profile(profile.to_json())} ({profile.source})")
+    for audit in made.audits:
+        print_text(*audit_lines(audit.summary()))
+
+
+def _profile(shapes: dict[str, list[list[int]]]) -> str:
+    return "; ".join(f"{name}:{','.join('x'.join(map(str, s)) for s in three)}" for name, three in shapes.items())
+
+
+def audit_lines(a: dict[str, Any]) -> list[str]:
+    """The figures of one audit."""
+    blocks = f"{a['attention_fused_blocks']} of {a['attention_blocks']} blocks" if a["attention_blocks"] else "no attention"
+    return [
+        f"audit        {a['gpu']} ({a['label']} {a['version']}; built, not run)",
+        f"share        {percent(a['share'])} of the planned work runs in low-precision kernels",
+        f"coverage     {percent(a['coverage'])} of all GEMM, convolution and attention work ({flops(a['total_flops'])}FLOP)",
+        f"attention    {blocks} run as one fused kernel" if a["attention_blocks"] else f"attention    {blocks}",
+    ]
+
+
+def show_audit(document: dict[str, Any]) -> None:
+    """The figures, the nodes that run in float, and the Q/DQ pairs that gain nothing."""
+    print_text(*audit_lines(document))
+    if document["profile"]:
+        print_text(f"profile      {_profile(document['profile']['shapes'])} ({document['profile']['source']})")
+    floats = sorted(document["float_nodes"], key=lambda n: -n["flops"])
+    if floats:
+        print_text("", f"in float: {len(floats)} nodes (largest first)")
+        rows = [(n["node"], n["op_type"], flops(n["flops"]), n["planned"] or "-") for n in floats[:FLOAT_NODES]]
+        print_table(["node", "operator", "FLOPs", "planned"], rows, right=(2,))
+    if document["wasted_pairs"]:
+        print_text("", "Q/DQ pairs whose consumer runs in float")
+        print_table(["pair", "node", "rule"], [(w["pair"], w["node"], w["rule"] or "-") for w in document["wasted_pairs"]])
+
+
+def show_evaluation(document: dict[str, Any]) -> None:
+    """Both models on the data, their distance, and the worst layers."""
+    ref, new = document["reference"], document["candidate"]
+    rows = [("path", ref["path"], new["path"]), ("size", f"{ref['size_mb']:.2f} MB", f"{new['size_mb']:.2f} MB")]
+    if "top1" in ref:
+        rows.append(("top-1", percent(ref["top1"]), percent(new["top1"])))
+    rows += [(key, number(ref[key], ".4g"), number(new[key], ".4g")) for key in ("nll", "mse") if key in ref]
+    print_table(["", "reference", "candidate"], rows)
+    if new.get("simulated"):
+        print_text("ONNX Runtime cannot fuse the candidate's Q/DQ pairs: it was simulated, pair by pair")
+    print_text("", f"samples      {document['samples']}", f"agreement    {percent(document['agreement'])}")
+    print_text(f"SQNR         {number(document['sqnr_db'], unit=' dB')}", f"KL           {number(document['kl'], '.3g')}")
+    print_text(f"cosine       {number(document['cosine'], '.6f')}")
+    if "per_layer" in document:
+        _show_layers(document["per_layer"])
+
+
+def _show_layers(layers: list[dict[str, Any]]) -> None:
+    print_text("", f"worst layers ({min(WORST_LAYERS, len(layers))} of {len(layers)}; a node far below its inputs is where the error enters)")
+    rows = [_layer_row(x) for x in layers[:WORST_LAYERS]]
+    print_table(["node", "operator", "SQNR", "its inputs", "note"], rows, right=(2, 3))
+
+
+def _layer_row(x: dict[str, Any]) -> tuple[str, ...]:
+    note = "rescaled by a fold" if x["rescaled"] else ""
+    return x["node"], x["op_type"], number(x["sqnr_db"], unit=" dB"), number(x["input_sqnr_db"], unit=" dB"), note
+
+
+def show_bench(document: dict[str, Any]) -> None:
+    """Latencies, and how many times as fast as the first model."""
+    pairs = zip(document["models"], document["ratios"], strict=True)
+    rows = [(m["path"], f"{m['median_ms']:.3f}", f"{m['min_ms']:.3f}", f"{r['median']:.2f}x", f"{r['min']:.2f}x") for m, r in pairs]
+    print_table(["model", "median ms", "min ms", "by median", "by min"], rows, right=(1, 2, 3, 4))
+    print_text(f"batch 1, {document['threads']} threads, {document['runs']} runs a model, interleaved; ratios: times as fast as the first")
+
+
+def show_findings(document: dict[str, Any]) -> None:
+    """Findings grouped by rule, with the fix."""
+    findings = [("error", f) for f in document["errors"]] + [("warning", f) for f in document["warnings"]]
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for severity, f in findings:
+        groups.setdefault((severity, f["rule"], f["fix"]), []).append(f"{f['node'] or '(model)'}: {f['message']}")
+    for (severity, rule, fix), messages in groups.items():
+        print_text(f"{severity} {rule} ({len(messages)}x)", *(f"  {m}" for m in messages[:EXAMPLES]))
+        if len(messages) > EXAMPLES:
+            print_text(f"  ... and {len(messages) - EXAMPLES} more (all of them: --json)")
+        print_text(f"  fix: {fix}")
+    print_text(f"{len(document['errors'])} errors, {len(document['warnings'])} warnings for target {document['target']}")
