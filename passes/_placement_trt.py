@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from qcompile.ir.match_scores import Scores, find_scores, find_values
 from qcompile.ir.model import Model
 from qcompile.ir.ops import activation_channel_axis, const_value, is_compute, is_op, weight_slot
-from qcompile.passes._attention_core import AttentionCore, attention_cores
 from qcompile.passes._placement import Placement, activation_spec, weight_spec
 from qcompile.pipeline.base import PassContext
 from qcompile.quant.spec import PerBlock
@@ -22,8 +22,9 @@ def place(model: Model, ctx: PassContext, attention: str) -> Placement:
         if slot is not None:
             _weighted(out, node, slot, ctx)
     if ctx.scheme.activation is not None:
-        for core in attention_cores(model.graph):
-            _attention(out, core, ctx, attention)
+        for softmax in model.graph:
+            if is_op(softmax, "Softmax"):
+                _attention(out, softmax, ctx, attention)
     return out
 
 
@@ -69,18 +70,19 @@ def _refusal(node: ir.Node, slot: int) -> str | None:
     return None
 
 
-def _attention(out: Placement, core: AttentionCore, ctx: PassContext, attention: str) -> None:
+def _attention(out: Placement, softmax: ir.Node, ctx: PassContext, attention: str) -> None:
     """Queries, keys, softmax output and values together, or none: a partial choice breaks the fused kernel."""
-    assert ctx.scheme.activation is not None
-    reason = next((r for n in (core.scores, core.values) if (r := ctx.excluded(str(n.name)))), None)
+    scores, values = find_scores(softmax), find_values(softmax)
+    if not isinstance(scores, Scores) or values is None:
+        return
+    products = (scores.matmul, values.matmul)
+    reason = next((r for n in products if (r := ctx.excluded(str(n.name)))), None)
     if attention == "none":
         reason = "attention left in float on request"
     if reason:
-        for node in (core.scores, core.values):
+        for node in products:
             out.miss(node, reason)
         return
-    spec = activation_spec(ctx)
-    out.add(core.scores, 0, spec)
-    out.add(core.scores, 1, spec)
-    out.add(core.values, core.probability_slot, spec)
-    out.add(core.values, 1 - core.probability_slot, spec)
+    for node in products:
+        out.add(node, 0, activation_spec(ctx))
+        out.add(node, 1, activation_spec(ctx))

@@ -19,10 +19,12 @@ from qcompile.errors import ModelError
 from qcompile.ir.edit import erase_dead, replace_value
 from qcompile.ir.model import Model
 from qcompile.ir.ops import const_array
+from qcompile.ir.shape_fold import fold_shapes
 from qcompile.passes._attention_op import decompose_attention
 from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
 
 _SIZE_LIMIT = 1 << 31
+_SHAPE_ROUNDS = 8
 _QUANTIZED = ("QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "MatMulInteger", "ConvInteger", "DynamicQuantizeLinear")
 
 
@@ -42,23 +44,40 @@ class Canonicalize(Pass):
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
         """Raises ModelError: the model is already quantized."""
         _refuse_quantized(model)
-        before = (len(model.graph), sorted(model.graph.initializers))
+        before, count = _signature(model.graph), len(model.graph)
         InlinePass()(model.ir)
         RemoveInitializersFromInputsPass()(model.ir)
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model.ir)
         fold_constants(model.ir, input_size_limit=_SIZE_LIMIT, output_size_limit=_SIZE_LIMIT, should_fold=_foldable)
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model.ir)
         IdentityEliminationPass()(model.ir)
+        _fold_known_shapes(model)
         for node in list(model.graph):
             _simplify(model.graph, node, ctx)
         erase_dead(model)
         ShapeInferencePass()(model.ir)
         model.name_nodes()
         _remark_subgraphs(model, ctx)
-        modified = before != (len(model.graph), sorted(model.graph.initializers))
+        modified = before != _signature(model.graph)
         if modified:
-            ctx.applied("", f"{before[0]} nodes became {len(model.graph)}")
+            ctx.applied("", f"{count} nodes became {len(model.graph)}")
+        else:
+            ctx.note("", "already canonical")
         return PassResult(modified)
+
+
+def _signature(graph: ir.Graph) -> tuple[list[tuple[object, ...]], list[str]]:
+    """What the graph is made of, without the weights' values (no step changes those under an old name)."""
+    nodes = [(n.domain, n.op_type, n.name, [v and v.name for v in n.inputs], [v.name for v in n.outputs], sorted(n.attributes)) for n in graph]
+    return nodes, sorted(graph.initializers)
+
+
+def _fold_known_shapes(model: Model) -> None:
+    """Each round of shape inference may make more Reshape targets and pads constant."""
+    for _ in range(_SHAPE_ROUNDS):
+        ShapeInferencePass()(model.ir)
+        if not fold_shapes(model.graph):
+            return
 
 
 def _foldable(node: ir.Node) -> bool | None:

@@ -36,6 +36,7 @@ class Half(Pass):
 
     name = "fp16"
     kind = Kind.LOWER
+    requires = frozenset({Fact.CANONICAL})
     establishes = frozenset({Fact.HALF})
 
     def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:

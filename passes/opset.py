@@ -34,6 +34,7 @@ class RaiseOpset(Pass):
         """Raises ModelError: the converter knows no way."""
         wanted = self.version or ctx.target.opset(ctx.scheme)
         if model.opset >= wanted:
+            ctx.note("", f"opset {model.opset} is high enough ({wanted} is needed)")
             return PassResult(False)
         before = model.opset
         big = {n: v.const_value for n, v in model.graph.initializers.items() if v.const_value is not None and v.const_value.nbytes > _SMALL}

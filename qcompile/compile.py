@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -132,9 +134,13 @@ def prepare(path: str | Path, options: Options) -> Job:
     target.require(scheme)
     text = options.passes if options.passes is not None else registry.default_preset(target.name, scheme.name)
     plan = complete(registry.parse(text), target, scheme, exact=options.exact, held=_facts(model))
+    if not plan.passes and not options.exact:
+        raise ModelError(f"{path} already went through the whole pipeline for {target.name} and {scheme.name}; start from the float model")
     output = Path(options.output) if options.output else Path(f"{Path(path).stem}.{target.name}-{scheme.name}.onnx")
     if output.exists() and output.resolve() == Path(path).resolve():
         raise UsageError(f"the output {output} is the input; choose another name with -o")
+    if output.is_dir():
+        raise UsageError(f"the output {output} is a folder; name a file with -o")
     if not output.parent.is_dir():
         raise UsageError(f"the folder of the output {output} does not exist; create it first, or choose another with -o")
     return Job(model, options, target, scheme, plan, output, options.calib or find_beside(path))
@@ -167,12 +173,12 @@ def run(job: Job, progress: Progress) -> Result:
     model, reports = runner.run(job.model, job.plan.passes, ctx, strict_for=[not i for i in job.plan.inserted])
     _describe(model, job, data, digest)
     _check_matched(job, reports, model)
-    model.save(job.output)
     result = Result(
         job.output, job.pipeline, job.target.name, job.scheme.name, tuple(reports),
         statistics.sweeps if statistics else 0, len(data) if data is not None else 0, data.source if data is not None else "none", model=model,
     )  # fmt: skip
     _gate(result, job.options.min_sqnr)
+    model.save(job.output)
     return result
 
 
@@ -206,6 +212,8 @@ def _with_sidecar(path: Path, options: Options) -> Options:
             raise UsageError(f"{sidecar} has an unknown key {key!r}{near(key, known)} (it may hold: {', '.join(sorted(known))})")
     values = {k: getattr(options, k) for k in options.__dataclass_fields__}
     for key, value in given.items():
+        if not isinstance(value, int if key == "samples" else str):
+            raise UsageError(f"{sidecar}: {key} cannot be {value!r}; it takes a {'whole number' if key == 'samples' else 'string'}")
         if values[key] in (None, DEFAULT_SAMPLES):
             values[key] = str(sidecar.parent / value) if key == "calib" else value
     return Options(**values)
@@ -225,8 +233,12 @@ def _scheme(name: str) -> Scheme:
 
 def _facts(model: Model) -> frozenset[Fact]:
     """Facts that a half-run pipeline left in the file."""
-    held = json.loads(model.metadata.get("qcompile.facts", "[]"))
-    return frozenset(Fact(f) for f in held if f in {x.value for x in Fact})
+    text = model.metadata.get("qcompile.facts", "[]")
+    try:
+        held = json.loads(text)
+    except json.JSONDecodeError as e:
+        raise ModelError(f"the model's metadata entry qcompile.facts is not JSON ({text[:40]!r}); remove it or start from the float model") from e
+    return frozenset(fact for fact in Fact if isinstance(held, list) and fact.value in held)
 
 
 def _data(job: Job, progress: Progress) -> Dataset | None:
@@ -247,7 +259,9 @@ def _wants_data(job: Job) -> bool:
 
 
 def _describe(model: Model, job: Job, data: Dataset | None, digest: str) -> None:
-    facts = {f for p in job.plan.passes for f in p.establishes} | _facts(job.model)
+    facts = set(_facts(job.model))
+    for p in job.plan.passes:
+        facts = (facts - p.invalidates) | p.establishes
     model.metadata.update({
         "qcompile.version": __version__, "qcompile.pipeline": job.pipeline, "qcompile.target": job.target.name, "qcompile.scheme": job.scheme.name,
         "qcompile.source": digest, "qcompile.facts": json.dumps(sorted(f.value for f in facts)),
@@ -276,13 +290,15 @@ def _reproduce(failure: Failure, job: Job) -> str:
     """Save the model as it was before the failing pass, and say how to run that pass alone."""
     if isinstance(failure.error, (InputError, UsageError)):
         return ""
-    before = job.output.with_name(f"{job.output.stem}.before-{failure.spec.partition('{')[0]}.onnx")
+    name = re.sub(r"[^\w.-]+", "-", failure.spec.partition("{")[0])
+    before = job.output.with_name(f"{job.output.stem}.before-{name}.onnx")
     try:
         failure.model.save(before)
     except ModelError:
         return ""
-    calib = f" --calib {job.data_source}" if job.data_source else ""
-    return f"\n  reproduce: qcompile {before} --exact --passes '{failure.spec}' --target {job.target.name} --scheme {job.scheme.name}{calib}"
+    words = ["qcompile", str(before), "--exact", "--passes", failure.spec, "--target", job.target.name, "--scheme", job.scheme.name]
+    words += ["--calib", job.data_source] if job.data_source else []
+    return f"\n  reproduce: {shlex.join(words)}"
 
 
 def write_report(result: Result, report: str | Path | None, remarks: str | Path | None) -> None:

@@ -13,12 +13,21 @@ from qcompile.backend.tensorrt import BuildResult, build_engine, capability, req
 from qcompile.errors import BackendError, UsageError
 from qcompile.report import SCHEMA_VERSION
 from qcompile.target.catalog import TARGETS
+from qcompile.target.findings import Finding
 from qcompile.target.rules import check
 from qcompile.target.view import load_graph_only
 
 __all__ = [
-    "DEFAULT_GPU", "EngineResult", "audit", "check_document", "gpu_list", "make_engine", "profile_from", "recorded_target", "require_engine",
-]  # fmt: skip
+    "DEFAULT_GPU",
+    "EngineResult",
+    "audit",
+    "check_document",
+    "gpu_list",
+    "make_engine",
+    "profile_from",
+    "recorded_target",
+    "require_engine",
+]
 
 DEFAULT_GPU = "sm89"
 Note = Callable[[str], None]
@@ -69,8 +78,12 @@ def recorded_target(model: Path, choices: Collection[str], default: str = "trt")
 def check_document(model: Path, target: str, gpus: Sequence[str] = ()) -> dict[str, Any]:
     """The rule checker's findings: `schema_version, target, errors, warnings` of `rule, node, message, fix`."""
     found = check(model, target, gpus)
-    plain = {s: [{k: v for k, v in f.to_json().items() if k != "severity"} for f in found if f.severity == s] for s in ("error", "warning")}
-    return {"schema_version": SCHEMA_VERSION, "target": target, "errors": plain["error"], "warnings": plain["warning"]}
+    errors, warnings = ([_finding(f) for f in found if f.severity == s] for s in ("error", "warning"))
+    return {"schema_version": SCHEMA_VERSION, "target": target, "errors": errors, "warnings": warnings}
+
+
+def _finding(f: Finding) -> dict[str, str]:
+    return {"rule": f.rule, "node": f.node, "message": f.message, "fix": f.fix}
 
 
 def profile_from(text: str | None) -> Profile | None:
@@ -95,7 +108,13 @@ def require_engine(target: str, out: Path, gpus: Sequence[str]) -> None:
 
 
 def make_engine(
-    onnx_path: str | Path, out: str | Path, *, target: str, gpus: Sequence[str], profile: Profile | None = None, note: Note | None = None
+    onnx_path: str | Path,
+    out: str | Path,
+    *,
+    target: str,
+    gpus: Sequence[str],
+    profile: Profile | None = None,
+    note: Note | None = None,
 ) -> EngineResult:
     """Build an engine; for `rtx` audit its kernels for every GPU and add the figures to the manifest.
 

@@ -14,6 +14,7 @@ from qcompile.calib.observers import Probe, Stat
 from qcompile.calib.sweep import sweep
 from qcompile.ir.model import InputInfo, Model
 from qcompile.pipeline.base import Comparison
+from qcompile.runtime.metrics import decibel
 from qcompile.runtime.session import make_session
 
 VERIFY_SAMPLES = 8
@@ -52,8 +53,7 @@ class OrtComparator:
         worst = max((_relative(a, b) for e, g in zip(reference, candidate, strict=True) for a, b in zip(e, g, strict=True)), default=0.0)
         signal = sum(float(np.square(_wide(a)).sum()) for a in _firsts(reference))
         noise = sum(float(np.square(_wide(a) - _wide(b)).sum()) for a, b in zip(_firsts(reference), _firsts(candidate), strict=True))
-        sqnr = float("inf") if noise == 0 else 10 * float(np.log10(max(signal, 1e-300) / noise))
-        return Comparison(worst, sqnr, len(self.feeds))
+        return Comparison(worst, decibel(signal, noise), len(self.feeds))
 
 
 def _wide(array: NDArray[Any]) -> NDArray[np.float64]:

@@ -28,7 +28,13 @@ class Remark:
 
     def to_json(self) -> dict[str, Any]:
         """Plain dict with the keys kind, pass, node, reason, numbers."""
-        return {"kind": self.kind, "pass": self.pass_name, "node": self.node, "reason": self.reason, "numbers": dict(self.numbers)}
+        return {
+            "kind": self.kind,
+            "pass": self.pass_name,
+            "node": self.node,
+            "reason": self.reason,
+            "numbers": dict(self.numbers),
+        }
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "evaluate": ("ir", "runtime", "calib", "layers"),
     "benchmark": ("ir", "runtime", "calib"),
     "compile": ("ir", "quant", "runtime", "calib", "target", "pipeline", "backend", "providers", PACKAGE),
+    "__main__": ("cli",),
     "engine": ("backend", "target"),
     "inspection": ("ir",),
     "cli": (

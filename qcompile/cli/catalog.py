@@ -24,7 +24,8 @@ def show_pass(p: PassHelp) -> None:
     """One pass in full."""
     print_text(f"{p.name} ({p.kind})", "", p.text)
     if p.requires or p.establishes:
-        print_text("", f"requires     {', '.join(p.requires) or 'nothing'}", f"establishes  {', '.join(p.establishes) or 'nothing'}")
+        print_text("", f"requires     {', '.join(p.requires) or 'nothing'}")
+        print_text(f"establishes  {', '.join(p.establishes) or 'nothing'}")
     if p.options:
         print_text("")
         print_table(["option", "takes", "default", "what"], [_option_row(o) for o in p.options])
@@ -36,13 +37,15 @@ def _option_row(o: OptionHelp) -> tuple[str, str, str, str]:
 
 def show_inspection(document: dict[str, Any]) -> None:
     """A model's interface, operators, structures, and what is quantized."""
-    print_text(f"{document['path']}: {document['size_mb']:.2f} MB, opset {document['opset']}, {document['parameters'] / 1e6:.3f} M parameters")
+    parameters = f"{document['parameters'] / 1e6:.3f} M parameters"
+    print_text(f"{document['path']}: {document['size_mb']:.2f} MB, opset {document['opset']}, {parameters}")
     rows = [(side, v["name"], v["dtype"] or "?", _shape(v["shape"])) for side in ("inputs", "outputs") for v in document[side]]
     print_table(["", "name", "type", "shape"], [(side.removesuffix("s"), *rest) for side, *rest in rows])
     nodes = sorted(document["nodes"].items(), key=lambda x: (-x[1], x[0]))
     print_text("", f"{sum(n for _, n in nodes)} nodes: " + ", ".join(f"{n} {name}" for name, n in nodes))
     if document["structures"]:
-        print_text("structures: " + ", ".join(f"{s['found']} {name.replace('_', ' ')}" for name, s in document["structures"].items()))
+        found = [f"{s['found']} {name.replace('_', ' ')}" for name, s in document["structures"].items()]
+        print_text(f"structures: {', '.join(found)}")
     if document["metadata"]:
         print_text("", "made by qcompile")
         print_table(["", ""], [(k, str(v)) for k, v in document["metadata"].items()])
@@ -53,8 +56,8 @@ def show_inspection(document: dict[str, Any]) -> None:
 def _show_quantized(document: dict[str, Any]) -> None:
     tensors = document["quantized"]
     activations = sum(t["role"] == "activation" for t in tensors)
-    share = percent(document["weights"]["share"])
-    print_text("", f"{activations} quantized activations, {len(tensors) - activations} stored tensors; {share} of the linear and conv weights")
+    share = f"{percent(document['weights']['share'])} of the linear and conv weights"
+    print_text("", f"{activations} quantized activations, {len(tensors) - activations} stored tensors; {share}")
     rows = [_tensor_row(t) for t in tensors[:SHOWN_TENSORS]]
     print_table(["tensor", "role", "type", "granularity", "scale min", "scale max"], rows, right=(4, 5))
     if len(tensors) > SHOWN_TENSORS:

@@ -13,7 +13,16 @@ from qcompile.cli.catalog import show_inspection, show_pass, show_passes
 from qcompile.cli.output import print_json
 from qcompile.cli.progress import reporter
 from qcompile.cli.views import show_audit, show_bench, show_engine, show_evaluation, show_findings
-from qcompile.engine import DEFAULT_GPU, audit, check_document, gpu_list, make_engine, profile_from, recorded_target, require_engine
+from qcompile.engine import (
+    DEFAULT_GPU,
+    audit,
+    check_document,
+    gpu_list,
+    make_engine,
+    profile_from,
+    recorded_target,
+    require_engine,
+)
 from qcompile.errors import GateError
 from qcompile.evaluate import evaluate
 from qcompile.inspection import inspect_model
@@ -25,8 +34,10 @@ from qcompile.target.rules import RULES
 
 MODEL = click.Path(path_type=Path)
 ENGINES = click.Choice(["rtx", "trt"])
-as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output, and nothing else there.")
-profile_option = click.option("--profile", metavar="SHAPES", help="'x:1x3x224x224,8x3x224x224,32x3x224x224': min, opt, max; inputs separated by ';'.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document, nothing else, on standard output.")
+profile_option = click.option(
+    "--profile", metavar="SHAPES", help="Of dynamic inputs, e.g. 'x:1x3x32x32,8x3x32x32,32x3x32x32' (min, opt, max)."
+)
 
 
 @click.command("eval")
@@ -39,7 +50,14 @@ profile_option = click.option("--profile", metavar="SHAPES", help="'x:1x3x224x22
 @click.option("--threads", type=click.IntRange(1), help="ONNX Runtime threads; default: all cores.")
 @as_json
 def eval_command(
-    reference: Path, candidate: Path, data: str, preprocess: str | None, samples: int | None, per_layer: bool, threads: int | None, as_json: bool
+    reference: Path,
+    candidate: Path,
+    data: str,
+    preprocess: str | None,
+    samples: int | None,
+    per_layer: bool,
+    threads: int | None,
+    as_json: bool,
 ) -> None:
     """Compare CANDIDATE with its float REFERENCE on data."""
     dataset = load_data(data, Model.load(reference).inputs(), preprocess, samples)
@@ -54,7 +72,10 @@ def eval_command(
 @click.option("--runs", type=click.IntRange(1), default=DEFAULT_RUNS, show_default=True, help="Timed runs of each model.")
 @as_json
 def bench_command(models: tuple[Path, ...], threads: int, runs: int, as_json: bool) -> None:
-    """Time MODELS on ONNX Runtime, interleaved, against the first."""
+    """Time MODELS on ONNX Runtime, interleaved.
+
+    Ratios say how many times as fast as the first model each one is.
+    """
     with reporter() as progress:
         document = bench(models, threads=threads, runs=runs, progress=progress.on_sweep)
     print_json(document) if as_json else show_bench(document)
@@ -66,7 +87,10 @@ def bench_command(models: tuple[Path, ...], threads: int, runs: int, as_json: bo
 @click.option("--gpu", metavar="SM,..", help="Also check what these GPUs can compute, e.g. sm86,sm89.")
 @as_json
 def check_command(model: Path, target: str | None, gpu: str | None, as_json: bool) -> None:
-    """Check MODEL against the rules of a target; exit 1 on errors."""
+    """Check MODEL against a target's rules.
+
+    Exit code 1 on errors: what the backend refuses, or silently runs in float.
+    """
     document = check_document(model, target or recorded_target(model, RULES), gpu_list(gpu) if gpu else ())
     print_json(document) if as_json else show_findings(document)
     if document["errors"]:
@@ -81,24 +105,32 @@ def check_command(model: Path, target: str | None, gpu: str | None, as_json: boo
 @click.option("--min-share", type=click.FloatRange(0, 1), metavar="X", help="Fail (exit 1) if the share is lower.")
 @as_json
 def audit_command(model: Path, gpu: str, target: str, profile: str | None, min_share: float | None, as_json: bool) -> None:
-    """Show which GEMMs and convolutions of MODEL really become low-precision kernels."""
+    """Show which kernels MODEL really gets.
+
+    Builds with TensorRT-RTX and reads which GEMMs and convolutions became low-precision kernels; nothing is run.
+    """
     result = audit(model, gpu_list(gpu)[0], profile_from(profile), target)
     document = result.to_json()
     print_json(document) if as_json else show_audit(document)
     share = document["share"]
     if min_share is not None and (share is None or share < min_share):
-        raise GateError(f"the share is {share}, below --min-share {min_share}; the nodes in float are listed above (or in --json)")
+        raise GateError(f"the share is {share}, below --min-share {min_share}; look at the nodes that run in float, or lower it")
 
 
 @click.command("build")
 @click.argument("model", type=MODEL)
-@click.option("-o", "--output", type=MODEL, required=True, metavar="OUT.engine", help="Where the engine goes; a manifest goes beside it.")
+@click.option("-o", "--output", type=MODEL, required=True, metavar="OUT.engine", help="The engine; its manifest goes beside it.")
 @click.option("--target", type=ENGINES, help="Default: what the model was compiled for, else trt.")
-@click.option("--gpu", default=DEFAULT_GPU, show_default=True, metavar="SM,..", help="GPUs of the engine (rtx; trt builds for this machine's).")
+@click.option(
+    "--gpu", default=DEFAULT_GPU, show_default=True, metavar="SM,..", help="For rtx; trt builds for this machine's GPU."
+)
 @profile_option
 @as_json
 def build_command(model: Path, output: Path, target: str | None, gpu: str, profile: str | None, as_json: bool) -> None:
-    """Build an engine from the Q/DQ MODEL; target rtx needs no GPU and is audited."""
+    """Build an engine from MODEL, a Q/DQ model.
+
+    Target rtx needs no GPU, and the engine is audited.
+    """
     chosen, gpus = target or recorded_target(model, ("rtx", "trt")), gpu_list(gpu)
     require_engine(chosen, output, gpus)
     with reporter() as progress:
@@ -110,7 +142,10 @@ def build_command(model: Path, output: Path, target: str | None, gpu: str, profi
 @click.argument("model", type=MODEL)
 @as_json
 def inspect_command(model: Path, as_json: bool) -> None:
-    """Show what is in MODEL: interface, operators, structures, quantized tensors."""
+    """Show what is in MODEL.
+
+    Interface, operators, structures, what qcompile wrote, and the quantized tensors with their scales.
+    """
     document = inspect_model(model)
     print_json(document) if as_json else show_inspection(document)
 
@@ -130,7 +165,8 @@ def passes_command(name: str | None, as_json: bool) -> None:
 
 def _passes_document() -> dict[str, Any]:
     passes = [p.to_json() for p in describe_passes()]
-    return {"schema_version": SCHEMA_VERSION, "passes": passes, "presets": dict(registry.PRESETS), "defaults": dict(registry.DEFAULTS)}
+    presets = {"presets": dict(registry.PRESETS), "defaults": dict(registry.DEFAULTS)}
+    return {"schema_version": SCHEMA_VERSION, "passes": passes, **presets}
 
 
 COMMANDS = (eval_command, bench_command, check_command, audit_command, build_command, inspect_command, passes_command)

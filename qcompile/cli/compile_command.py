@@ -17,38 +17,56 @@ from qcompile.inspection import model_bytes
 from qcompile.report import SCHEMA_VERSION
 
 DELIVERED = [s for s in SCHEMES if any(s in t.schemes for t in TARGETS.values())]
+_DATA_HELP = "npz, folder, pictures, file.py:function, polygraphy JSON or 'random'; default: MODEL.calib.npz beside MODEL."
 _TARGET_HELP = "; ".join(f"{t.name}: {t.title}" for t in TARGETS.values())
 
 
 @click.command("compile")
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--passes", help="Pipeline, e.g. 'repq,smooth{alpha=0.6}'; without it the target's default runs (see: qcompile passes).")
+@click.option("--passes", help="Pipeline, e.g. 'repq,smooth{alpha=0.6}'; default: the target's (see: qcompile passes).")
 @click.option("--target", type=click.Choice(list(TARGETS)), help=f"Default trt. {_TARGET_HELP}.")
 @click.option("--scheme", type=click.Choice(DELIVERED), help="Default w8a8. Which target takes which: docs/guide/targets.md.")
-@click.option("--calib", metavar="DATA", help="npz, folder, pictures, file.py:function, polygraphy JSON or 'random'; default MODEL.calib.npz beside MODEL.")
-@click.option("--samples", type=click.IntRange(1), default=DEFAULT_SAMPLES, show_default=True, help="Calibration samples, spread evenly over DATA.")
+@click.option("--calib", metavar="DATA", help=_DATA_HELP)
+@click.option("--samples", type=click.IntRange(1), default=DEFAULT_SAMPLES, show_default=True, help="Spread evenly over DATA.")
 @click.option("--preprocess", metavar="SPEC", help="For pictures: a preset or a TOML file.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="OUT.onnx", help="Default MODEL.TARGET-SCHEME.onnx in this folder.")
-@click.option("--engine", type=click.Path(path_type=Path), metavar="OUT", help="Also build an engine (targets rtx and trt); rtx is audited.")
-@click.option("--gpu", default=DEFAULT_GPU, show_default=True, metavar="SM,..", help="GPUs of the engine (rtx; trt builds for this machine's).")
-@click.option("--profile", metavar="SHAPES", help="Shapes of the engine: 'x:1x3x224x224,8x3x224x224,32x3x224x224' (min, opt, max).")
-@click.option("--verify", type=click.Choice(["each", "end", "off"]), default="each", show_default=True, help="When outputs are compared.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), metavar="OUT.onnx", help="Default here: MODEL.TARGET-SCHEME.onnx."
+)
+@click.option(
+    "--engine", type=click.Path(path_type=Path), metavar="OUT", help="Also build an engine (rtx and trt), and audit it (rtx)."
+)
+@click.option(
+    "--gpu", default=DEFAULT_GPU, show_default=True, metavar="SM,..", help="For rtx; trt builds for this machine's GPU."
+)
+@click.option("--profile", metavar="SHAPES", help="Of the engine, e.g. 'x:1x3x32x32,8x3x32x32,32x3x32x32' (min, opt, max).")
+@click.option("--verify", type=click.Choice(["each", "end", "off"]), default="each", show_default=True, help="Compare outputs.")
 @click.option("--keep-float", multiple=True, metavar="PATTERN", help="Nodes (globs on names) that stay float; repeatable.")
 @click.option("--only", multiple=True, metavar="PATTERN", help="Quantize only these nodes; repeatable.")
 @click.option("--min-sqnr", type=float, metavar="DB", help="Fail (exit 1) if the output's SQNR is lower.")
 @click.option("--report", type=click.Path(path_type=Path), metavar="OUT.json", help="Write everything that happened.")
-@click.option("--remarks", type=click.Path(path_type=Path), metavar="OUT.json", help="Write what was done or missed at every site.")
+@click.option("--remarks", type=click.Path(path_type=Path), metavar="OUT.json", help="Write what happened at every site.")
 @click.option("--dry-run", is_flag=True, help="Print the completed pipeline and the sweeps it needs; write nothing.")
 @click.option("--exact", is_flag=True, help="Run exactly these passes, insert none.")
 @click.option("--strict", is_flag=True, help="Fail (exit 1) if one of your passes changes nothing.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of everything random.")
 @click.option("--threads", type=click.IntRange(1), help="ONNX Runtime threads; default: all cores.")
 @click.option("--print-after", is_flag=True, help="Print the graph after every pass, on standard error.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on standard output, and nothing else there.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, nothing else, on standard output.")
 def compile_command(  # one argument an option: click's way
-    model: Path, engine: Path | None, gpu: str, profile: str | None, report: Path | None, remarks: Path | None, dry_run: bool, as_json: bool, **options: Any
+    model: Path,
+    engine: Path | None,
+    gpu: str,
+    profile: str | None,
+    report: Path | None,
+    remarks: Path | None,
+    dry_run: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
-    """Quantize MODEL: run the passes, verify each, write a Q/DQ model, and an engine if asked."""
+    """Quantize MODEL (the default command).
+
+    Runs the passes, verifies each, writes a Q/DQ model, and an engine if asked.
+    """
     job = prepare(model, Options(**options))
     gpus = gpu_list(gpu)
     if engine is not None:
@@ -73,7 +91,13 @@ def _check_engine(job: Job, engine: Path, gpus: tuple[str, ...]) -> None:
 
 
 def _run(
-    job: Job, progress: Reporter, engine: Path | None, gpus: tuple[str, ...], profile: str | None, report: Path | None, remarks: Path | None
+    job: Job,
+    progress: Reporter,
+    engine: Path | None,
+    gpus: tuple[str, ...],
+    profile: str | None,
+    report: Path | None,
+    remarks: Path | None,
 ) -> tuple[Result, EngineResult | None]:
     shapes = profile_from(profile)
     result = run(job, progress)

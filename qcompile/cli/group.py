@@ -24,7 +24,7 @@ class DefaultGroup(click.Group):
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Both ways to call it."""
-        formatter.write_usage("qcompile", "MODEL [OPTIONS]  (the same as: qcompile compile MODEL [OPTIONS])")
+        formatter.write_usage("qcompile", "MODEL [OPTIONS]")
         formatter.write_usage("qcompile", "COMMAND [ARGS]...", prefix="       ")
 
     def _check_near(self, ctx: click.Context, word: str) -> None:

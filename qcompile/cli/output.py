@@ -21,25 +21,33 @@ def print_json(document: Any) -> None:
     click.echo(json_text(document))
 
 
-def console() -> Console:
-    """Where tables go; wide enough for names when it is no terminal."""
-    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False, emoji=False)
+def _print(table: Table) -> None:
+    """Colours and the real width on a terminal; elsewhere plain text, wide enough for names, without trailing blanks."""
+    if sys.stdout.isatty():
+        Console(highlight=False, emoji=False).print(table)
+        return
+    plain = Console(width=PLAIN_WIDTH, highlight=False, emoji=False, color_system=None)
+    with plain.capture() as captured:
+        plain.print(table)
+    print_text(*(line.rstrip() for line in captured.get().splitlines()))
 
 
 def print_text(*lines: str) -> None:
     """Plain lines; brackets in node names are no markup."""
     for line in lines:
-        console().print(line, markup=False, soft_wrap=True)
+        click.echo(line)
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None, right: Sequence[int] = ()) -> None:
+def print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None, right: Sequence[int] = ()
+) -> None:
     """A table of strings; the columns in `right` hold numbers."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for i, name in enumerate(columns):
         table.add_column(name, justify="right" if i in right else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    console().print(table)
+    _print(table)
 
 
 def number(value: float | None, form: str = ".1f", unit: str = "") -> str:

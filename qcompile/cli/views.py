@@ -31,7 +31,7 @@ def sweeps_line(job: Job) -> str:
     readers = statistics_readers(job.plan.passes)
     if not readers:
         return "none"
-    return f"at most {len(readers)}, for {', '.join(readers)} (passes share a sweep where nothing between them moves their tensors)"
+    return f"at most {len(readers)} ({', '.join(readers)}); passes share one where nothing between them moves their tensors"
 
 
 def calibration_line(job: Job) -> str:
@@ -82,7 +82,8 @@ def _used(job: Job, result: Result) -> str:
 def show_engine(made: EngineResult) -> None:
     """The engine's file, its profile and the audits."""
     b = made.build
-    print_text("", f"engine       {b.path} ({megabytes(b.size)}, built in {b.seconds:.1f} s with {b.manifest['backend']} {b.version})")
+    how = f"built in {b.seconds:.1f} s with {b.manifest['backend']} {b.version}"
+    print_text("", f"engine       {b.path} ({megabytes(b.size)}, {how})")
     print_text(f"manifest     {b.manifest_path}")
     for profile in b.profiles:
         print_text(f"profile      {_profile(profile.to_json())} ({profile.source})")
@@ -138,7 +139,8 @@ def show_evaluation(document: dict[str, Any]) -> None:
 
 
 def _show_layers(layers: list[dict[str, Any]]) -> None:
-    print_text("", f"worst layers ({min(WORST_LAYERS, len(layers))} of {len(layers)}; a node far below its inputs is where the error enters)")
+    count = f"{min(WORST_LAYERS, len(layers))} of {len(layers)}"
+    print_text("", f"worst layers ({count}; a node far below its inputs is where the error enters)")
     rows = [_layer_row(x) for x in layers[:WORST_LAYERS]]
     print_table(["node", "operator", "SQNR", "its inputs", "note"], rows, right=(2, 3))
 
@@ -150,10 +152,14 @@ def _layer_row(x: dict[str, Any]) -> tuple[str, ...]:
 
 def show_bench(document: dict[str, Any]) -> None:
     """Latencies, and how many times as fast as the first model."""
-    pairs = zip(document["models"], document["ratios"], strict=True)
-    rows = [(m["path"], f"{m['median_ms']:.3f}", f"{m['min_ms']:.3f}", f"{r['median']:.2f}x", f"{r['min']:.2f}x") for m, r in pairs]
+    rows = [_bench_row(m, r) for m, r in zip(document["models"], document["ratios"], strict=True)]
     print_table(["model", "median ms", "min ms", "by median", "by min"], rows, right=(1, 2, 3, 4))
-    print_text(f"batch 1, {document['threads']} threads, {document['runs']} runs a model, interleaved; ratios: times as fast as the first")
+    how = f"batch 1, {document['threads']} threads, {document['runs']} runs a model, interleaved"
+    print_text(f"{how}; ratios: times as fast as the first")
+
+
+def _bench_row(m: dict[str, Any], r: dict[str, Any]) -> tuple[str, ...]:
+    return m["path"], f"{m['median_ms']:.3f}", f"{m['min_ms']:.3f}", f"{r['median']:.2f}x", f"{r['min']:.2f}x"
 
 
 def show_findings(document: dict[str, Any]) -> None:

@@ -25,7 +25,6 @@ PROVIDERS: dict[Fact, str] = {
     Fact.QUANTIZED: "insert-qdq",
     Fact.HALF: "fp16",
 }
-ORDER = [Kind.EQUIVALENT, Kind.ANNOTATE, Kind.FIT, Kind.LOWER]
 
 
 @dataclass(frozen=True)

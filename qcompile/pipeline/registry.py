@@ -71,9 +71,12 @@ def lookup(name: str) -> type[Pass] | None:
 def _load(where: str) -> type[Pass]:
     module, _, attribute = where.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as e:
         raise UsageError(f"pass {where!r} cannot be imported ({e}); reinstall the package that provides it") from e
+    if not (isinstance(found, type) and issubclass(found, Pass)):
+        raise UsageError(f"{where!r} is not a subclass of qcompile.Pass; correct the entry point of the package that provides it")
+    return found
 
 
 def parse(text: str) -> list[Pass]:

@@ -67,6 +67,7 @@ class Runner:
             report, result = self._one(p, current, passes[i + 1 :], replace(ctx, remarks=[], pass_name=p.name), before)
             if getattr(p, "changes_function", False) and result.modified:
                 reference, segment_start, report = current.clone(), current.clone(), replace(report, verified="not verified: changes the function on purpose")
+                self._outputs = None
             elif self._compares(p, result):
                 report = self._verified(p, report, before, current, reference)
             elif result.modified and p.kind is not Kind.ANNOTATE:
@@ -83,6 +84,8 @@ class Runner:
         try:
             ctx.stats = self._statistics(p, model, later, ctx)
             result = p.apply(model, ctx)
+            if not result.modified and not ctx.remarks:
+                ctx.note("", "no site matched")
             verify_structure(model, p.name)
         except Exception as e:
             hint = self.on_failure(Failure(format_pass(p), before, e))

@@ -148,14 +148,19 @@ def build(text: str, item: Item, cls: type[Pass]) -> list[Pass]:
     """An instance of `cls` with the options of `item`, and what a sugar option expands to behind it."""
     fields = {option_name(f.name): f for f in dataclasses.fields(cls) if f.metadata.get("option", True)}
     hints = typing.get_type_hints(cls)
-    given: dict[str, Any] = {f.name: f.default for f in fields.values() if f.name in getattr(cls, "positional", ())}
+    given: dict[str, Any] = {}
     for option in item.options:
         if option.key not in fields:
             known = ", ".join(fields) or "none"
             raise caret(text, option.column, f"pass {item.name!r} has no option {option.key!r}{near(option.key, fields)} (it has: {known})")
         field = fields[option.key]
+        if field.name in given:
+            raise caret(text, option.column, f"option {option.key!r} is given twice; remove one")
         given[field.name] = _value(text, option, hints[field.name])
-    instance = cls.from_item(item.name, given) if hasattr(cls, "from_item") else cls(**given)  # type: ignore[attr-defined]
+    try:
+        instance = cls.from_item(item.name, given) if hasattr(cls, "from_item") else cls(**given)  # type: ignore[attr-defined]
+    except UsageError as e:
+        raise caret(text, item.column, str(e)) from e
     return list(instance.expand()) if hasattr(instance, "expand") else [instance]  # type: ignore[attr-defined]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Family = Literal["int", "float"]
@@ -52,21 +52,25 @@ _NAMED = {t.name: t for t in (INT8, UINT8, INT16, UINT16, INT4, UINT4, FLOAT8E4M
 
 
 def simulated_int(bits: int, signed: bool = True) -> QType:
-    """A `bits`-wide integer stored in 8-bit codes (2 <= bits <= 8), e.g. for W6A6 simulated in ORT."""
+    """A `bits`-wide integer stored in 8-bit codes (2 <= bits <= 8), named `int6@int8`: for widths simulated in ORT."""
     if not 2 <= bits <= 8:
         raise ValueError(f"bits must be in 2..8, got {bits}")
-    return _int(bits, signed, "INT8" if signed else "UINT8")
+    exact = _int(bits, signed, "INT8" if signed else "UINT8")
+    return exact if bits == 8 else replace(exact, name=f"{exact.name}@{exact.storage.lower()}")
 
 
 def qtype(name: str) -> QType:
-    """Look a format up by name: `int8`, `uint8`, `int6` (simulated), `float8e4m3fn`, ...
+    """Look a format up by name: `int8`, `uint8`, `int6@int8` (simulated), `float8e4m3fn`, ...
 
     Raises:
         ValueError: no such format.
     """
     if name in _NAMED:
         return _NAMED[name]
-    stem, signed = (name[1:], False) if name.startswith("uint") else (name, True)
+    base, at, _ = name.partition("@")
+    stem, signed = (base[1:], False) if base.startswith("uint") else (base, True)
     if stem.startswith("int") and stem[3:].isdigit() and 2 <= int(stem[3:]) <= 8:
-        return simulated_int(int(stem[3:]), signed)
+        found = simulated_int(int(stem[3:]), signed)
+        if not at or found.name == name:
+            return found
     raise ValueError(f"unknown quantized type {name!r}")

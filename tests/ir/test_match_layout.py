@@ -56,7 +56,7 @@ def take(pair: Pair, data: st.DataObject) -> Pair:
     return (layout, array) if moved is None else (moved, array.take(range(start, stop), axis))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_moves_agree_with_numpy(data: st.DataObject) -> None:
     pair: Pair = (START, NUMBERS)

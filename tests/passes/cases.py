@@ -25,6 +25,7 @@ from qcompile.pipeline import registry
 from qcompile.pipeline.base import Pass, PassContext
 from qcompile.pipeline.planner import complete
 from qcompile.pipeline.runner import Runner
+from qcompile.pipeline.spec import format_pipeline
 from qcompile.providers import SweepStatistics
 from qcompile.quant.spec import SCHEMES
 from qcompile.report import PassReport
@@ -97,6 +98,24 @@ def step(p: Pass, model: Model, arrays: Feeds, ctx: PassContext | None = None) -
     before, _ = run_passes(model, prefix(p, ctx), arrays, ctx)
     after, reports = run_passes(before, [p], arrays, ctx)
     return Step(before, after, reports[0])
+
+
+@cache
+def fixture_step(name: str, spec: str, target: str = "ort", scheme: str = "w8a8") -> Step:
+    """A pass on an exporter fixture; what stands in front of it is run once for all passes."""
+    (p,), ctx = registry.parse(spec), context(target, scheme)
+    before = _prefixed(name, format_pipeline(prefix(p, ctx)), target, scheme)
+    after, reports = run_passes(before, [p], fixture_arrays(name), ctx)
+    return Step(before, after, reports[0])
+
+
+@cache
+def _prefixed(name: str, specs: str, target: str, scheme: str) -> Model:
+    passes = registry.parse(specs)
+    if not passes:
+        return fixture(name)
+    front = _prefixed(name, format_pipeline(passes[:-1]), target, scheme)
+    return run_passes(front, passes[-1:], fixture_arrays(name), context(target, scheme))[0]
 
 
 def pipeline(text: str, model: Model, arrays: Feeds, ctx: PassContext) -> tuple[Model, list[PassReport]]:
