@@ -117,8 +117,10 @@ def fold(graph: ir.Graph, site: FoldSite, r: F64, t: F64, ctx: PassContext, out:
     match site.match:
         case NormToLinears():
             _fold_norm(graph, site.match, r, t)
+            if not any(n.op_type == "Transpose" for n in site.match.path):
+                out.maps[str(site.match.norm.output.name)] = AffineMap(r, t)
         case VProjection():
-            _fold_value(site.match, r)
+            _fold_value(site.match, r, out)
         case Mlp():
             moved |= _fold_hidden(graph, site, site.match, r, t, out)
     rows = r if site.channels is None else r[site.channels]
@@ -128,7 +130,7 @@ def fold(graph: ir.Graph, site: FoldSite, r: F64, t: F64, ctx: PassContext, out:
     claim(site.anchor, ctx.pass_name)
     exact = set(site.readers) if site.kind != "hidden" or site.free else set[str]()
     out.maps.update({name: AffineMap(rows, t) for name in exact})
-    out.changed |= moved - exact
+    out.changed |= moved - set(out.maps)
 
 
 def _fresh(linear: Linear) -> Linear:
@@ -193,9 +195,11 @@ def _append_affine(graph: ir.Graph, value: ir.Value, scale: F64, shift: F64) -> 
     return out
 
 
-def _fold_value(m: VProjection, s: F64) -> None:
+def _fold_value(m: VProjection, s: F64, out: Folded) -> None:
     """Columns of the value projection (weight and bias) divided by s, which is indexed by its output channel."""
     _divide_outputs(m.linear, s)
+    made = {str(m.linear.node.outputs[0].name), str(m.linear.output.name)} if m.linear.channel_axis == -1 else set[str]()
+    out.maps.update({name: AffineMap(s, np.zeros_like(s)) for name in made})
 
 
 def _divide_outputs(linear: Linear, s: F64) -> None:

@@ -15,12 +15,16 @@ from qcompile.quant.spec import Granularity, PerAxis, PerBlock, QuantSpec, Schem
 
 @dataclass(frozen=True)
 class Site:
-    """One input (slot >= 0) or output (~i) to quantize; its range is that of the tensor `like` if given."""
+    """One input (slot >= 0) or output (~i) to quantize; its range is that of the tensor `like` if given.
+
+    `carried`: measured per channel and by sampled rows, which follow the folds of earlier passes.
+    """
 
     node: ir.Node
     slot: int
     spec: QuantSpec
     like: ir.Value | None = None
+    carried: bool = False
 
     @property
     def measured(self) -> str:
@@ -45,10 +49,10 @@ class Placement:
     sites: list[Site] = field(default_factory=list[Site])
     missed: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
 
-    def add(self, node: ir.Node, slot: int, spec: QuantSpec, like: ir.Value | None = None) -> None:
+    def add(self, node: ir.Node, slot: int, spec: QuantSpec, like: ir.Value | None = None, *, carried: bool = False) -> None:
         """Quantize `slot` of `node`, once."""
         if all(s.node is not node or s.slot != slot for s in self.sites[-64:]):
-            self.sites.append(Site(node, slot, spec, like))
+            self.sites.append(Site(node, slot, spec, like, carried))
 
     def miss(self, node: ir.Node, reason: str) -> None:
         """Leave `node` in float."""

@@ -83,6 +83,17 @@ def _attention(out: Placement, softmax: ir.Node, ctx: PassContext, attention: st
         for node in products:
             out.miss(node, reason)
         return
+    source = _projected(values.matmul.inputs[values.slot])
+    out.add(values.matmul, values.slot, activation_spec(ctx), source, carried=source is not None)
     for node in products:
         out.add(node, 0, activation_spec(ctx))
         out.add(node, 1, activation_spec(ctx))
+
+
+def _projected(value: ir.Value | None) -> ir.Value | None:
+    """The tokens [batch, tokens, channels] that V was before Reshape and Transpose: the same values, one channel a column."""
+    while value is not None and is_op(value.producer(), "Reshape", "Transpose"):
+        node = value.producer()
+        assert node is not None
+        value = node.inputs[0]
+    return value if value is not None and value.shape is not None and len(value.shape) == 3 else None

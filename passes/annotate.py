@@ -13,7 +13,7 @@ from qcompile.ir.decisions import Decision, clear_decisions, decide
 from qcompile.ir.model import Model
 from qcompile.passes import _placement_ort, _placement_trt
 from qcompile.passes._placement import Placement, Site
-from qcompile.pipeline.base import FOLD_ROWS, Fact, Kind, Pass, PassContext, PassResult, input_folded
+from qcompile.pipeline.base import FOLD_ROWS, Fact, Kind, Pass, PassContext, PassResult, input_folded, quantized_forms
 from qcompile.quant import ranges
 from qcompile.quant.affine import qparams_from_range
 from qcompile.quant.spec import QParams, Scheme
@@ -38,13 +38,8 @@ class Annotate(Pass):
     attention: Annotated[Literal["all", "none"], "quantize the two products of attention, or leave them in float"] = "all"
 
     def required(self, target: Target, scheme: Scheme) -> frozenset[Fact]:
-        """Scales need their opset; packed qkv weights are split; ORT's CPU kernels want their forms."""
-        forms = {Fact.OPSET}
-        if scheme.activation is not None:
-            forms |= {Fact.QKV_SPLIT}
-        if target.name == "ort" and scheme.activation is not None and not scheme.simulated:
-            forms |= {Fact.STEM, Fact.GELU_ORDER, Fact.BIAS_RANK}
-        return self.requires | forms
+        """The forms that quantization needs."""
+        return self.requires | quantized_forms(target, scheme)
 
     def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:
         """One statistic for each activation."""
@@ -74,7 +69,7 @@ class Annotate(Pass):
 
     def _probes(self, site: Site, ctx: PassContext) -> list[Probe]:
         """A folded input's statistics followed the fold; anything else is observed."""
-        if input_folded(site.node) and site.slot >= 0:
+        if site.carried or (input_folded(site.node) and site.slot >= 0):
             return [Probe(site.measured, MinMax(-1)), Probe(site.measured, Rows(FOLD_ROWS))]
         return [Probe(site.measured, MinMax() if self._method(site, ctx) == "minmax" else Histogram())]
 

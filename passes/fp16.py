@@ -9,10 +9,10 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
-from qcompile.calib.observers import AbsMax, Probe
+from qcompile.calib.observers import AbsMax, AbsMaxStat, MinMax, MinMaxStat, Probe, Stat
 from qcompile.ir.edit import add_constant, drop_if_unused, insert_after, new_node, redirect, swap_output
 from qcompile.ir.model import Model
-from qcompile.ir.ops import is_data_movement
+from qcompile.ir.ops import is_data_movement, is_op
 from qcompile.passes._half_bias import free_large_biases
 from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
 
@@ -41,7 +41,7 @@ class Half(Pass):
 
     def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:
         """The largest magnitude of every float tensor that can grow."""
-        return [Probe(name, AbsMax()) for name in _watched(model.graph)]
+        return [_probe(value) for value in _watched(model.graph)]
 
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
         """Convert every node that is safe; cast where precisions meet."""
@@ -50,7 +50,7 @@ class Half(Pass):
         freed = free_large_biases(graph)
         if freed:
             ctx.note("", f"{freed} biases moved behind their layer: ONNX Runtime overflows them in float16")
-        large = {p.tensor for p, stat in ctx.stats.items() if float(np.max(stat.amax)) > _SAFE}
+        large = {str(v.name) for v in _watched(graph) if _largest(ctx.stats.get(_probe(v))) > _SAFE}
         keep = {node.name for node in graph if _stays(node, large, ctx)}
         half = [node for node in graph if node.name not in keep]
         for node in half:
@@ -60,11 +60,31 @@ class Half(Pass):
         return PassResult(bool(half))
 
 
-def _watched(graph: ir.Graph) -> Iterator[str]:
+def _probe(value: ir.Value) -> Probe:
+    """Per channel for tokens (such extremes follow folds), per tensor for the rest; copied values are observed where they arrive."""
+    uses = list(value.uses())
+    while len(uses) == 1 and uses[0][1] == 0 and is_op(uses[0][0], "Reshape", "Transpose") and uses[0][0].outputs[0].uses():
+        value = uses[0][0].outputs[0]
+        uses = list(value.uses())
+    tokens = value.shape is not None and len(value.shape) == 3
+    return Probe(str(value.name), MinMax(-1) if tokens else AbsMax())
+
+
+def _largest(stat: Stat | None) -> float:
+    match stat:
+        case MinMaxStat():
+            return float(np.abs([stat.lo, stat.hi]).max())
+        case AbsMaxStat():
+            return float(stat.amax)
+        case _:
+            return 0.0
+
+
+def _watched(graph: ir.Graph) -> Iterator[ir.Value]:
     for node in graph:
         if node.op_type in _BOUNDED or is_data_movement(node):
             continue
-        yield from (str(v.name) for v in node.outputs if v.dtype == _FLOAT and v.uses())
+        yield from (v for v in node.outputs if v.dtype == _FLOAT and v.uses())
 
 
 def _stays(node: ir.Node, large: set[str], ctx: PassContext) -> bool:

@@ -14,6 +14,7 @@ from qcompile.errors import ModelError
 from qcompile.ir.decisions import Decision, clear_decisions, decisions, value_at
 from qcompile.ir.edit import add_constant, drop_if_unused, insert_after, new_node, redirect, swap_output
 from qcompile.ir.model import Model
+from qcompile.passes._log_codes import log_chain
 from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
 from qcompile.quant.affine import quantize
 from qcompile.quant.qtype import INT8, QType
@@ -132,6 +133,8 @@ def _chain(graph: ir.Graph, value: ir.Value, decision: Decision, params: QParams
     """[Clip ->] QuantizeLinear -> DequantizeLinear reading `value`."""
     qtype, stem = decision.spec.qtype, str(value.name)
     dtype = np.dtype(value.dtype.numpy()) if value.dtype is not None else np.dtype(np.float32)
+    if qtype.family == "log":
+        return log_chain(graph, value, params, qtype, dtype)
     scale, zero = _constants(graph, stem, params, qtype, dtype)
     attributes = _axis_attributes(decision)
     if graph.opset_imports.get("", 0) >= 21 and qtype == INT8 and not params.zero_point.any():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import numpy as np
@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from qcompile.calib.observers import MinMax, MinMaxStat, Probe, Rows, RowsStat
 from qcompile.ir.model import Model
 from qcompile.passes._affine_fold import FoldSite, Folded, fold, norm_sites, usable
-from qcompile.pipeline.base import FOLD_ROWS, Fact, Kind, Pass, PassContext, PassResult
+from qcompile.pipeline.base import FOLD_ROWS, Fact, Kind, Pass, PassContext, PassResult, quantized_forms
+from qcompile.quant.spec import Scheme
+from qcompile.target.target import Target
 
 F64 = NDArray[np.float64]
 _PERCENTILES = (0.999, 0.9999, 0.99999)
@@ -33,7 +35,16 @@ class RepQ(Pass):
     kind = Kind.EQUIVALENT
     requires = frozenset({Fact.CANONICAL, Fact.BN_FOLDED})
     percentile: Annotated[Literal["search", "minmax"], "clip each channel at the best of 99.9, 99.99, 99.999 %, or not at all"] = "search"
+    softmax: Annotated[Literal["uniform", "log-sqrt2"], "log-sqrt2 appends log2-softmax to the pipeline"] = "uniform"
     override: Annotated[bool, "fold sites again that another pass has folded"] = False
+
+    def required(self, target: Target, scheme: Scheme) -> frozenset[Fact]:
+        """The graph's final form, so that this pass's sweep also serves `annotate`."""
+        return self.requires | quantized_forms(target, scheme)
+
+    def sugar(self) -> tuple[Pass, str]:
+        """`repq{softmax=log-sqrt2}` is `repq,...,log2-softmax{kind=log-sqrt2}`: this pass without the option, and what ends the pipeline."""
+        return replace(self, softmax="uniform"), "log2-softmax{kind=log-sqrt2}" if self.softmax == "log-sqrt2" else ""
 
     def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:
         """Per-channel ranges, and rows for the percentiles and the later ranges."""

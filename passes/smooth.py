@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from qcompile.calib.observers import MinMax, MinMaxStat, Probe, Rows, RowsStat
 from qcompile.ir.model import Model
 from qcompile.passes._affine_fold import FoldSite, Folded, fold, hidden_sites, norm_sites, usable, value_sites
-from qcompile.pipeline.base import FOLD_ROWS, Fact, Kind, Pass, PassContext, PassResult
+from qcompile.pipeline.base import FOLD_ROWS, Fact, Kind, Pass, PassContext, PassResult, quantized_forms
 from qcompile.quant.affine import fake_quant, qparams_from_range
 from qcompile.quant.qtype import INT8, QType
-from qcompile.quant.spec import PerAxis
+from qcompile.quant.spec import PerAxis, Scheme
+from qcompile.target.target import Target
 
 F64 = NDArray[np.float64]
 _COLUMNS = 1024
@@ -52,6 +53,10 @@ class SmoothQuant(Pass):
         if self.sites == "all":
             found += value_sites(model.graph, ctx, remark) + hidden_sites(model.graph, ctx, remark)
         return found
+
+    def required(self, target: Target, scheme: Scheme) -> frozenset[Fact]:
+        """The graph's final form, so that this pass's sweep also serves `annotate`."""
+        return self.requires | quantized_forms(target, scheme)
 
     def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:
         """Per-channel ranges of the input, and a sample of rows for the errors and the later ranges."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
 
 from qcompile.ir.edit import add_constant, erase_dead, new_node, replace_value
 from qcompile.ir.model import Model
@@ -51,6 +52,8 @@ class SplitQkv(Pass):
             _split(model.graph, packed)
             ctx.applied(str(packed.matmul.name), "packed qkv projection split into three")
         erase_dead(model)
+        if found:
+            ShapeInferencePass()(model.ir)
         return PassResult(bool(found))
 
 

@@ -98,11 +98,11 @@ def test_dry_run_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 def test_keep_float_patterns_reach_the_passes(int8: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "half.onnx"
-    args = ("--target", "ort", "--samples", 8, "-o", out, "--keep-float", "/stem*", "--keep-float", "*conv1*")
+    args = ("--target", "ort", "--samples", 8, "-o", out, "--keep-float", "/stages/stages.2*", "--keep-float", "/stages/stages.3*")
     code, _, err = call(capsys, CNN, *args)
     assert code == 0, err
     fewer, all_of_them = (sum(n.op_type == "QuantizeLinear" for n in onnx.load(p).graph.node) for p in (out, int8))
-    assert fewer <= all_of_them
+    assert 0 < fewer < all_of_them
 
 
 # ---- what fails, and how ------------------------------------------------------------------------------------------
@@ -250,10 +250,9 @@ def test_compile_build_and_audit_with_rtx(tmp_path: Path, capsys: Capture) -> No
     figures = made["engine"]["audits"]["sm89"]
     manifest = json.loads((tmp_path / "m.engine.json").read_text())
     assert engine.stat().st_size == made["engine"]["size"] and manifest["audit"]["sm89"] == figures
-    audited = document(capsys, "audit", model, "--gpu", "sm89")
+    audited = document(capsys, "audit", model, "--gpu", "sm89", "--min-share", 0.5)
     keys = {"share", "coverage", "planned_flops", "low_precision_flops", "total_flops", "attention_fused", "kernels"}
     assert keys <= set(audited) and audited["share"] == figures["share"] > 0.9
-    assert call(capsys, "audit", model, "--min-share", 0.5)[0] == 0
     built = document(capsys, "build", model, "-o", tmp_path / "again.engine", "--profile", "input:1x1x32x32,2x1x32x32,4x1x32x32")
     assert built["profiles"][0]["shapes"]["input"][2] == [4, 1, 32, 32]
 

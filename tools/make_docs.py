@@ -31,7 +31,8 @@ def page(p: PassHelp) -> str:
 
 def options(p: PassHelp) -> str:
     """The table of options."""
-    rows = [f"| `{o.name}` | {o.takes} | {'-' if o.default is None else f'`{o.default}`'} | {o.help} |" for o in p.options]
+    defaults = ["-" if o.default is None else f"`{o.default}`" for o in p.options]
+    rows = [f"| `{o.name}` | {o.takes} | {d} | {o.help} |" for o, d in zip(p.options, defaults, strict=True)]
     return "\n".join(["| option | takes | default | what |", "| --- | --- | --- | --- |", *rows]) + "\n"
 
 

@@ -169,6 +169,10 @@ class Pass:
     establishes: ClassVar[frozenset[Fact]] = frozenset()
     invalidates: ClassVar[frozenset[Fact]] = frozenset()
 
+    def sugar(self) -> tuple[Pass, str]:
+        """This pass without options that stand for other passes, and the pipeline string of those."""
+        return self, ""
+
     def required(self, target: Target, scheme: Scheme) -> frozenset[Fact]:
         """Facts that must hold before `apply`, on this target."""
         return self.requires
@@ -198,6 +202,17 @@ class Pass:
         value = getattr(self, option)
         if not low <= value <= high:
             raise UsageError(f"{self.name}: {option_name(option)}={value} is outside [{low}, {high}]; choose a value inside")
+
+
+def quantized_forms(target: Target, scheme: Scheme) -> frozenset[Fact]:
+    """The forms of the graph that quantization needs: scales need their opset, packed qkv weights are split, ONNX Runtime's
+    CPU kernels want theirs.  Passes that ask for statistics stand behind them, so that one sweep serves all."""
+    forms = {Fact.PADS_FOLDED, Fact.OPSET}
+    if scheme.activation is not None:
+        forms |= {Fact.QKV_SPLIT}
+    if target.name == "ort" and scheme.activation is not None and not scheme.simulated:
+        forms |= {Fact.STEM, Fact.GELU_ORDER, Fact.BIAS_RANK}
+    return frozenset(forms)
 
 
 def option_name(field_name: str) -> str:

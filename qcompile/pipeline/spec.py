@@ -132,6 +132,7 @@ def parse(text: str, lookup: Lookup, names: Sequence[str], expand: Callable[[str
         UsageError: unknown pass, unknown option or unusable value, with nearest names and a caret.
     """
     passes: list[Pass] = []
+    tail: list[Pass] = []
     for item in parse_items(text):
         preset = expand(item.name) if not item.options else None
         if preset is not None:
@@ -140,12 +141,14 @@ def parse(text: str, lookup: Lookup, names: Sequence[str], expand: Callable[[str
         cls = lookup(item.name)
         if cls is None:
             raise caret(text, item.column, f"unknown pass {item.name!r}{near(item.name, names)} (all of them: qcompile passes)")
-        passes += build(text, item, cls)
-    return passes
+        made, suffix = build(text, item, cls)
+        passes.append(made)
+        tail += parse(suffix, lookup, names)
+    return passes + tail
 
 
-def build(text: str, item: Item, cls: type[Pass]) -> list[Pass]:
-    """An instance of `cls` with the options of `item`, and what a sugar option expands to behind it."""
+def build(text: str, item: Item, cls: type[Pass]) -> tuple[Pass, str]:
+    """An instance of `cls` with the options of `item`, and the passes that a sugar option puts at the pipeline's end."""
     fields = {option_name(f.name): f for f in dataclasses.fields(cls) if f.metadata.get("option", True)}
     hints = typing.get_type_hints(cls)
     given: dict[str, Any] = {}
@@ -161,7 +164,7 @@ def build(text: str, item: Item, cls: type[Pass]) -> list[Pass]:
         instance = cls.from_item(item.name, given) if hasattr(cls, "from_item") else cls(**given)  # type: ignore[attr-defined]
     except UsageError as e:
         raise caret(text, item.column, str(e)) from e
-    return list(instance.expand()) if hasattr(instance, "expand") else [instance]  # type: ignore[attr-defined]
+    return instance.sugar()
 
 
 def _value(text: str, option: Option, hint: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-Family = Literal["int", "float"]
+Family = Literal["int", "float", "log"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,12 @@ def simulated_int(bits: int, signed: bool = True) -> QType:
     return exact if bits == 8 else replace(exact, name=f"{exact.name}@{exact.storage.lower()}")
 
 
+def _log(name: str) -> QType:
+    kind, _, width = name.partition("u")
+    bits, paper = int(width.rstrip("p")), width.endswith("p")
+    return QType(name, "log", bits, 0, 2**bits if paper else 2**bits - 1, "INT32")
+
+
 def qtype(name: str) -> QType:
     """Look a format up by name: `int8`, `uint8`, `int6@int8` (simulated), `float8e4m3fn`, ...
 
@@ -73,4 +79,6 @@ def qtype(name: str) -> QType:
         found = simulated_int(int(stem[3:]), signed)
         if not at or found.name == name:
             return found
+    if name.startswith("log"):
+        return _log(name)
     raise ValueError(f"unknown quantized type {name!r}")

@@ -39,13 +39,15 @@ Feeds = dict[str, NDArray[Any]]
 
 
 def fixture(name: str) -> Model:
-    """A real exporter's file."""
-    return Model.load(FOLDER / INDEX[name]["file"])
+    """A real exporter's file, or a convolutional stem that no exporter file holds."""
+    return stem() if name == "stem" else Model.load(FOLDER / INDEX[name]["file"])
 
 
 def fixture_arrays(name: str, samples: int = SAMPLES, seed: int = 0) -> Feeds:
     """Random inputs [samples, ...] of a fixture; tokens are 0 or 1, and no row of a mask is empty."""
     rng = np.random.default_rng(seed)
+    if name == "stem":
+        return {"x": rng.standard_normal((samples, 3, 16, 16)).astype(np.float32)}
     made: Feeds = {}
     for info in INDEX[name]["inputs"]:
         shape = (samples, *info["shape"][1:])
@@ -228,3 +230,28 @@ def built(nodes: Sequence[onnx.NodeProto], shape: Sequence[Any], constants: Mapp
     model = Model.from_proto(onnx.shape_inference.infer_shapes(proto))
     ShapeInferencePass()(model.ir)
     return model
+
+
+def stem() -> Model:
+    """Pad -> stride-2 Conv of a picture -> BatchNormalization -> Relu -> Pad -> Conv -> Erf GELU in PyTorch's order -> pooling, Gemm."""
+    rng, node = np.random.default_rng(0), onnx.helper.make_node
+    weights = {"w1": (16, 3, 3, 3), "w2": (16, 16, 3, 3), "head": (16, 32), "scale": (16,), "shift": (16,), "mean": (16,), "b2": (16,)}
+    constants = {n: rng.standard_normal(s).astype(np.float32) * 0.3 for n, s in weights.items()}
+    constants |= {"var": rng.uniform(0.5, 2, 16).astype(np.float32), "pads": np.array([0, 0, 0, 0, 0, 0, 1, 1]), "zero": np.float32(0)}
+    constants |= {"root": np.float32(2**0.5), "one": np.float32(1), "half": np.float32(0.5)}
+    nodes = [
+        node("Conv", ["x", "w1"], ["c1"], name="conv1", strides=[2, 2], pads=[1, 1, 1, 1]),
+        node("BatchNormalization", ["c1", "scale", "shift", "mean", "var"], ["n1"], name="bn1"),
+        node("Relu", ["n1"], ["r1"], name="relu1"),
+        node("Pad", ["r1", "pads", "zero"], ["p1"], name="pad1"),
+        node("Conv", ["p1", "w2", "b2"], ["c2"], name="conv2", strides=[2, 2]),
+        node("Div", ["c2", "root"], ["d"], name="div"),
+        node("Erf", ["d"], ["e"], name="erf"),
+        node("Add", ["e", "one"], ["a"], name="add"),
+        node("Mul", ["half", "a"], ["h"], name="half_mul"),
+        node("Mul", ["c2", "h"], ["g"], name="gelu"),
+        node("GlobalAveragePool", ["g"], ["pooled"], name="pool"),
+        node("Flatten", ["pooled"], ["flat"], name="flatten"),
+        node("Gemm", ["flat", "head"], ["y"], name="head"),
+    ]
+    return built(nodes, ["N", 3, 16, 16], constants)

