@@ -12,12 +12,13 @@ from onnx_ir.passes.common import ShapeInferencePass
 from qcompile.calib.observers import AbsMax, AbsMaxStat, MinMax, MinMaxStat, Probe, Stat
 from qcompile.ir.edit import add_constant, drop_if_unused, insert_after, new_node, redirect, swap_output
 from qcompile.ir.model import Model
-from qcompile.ir.ops import is_data_movement, is_op
+from qcompile.ir.ops import const_array, is_data_movement, is_op
 from qcompile.passes._half_bias import free_large_biases
 from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
 
 HALF_MAX = 65504.0
 _SAFE = HALF_MAX / 4
+_SMALL = 256.0  # a few such biases fit into the margin above _SAFE
 _FLOAT, _HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 _FLOAT_SLOTS = {"Resize": (1, 2), "Upsample": (1,)}
 _FLOAT_OPS = frozenset({"Range", "RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "NonMaxSuppression", "RoiAlign"})
@@ -61,13 +62,41 @@ class Half(Pass):
 
 
 def _probe(value: ir.Value) -> Probe:
-    """Per channel for tokens (such extremes follow folds), per tensor for the rest; copied values are observed where they arrive."""
-    uses = list(value.uses())
-    while len(uses) == 1 and uses[0][1] == 0 and is_op(uses[0][0], "Reshape", "Transpose") and uses[0][0].outputs[0].uses():
-        value = uses[0][0].outputs[0]
-        uses = list(value.uses())
-    tokens = value.shape is not None and len(value.shape) == 3
-    return Probe(str(value.name), MinMax(-1) if tokens else AbsMax())
+    """Per channel for tokens [batch, tokens, channels], since such extremes follow folds, also where the value is copied into
+    that layout next; per tensor for the rest."""
+    value = copy = _source(value)
+    while not _is_tokens(copy) and len(uses := list(copy.uses())) == 1 and is_op(uses[0][0], "Reshape", "Transpose") and not copy.is_graph_output():
+        copy = uses[0][0].outputs[0]
+    return Probe(str(copy.name), MinMax(-1)) if _is_tokens(copy) else Probe(str(value.name), AbsMax())
+
+
+def _source(value: ir.Value) -> ir.Value:
+    """What bounds `value`: the tensor that it is after small constants are added, or it is scaled down by one."""
+    while (node := value.producer()) is not None and is_op(node, "Add", "Mul", "Div") and len(node.inputs) == 2:
+        slot = next((i for i in (0, 1) if const_array(node.inputs[1 - i]) is not None), None)
+        data = node.inputs[slot] if slot is not None else None
+        if data is None or slot is None or data.dtype != _FLOAT or not _harmless(node, slot):
+            return value
+        value = data
+    return value
+
+
+def _harmless(node: ir.Node, slot: int) -> bool:
+    constant = const_array(node.inputs[1 - slot])
+    if constant is None or not constant.size or constant.dtype.kind != "f":
+        return False
+    size = np.abs(constant)
+    match node.op_type:
+        case "Add":
+            return bool(size.max() <= _SMALL)
+        case "Mul":
+            return bool(size.max() <= 1)
+        case _:
+            return slot == 0 and bool(size.min() >= 1)
+
+
+def _is_tokens(value: ir.Value) -> bool:
+    return value.shape is not None and len(value.shape) == 3
 
 
 def _largest(stat: Stat | None) -> float:

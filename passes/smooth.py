@@ -19,8 +19,8 @@ from qcompile.quant.spec import PerAxis, Scheme
 from qcompile.target.target import Target
 
 F64 = NDArray[np.float64]
-_COLUMNS = 1024
-_ALPHAS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+_COLUMNS, _SEARCH_ROWS = 512, 256
+_COARSE, _STEP = (0.0, 0.3, 0.5, 0.7, 0.9), 0.1
 _PAYS_DB = 1.0
 
 
@@ -109,11 +109,19 @@ class SmoothQuant(Pass):
         """The alpha with the least output error, and its gain over no smoothing in dB."""
         rows = ctx.stats[Probe(str(site.tensor.name), Rows(FOLD_ROWS))]
         assert isinstance(rows, RowsStat)
-        x, columns = rows.rows.astype(np.float32), _subset(weight)
+        x, columns = rows.rows[:_SEARCH_ROWS].astype(np.float32), _subset(weight)
+        exact = x @ columns
         types = (ctx.scheme.activation or INT8, ctx.scheme.weight or INT8)
-        candidates = _ALPHAS if self.search else (0.0, self.alpha)
-        errors = {a: _output_error(x, columns, stat, shift * (a > 0), _row_ratios(stat, shift, weight, a, site), types, ctx.target.symmetric) for a in candidates}
-        best = min(candidates, key=lambda a: (errors[a], a))
+
+        def error(a: float) -> float:
+            t, r = shift * (a > 0), _row_ratios(stat, shift, weight, a, site)
+            return _output_error(x, columns, exact, stat, t, r, types, ctx.target.symmetric)
+
+        errors = {a: error(a) for a in (_COARSE if self.search else (0.0, self.alpha))}
+        best = min(errors, key=lambda a: (errors[a], a))
+        if self.search and best > 0:
+            errors |= {a: error(a) for a in (round(best - _STEP, 1), round(best + _STEP, 1))}
+            best = min(errors, key=lambda a: (errors[a], a))
         return best, 10 * float(np.log10((errors[0.0] + 1e-30) / (errors[best] + 1e-30)))
 
 
@@ -149,12 +157,17 @@ def _subset(weight: F64) -> NDArray[np.float32]:
     return weight[:, ::step].astype(np.float32)
 
 
-def _output_error(x: NDArray[np.float32], w: NDArray[np.float32], stat: MinMaxStat, t: F64, r: F64, types: tuple[QType, QType], symmetric: bool) -> float:
-    """|| Q((x - t) / r) Q(diag(r) W) + t W - x W ||^2 over the sampled rows."""
+def _output_error(
+    x: NDArray[np.float32], w: NDArray[np.float32], exact: NDArray[np.float32], stat: MinMaxStat, t: F64, r: F64, types: tuple[QType, QType], symmetric: bool
+) -> float:
+    """|| Q((x - t) / r) Q(diag(r) W) + t W - x W ||^2 over the sampled rows; `exact` is x W."""
     lo, hi = ((stat.lo - t) / r).min(), ((stat.hi - t) / r).max()
     a = ((x - t) / r).astype(np.float32)
     b = (w * r[:, None]).astype(np.float32)
     top = np.abs(b).max(0).astype(np.float64)
     qa = fake_quant(a, qparams_from_range(lo, hi, types[0], symmetric), types[0])
     qb = fake_quant(b, qparams_from_range(-top, top, types[1], True), types[1], PerAxis(1))
-    return float(np.square(qa @ qb - a @ b, dtype=np.float64).sum())
+    residual = qa @ qb
+    residual += (t @ w).astype(np.float32)
+    residual -= exact
+    return float(np.einsum("ij,ij->", residual, residual))

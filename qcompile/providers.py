@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qcompile.calib.data import Dataset
+from qcompile.calib.data import Dataset, fixed_batch
 from qcompile.calib.observers import Probe, Stat
 from qcompile.calib.sweep import sweep
+from qcompile.errors import DataError
 from qcompile.ir.model import InputInfo, Model
 from qcompile.pipeline.base import Comparison
 from qcompile.runtime.metrics import decibel
-from qcompile.runtime.session import make_session
+from qcompile.runtime.session import batch_length, make_session
 
 VERIFY_SAMPLES = 8
 
@@ -74,12 +75,11 @@ def _relative(a: NDArray[Any], b: NDArray[Any]) -> float:
 
 def comparator(data: Dataset, inputs: Sequence[InputInfo], seed: int, threads: int | None = None) -> OrtComparator:
     """Eight calibration samples, and one random sample of the same shapes and value ranges."""
-    feeds = list(data.take(VERIFY_SAMPLES).batches(VERIFY_SAMPLES if _free_batch(inputs) else 1))
+    fixed = fixed_batch(inputs)
+    feeds = [f for f in data.take(VERIFY_SAMPLES).batches(fixed or VERIFY_SAMPLES) if fixed in (None, batch_length(f))]
+    if not feeds:
+        raise DataError(f"the data holds {len(data)} samples and the model needs {fixed} a run; give more samples")
     return OrtComparator([*feeds, _random_like(feeds[0], seed)], threads)
-
-
-def _free_batch(inputs: Sequence[InputInfo]) -> bool:
-    return all(not i.shape or not isinstance(i.shape[0], int) for i in inputs)
 
 
 def _random_like(feed: dict[str, NDArray[Any]], seed: int) -> dict[str, NDArray[Any]]:

@@ -19,7 +19,7 @@ F64 = NDArray[np.float64]
 
 _INDEX_BITS = 24  # bin indices stay exact in float32
 _ZERO_EXPONENT = -140
-_CHUNK = 1 << 15
+_CHUNK = 1 << 17
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,11 +106,11 @@ def _span(lo: float, hi: float, exponent: int) -> tuple[int, int]:
     return first, last - first + 1
 
 
-def _indices(x: NDArray[Any], exponent: int, start: int) -> NDArray[np.intp]:
+def _indices(x: NDArray[Any], exponent: int, start: int) -> NDArray[np.int32]:
     """Bin of each value, counted from `start`; scaling by a power of two is exact (in float32 only upwards: subnormals
     would vanish), and so is the subtraction of integers below 2^24."""
     exact = x.dtype == np.float32 and -120 < exponent <= 0
     scaled = x * np.float32(2.0**-exponent) if exact else np.ldexp(x.astype(np.float64), -exponent)
     np.floor(scaled, out=scaled)
     scaled -= start
-    return scaled.astype(np.intp)
+    return scaled.astype(np.int32)

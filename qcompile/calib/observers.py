@@ -11,6 +11,7 @@ sums, equal up to rounding (about 1e-15 relative).  Channel axes: -1 for token t
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -235,6 +236,11 @@ class RowsStat(Stat):
         order = np.lexsort((ids[:, 1], ids[:, 0], keys))[: self.capacity]
         return replace(self, keys=keys[order], ids=ids[order], rows=rows[order])
 
+    @property
+    def full(self) -> bool:
+        """Whether only rows with a smaller hash than the last can still enter."""
+        return len(self.keys) >= self.capacity
+
     def mapped(self, t: ArrayLike, r: ArrayLike) -> Self:
         """The same rows after x' = (x - t) / r, computed in float64."""
         rows = (self.rows.astype(np.float64) - np.asarray(t)) / np.asarray(r)
@@ -252,14 +258,18 @@ class Rows:
     def empty(self) -> RowsStat:
         return RowsStat(self.count, np.zeros(0, np.uint64), np.zeros((0, 2), np.int64), np.zeros((0, 0), np.float32))
 
-    def observe(self, array: NDArray[Any], first_sample_index: int = 0, samples: int | None = None) -> RowsStat:
+    def observe(
+        self, array: NDArray[Any], first_sample_index: int = 0, samples: int | None = None, bound: RowsStat | None = None
+    ) -> RowsStat:
+        """`bound` is a sample to merge with later: rows that could not enter it are left out at once."""
         rows = array.reshape(-1, array.shape[-1]) if array.ndim else array.reshape(1, 1)
         held = samples if samples is not None else (array.shape[0] if array.ndim > 1 else 1)
         # A tensor that does not grow with the batch belongs to its first sample.
         each = len(rows) // held if held and len(rows) % held == 0 else max(1, len(rows))
-        index = np.arange(len(rows))
-        ids = np.stack([first_sample_index + index // each, index % each], axis=1).astype(np.int64)
-        keys = _hash(ids, self.seed)
+        ids, keys = _ranked(first_sample_index, len(rows), each, self.seed)
+        if bound is not None and bound.full:
+            chosen = keys <= bound.keys[-1]
+            ids, keys, rows = ids[chosen], keys[chosen], rows[chosen]
         order = np.lexsort((ids[:, 1], ids[:, 0], keys))[: self.count]
         return RowsStat(self.count, keys[order], ids[order], rows[order])
 
@@ -281,6 +291,14 @@ def other_axes(ndim: int, axis: int | None) -> tuple[int, ...]:
 def absmax_of(stat: MinMaxStat) -> AbsMaxStat:
     """The largest magnitude that extremes imply."""
     return AbsMaxStat(np.maximum(np.maximum(-stat.lo, stat.hi), 0.0))
+
+
+@lru_cache(maxsize=16)
+def _ranked(first: int, count: int, each: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+    """Ids and hashes of a batch's rows: equal for all its tensors with as many rows."""
+    index = np.arange(count)
+    ids = np.stack([first + index // each, index % each], axis=1).astype(np.int64)
+    return ids, _hash(ids, seed)
 
 
 def _hash(ids: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:

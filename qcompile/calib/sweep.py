@@ -17,23 +17,31 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 
 from qcompile.calib.data import Dataset, fixed_batch
-from qcompile.calib.observers import AbsMax, MinMax, MinMaxStat, Observer, Probe, Stat, absmax_of, other_axes
+from qcompile.calib.observers import AbsMax, MinMax, MinMaxStat, Observer, Probe, Rows, RowsStat, Stat, absmax_of, other_axes
 from qcompile.errors import DataError, ModelError
 from qcompile.ir.model import Model
 from qcompile.runtime.session import batch_length, make_session, run
 
 DEFAULT_BATCH = 8
+_SPREADS_NAN = frozenset({
+    "Add", "BatchNormalization", "Cast", "Conv", "Div", "Erf", "Exp", "Flatten", "Gelu", "Gemm", "GlobalAveragePool", "Identity",
+    "LayerNormalization", "MatMul", "Mul", "Pow", "ReduceMean", "Reshape", "Sigmoid", "Softmax", "Sqrt", "Squeeze", "Sub", "Tanh",
+    "Transpose", "Unsqueeze",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _Reduced:
-    """Outputs of the sweep graph that hold one tensor's extremes, and its sum (the kernels skip NaN, a sum does not)."""
+    """Outputs of the sweep graph that hold one tensor's extremes, and its sum (the kernels skip NaN, a sum does not).
+
+    There is no sum where NaN would show in a later tensor that is checked.
+    """
 
     tensor: str
     axis: int | None
     lo: str
     hi: str
-    total: str
+    total: str | None
 
 
 @dataclass
@@ -70,7 +78,7 @@ def sweep(
         return {}
     size = batch_size(model, len(data), batch)
     plan = _instrument(model, probes)
-    names = [n for r in plan.reduced for n in (r.lo, r.hi, r.total)] + list(plan.raw.values())
+    names = [n for r in plan.reduced for n in (r.lo, r.hi, r.total) if n is not None] + list(plan.raw.values())
     session = make_session(plan.model.to_proto().SerializeToString(), threads=threads)
     stats: dict[Probe, Stat] = {p: p.observer.empty() for p in dict.fromkeys(probes)}
     wanted = {i.name for i in session.get_inputs()}
@@ -109,7 +117,7 @@ def _merge(stats: dict[Probe, Stat], found: Iterable[tuple[Probe, Stat]]) -> Non
 def _answers(
     plan: _Sweep,
     found: dict[str, NDArray[Any]],
-    stats: Iterable[Probe],
+    stats: dict[Probe, Stat],
     first: int,
     held: int,
     model: Model,
@@ -120,21 +128,29 @@ def _answers(
     for tensor, output in plan.raw.items():
         _require_finite(model, tensor, found[output], first)
     answers: list[tuple[Probe, Stat]] = []
-    for probe in stats:
+    for probe, known in stats.items():
         observer = probe.observer
         if probe.tensor in plan.raw:
-            answers.append((probe, observer.observe(found[plan.raw[probe.tensor]], first, held)))
+            answers.append((probe, _observe(observer, found[plan.raw[probe.tensor]], first, held, known)))
         elif isinstance(observer, MinMax | AbsMax):
             stat = extremes[probe.tensor, observer.axis]
             answers.append((probe, absmax_of(stat) if isinstance(observer, AbsMax) else stat))
     return answers
 
 
+def _observe(observer: Observer, array: NDArray[Any], first: int, held: int, known: Stat) -> Stat:
+    """A sample of rows copies only those that can enter it."""
+    if isinstance(observer, Rows) and isinstance(known, RowsStat):
+        return observer.observe(array, first, held, known)
+    return observer.observe(array, first, held)
+
+
 def _extremes(
     r: _Reduced, found: dict[str, NDArray[Any]], first: int, model: Model, feeds: dict[str, NDArray[Any]]
 ) -> MinMaxStat:
     lo, hi = (np.asarray(found[n], np.float64) for n in (r.lo, r.hi))
-    if not (np.isfinite(lo).all() and np.isfinite(hi).all() and np.isfinite(found[r.total]).all()):
+    total = found[r.total] if r.total is not None else 0.0
+    if not (np.isfinite(lo).all() and np.isfinite(hi).all() and np.isfinite(total).all()):
         # The sum of finite values may overflow (float16): look at the tensor itself before complaining.
         _require_finite(model, r.tensor, _fetch(model, r.tensor, feeds, first), first)
     return MinMaxStat(lo, hi)
@@ -160,7 +176,12 @@ class _Raw:
 
 
 def _require_finite(model: Model, tensor: str, array: NDArray[Any], first: int) -> None:
-    if array.dtype.kind not in "fV" or np.isfinite(array).all():
+    if array.dtype.kind not in "fV":
+        return
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(array.sum()):  # cheaper than a mask; finite values may still overflow it
+            return
+    if np.isfinite(array).all():
         return
     bad = np.argwhere(~np.isfinite(array))[0]
     what = "NaN" if np.isnan(array[tuple(bad)]) else "infinite values"
@@ -191,7 +212,8 @@ def _instrument(model: Model, probes: Sequence[Probe]) -> _Sweep:
     raw_tensors = list(dict.fromkeys(p.tensor for p in probes if _needs_raw(values[p.tensor], p.observer)))
     axes = dict.fromkeys((p.tensor, _axis(p.observer)) for p in probes if p.tensor not in raw_tensors)
     copy.graph.outputs.clear()
-    reduced = [_add_reductions(copy, values[tensor], axis, f"{i}") for i, (tensor, axis) in enumerate(axes)]
+    blind = _blind({*raw_tensors, *(t for t, _ in axes)}, values)
+    reduced = [_add_reductions(copy, values[tensor], axis, f"{i}", tensor in blind) for i, (tensor, axis) in enumerate(axes)]
     raw = {tensor: _add_output(copy, values[tensor]) for tensor in raw_tensors}
     RemoveUnusedNodesPass()(copy.ir)
     return _Sweep(copy, reduced, raw)
@@ -216,12 +238,29 @@ def _axis(observer: Observer) -> int | None:
     return observer.axis if isinstance(observer, MinMax | AbsMax) else None
 
 
-def _add_reductions(model: Model, value: ir.Value, axis: int | None, tag: str) -> _Reduced:
+def _blind(probed: set[str], values: dict[str, ir.Value]) -> set[str]:
+    """Probed tensors whose NaN no other probed tensor would show: none of them is computed from it, or only through
+    operators that may drop NaN (Relu, MaxPool, Where, Gather, ...)."""
+    covered: set[str] = set()
+
+    def shows(value: ir.Value) -> bool:
+        return any(n.op_type in _SPREADS_NAN and n.domain == "" and _reached(n) for n, _ in value.uses())
+
+    def _reached(node: ir.Node) -> bool:
+        return any(str(out.name) in probed or str(out.name) in covered for out in node.outputs)
+
+    for value in reversed(list(values.values())):  # consumers stand behind their producers
+        if shows(value):
+            covered.add(str(value.name))
+    return probed - covered
+
+
+def _add_reductions(model: Model, value: ir.Value, axis: int | None, tag: str, check: bool) -> _Reduced:
     assert value.shape is not None
     axes = other_axes(len(value.shape), axis)
     lo = _reduce(model, "ReduceMin", value, axes, f"qcompile_lo_{tag}")
     hi = _reduce(model, "ReduceMax", value, axes, f"qcompile_hi_{tag}")
-    total = _reduce(model, "ReduceSum", value, tuple(range(len(value.shape))), f"qcompile_sum_{tag}")
+    total = _reduce(model, "ReduceSum", value, tuple(range(len(value.shape))), f"qcompile_sum_{tag}") if check else None
     return _Reduced(str(value.name), axis, lo, hi, total)
 
 
@@ -239,7 +278,10 @@ def _reduce(model: Model, op: str, value: ir.Value, axes: tuple[int, ...], name:
 
 
 def _add_output(model: Model, value: ir.Value) -> str:
-    """Expose a tensor under a new name (inputs and initializers cannot be outputs themselves)."""
+    """Expose a tensor; inputs and initializers cannot be outputs themselves and get a new name."""
+    if value.producer() is not None:
+        model.graph.outputs.append(value)
+        return str(value.name)
     return _append(model, "Identity", [value], {}, value, f"qcompile_raw_{len(model.graph.outputs)}")
 
 

@@ -100,10 +100,17 @@ def audit_lines(a: dict[str, Any]) -> list[str]:
     blocks = f"{a['attention_fused_blocks']} of {a['attention_blocks']} blocks" if a["attention_blocks"] else "no attention"
     return [
         f"audit        {a['gpu']} ({a['label']} {a['version']}; built, not run)",
-        f"share        {percent(a['share'])} of the planned work runs in low-precision kernels",
+        _share(a),
         f"coverage     {percent(a['coverage'])} of all GEMM, convolution and attention work ({flops(a['total_flops'])}FLOP)",
         f"attention    {blocks} run as one fused kernel" if a["attention_blocks"] else f"attention    {blocks}",
     ]
+
+
+def _share(a: dict[str, Any]) -> str:
+    if a["share"] is not None:
+        return f"share        {percent(a['share'])} of the planned work runs in low-precision kernels"
+    only = f"; {percent(a['weight_only_flops'] / a['total_flops'])} reads low-precision weights" if a["weight_only_flops"] else ""
+    return f"share        - (no work has low-precision inputs on both sides{only})"
 
 
 def show_audit(document: dict[str, Any]) -> None:

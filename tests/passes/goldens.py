@@ -1,0 +1,141 @@
+"""Golden cases: a tiny graph, a pass string, and what comes out as text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from onnx import helper
+
+from qcompile.ir.model import Model
+from qcompile.ir.text import print_model
+from qcompile.pipeline import registry
+from tests.passes.cases import Feeds, built, context, run_passes, stem
+
+FOLDER = Path(__file__).parents[1] / "goldens"
+node = helper.make_node
+
+
+@dataclass(frozen=True)
+class Golden:
+    """`passes` run exactly on `model`; the file is goldens/`name`.txt."""
+
+    name: str
+    passes: str
+    model: Callable[[], Model]
+    target: str = "trt"
+    scheme: str = "w8a8"
+    shape: tuple[int, ...] = field(default=(4, 5, 16))
+
+    @property
+    def path(self) -> Path:
+        return FOLDER / f"{self.name}.txt"
+
+    def text(self) -> str:
+        """The graph before and after, and the remarks."""
+        rng = np.random.default_rng(0)
+        arrays: Feeds = {"x": rng.standard_normal(self.shape).astype(np.float32)}
+        before = self.model()
+        after, reports = run_passes(before, registry.parse(self.passes), arrays, context(self.target, self.scheme))
+        remarks = "".join(f"{r.kind} {r.pass_name} {r.node or '-'}: {r.reason}\n" for x in reports for r in x.remarks)
+        head = f"passes: {self.passes}\ntarget: {self.target} {self.scheme}\n"
+        return f"{head}\n{print_model(before)}\n{print_model(after)}\n{remarks}"
+
+
+def block() -> Model:
+    """LayerNormalization -> packed qkv -> attention of one head -> projection -> residual -> norm -> MLP with GELU."""
+    rng = np.random.default_rng(0)
+    shapes = {"g1": 16, "b1": 16, "g2": 16, "b2": 16, "wqkv": (16, 48), "bqkv": 48, "wo": (16, 16), "bo": 16}
+    shapes |= {"w1": (16, 32), "c1": 32, "w2": (32, 16), "c2": 16}
+    constants = {n: (rng.standard_normal(s) * 0.3).astype(np.float32) for n, s in shapes.items()}
+    constants |= {"heads": np.array([0, 0, 3, 2, 8]), "merged": np.array([0, 0, 16]), "axis0": np.array([0]), "root": np.float32(8**-0.5)}
+    constants |= {"r2": np.float32(2**0.5), "one": np.float32(1), "half": np.float32(0.5), "thirds": np.array([1, 1, 1])}
+    nodes = [
+        node("LayerNormalization", ["x", "g1", "b1"], ["n1"], name="norm1"),
+        node("MatMul", ["n1", "wqkv"], ["m0"], name="qkv"),
+        node("Add", ["m0", "bqkv"], ["a0"], name="qkv_bias"),
+        node("Reshape", ["a0", "heads"], ["h0"], name="heads"),
+        node("Transpose", ["h0"], ["t0"], name="to_heads", perm=[2, 0, 3, 1, 4]),
+        node("Split", ["t0", "thirds"], ["q1", "k1", "v1"], name="split", axis=0),
+        node("Squeeze", ["q1", "axis0"], ["q"], name="q"),
+        node("Squeeze", ["k1", "axis0"], ["k"], name="k"),
+        node("Squeeze", ["v1", "axis0"], ["v"], name="v"),
+        node("Mul", ["q", "root"], ["qs"], name="scale"),
+        node("Transpose", ["k"], ["kt"], name="k_t", perm=[0, 1, 3, 2]),
+        node("MatMul", ["qs", "kt"], ["s"], name="scores"),
+        node("Softmax", ["s"], ["p"], name="softmax", axis=-1),
+        node("MatMul", ["p", "v"], ["o"], name="pv"),
+        node("Transpose", ["o"], ["ot"], name="from_heads", perm=[0, 2, 1, 3]),
+        node("Reshape", ["ot", "merged"], ["om"], name="merge"),
+        node("MatMul", ["om", "wo"], ["m1"], name="proj"),
+        node("Add", ["m1", "bo"], ["a1"], name="proj_bias"),
+        node("Add", ["x", "a1"], ["r1"], name="residual1"),
+        node("LayerNormalization", ["r1", "g2", "b2"], ["n2"], name="norm2"),
+        node("MatMul", ["n2", "w1"], ["m2"], name="fc1"),
+        node("Add", ["m2", "c1"], ["a2"], name="fc1_bias"),
+        node("Div", ["a2", "r2"], ["d"], name="gelu_div"),
+        node("Erf", ["d"], ["e"], name="gelu_erf"),
+        node("Add", ["e", "one"], ["f"], name="gelu_add"),
+        node("Mul", ["half", "f"], ["h"], name="gelu_half"),
+        node("Mul", ["a2", "h"], ["u"], name="gelu"),
+        node("MatMul", ["u", "w2"], ["m3"], name="fc2"),
+        node("Add", ["m3", "c2"], ["a3"], name="fc2_bias"),
+        node("Add", ["r1", "a3"], ["y"], name="residual2"),
+    ]
+    return built(nodes, ["N", 5, 16], constants)
+
+
+def linear() -> Model:
+    """One MatMul + Add."""
+    rng = np.random.default_rng(1)
+    constants = {"w": rng.standard_normal((16, 16)).astype(np.float32), "b": rng.standard_normal(16).astype(np.float32)}
+    return built([node("MatMul", ["x", "w"], ["m"], name="fc"), node("Add", ["m", "b"], ["y"], name="bias")], ["N", 5, 16], constants)
+
+
+def untidy() -> Model:
+    """Identity, Dropout, a neutral Add, a zero Pad and a shape that can be computed."""
+    constants = {"w": np.ones((16, 16), np.float32), "zero": np.float32(0), "pads": np.zeros(6, np.int64), "two": np.float32(2)}
+    nodes = [
+        node("Identity", ["w"], ["w_again"], name="alias"),
+        node("Mul", ["w_again", "two"], ["w_twice"], name="constant_work"),
+        node("MatMul", ["x", "w_twice"], ["m"], name="fc"),
+        node("Add", ["m", "zero"], ["a"], name="add_zero"),
+        node("Dropout", ["a"], ["d"], name="dropout"),
+        node("Pad", ["d", "pads"], ["p"], name="pad_nothing"),
+        node("Relu", ["p"], ["y"], name="relu"),
+    ]
+    return built(nodes, ["N", 5, 16], constants)
+
+
+def axes() -> Model:
+    """ReduceMean with its axes as an attribute (opset 17)."""
+    return built([node("ReduceMean", ["x"], ["y"], name="mean", axes=[1], keepdims=0)], ["N", 5, 16], {})
+
+
+PICTURE = (4, 3, 16, 16)
+GOLDENS = (
+    Golden("canonicalize", "canonicalize", untidy),
+    Golden("fold-bn", "canonicalize,fold-bn", stem, shape=PICTURE),
+    Golden("fold-pad", "canonicalize,fold-pad", stem, shape=PICTURE),
+    Golden("space-to-depth", "canonicalize,fold-bn,space-to-depth", stem, "ort", shape=PICTURE),
+    Golden("gelu-order", "canonicalize,gelu-order", block, "ort"),
+    Golden("opset", "canonicalize,opset", axes),
+    Golden("split-qkv", "canonicalize,split-qkv", block),
+    Golden("bias-rank", "canonicalize,bias-rank", linear, "ort"),
+    Golden("smooth", "smooth", block),
+    Golden("smooth-shift", "smooth{shift sites=norm}", block),
+    Golden("repq", "repq", block),
+    Golden("repq-smooth", "repq,smooth", block),
+    Golden("annotate", "canonicalize,annotate", block),
+    Golden("annotate-ort", "canonicalize,annotate", block, "ort"),
+    Golden("rtn", "canonicalize,annotate,rtn", linear),
+    Golden("rtn-4bit", "canonicalize,annotate,rtn", linear, scheme="w4a8"),
+    Golden("bias-correct", "canonicalize,annotate,rtn,bias-correct", linear, scheme="w4a8"),
+    Golden("insert-qdq", "canonicalize,opset,annotate,rtn,insert-qdq", linear),
+    Golden("insert-qdq-ort", "canonicalize,annotate,rtn,insert-qdq", linear, "ort"),
+    Golden("insert-qdq-6bit", "canonicalize,opset,annotate,rtn,insert-qdq", linear, scheme="w6a6"),
+    Golden("insert-qdq-int4", "canonicalize,opset,annotate,rtn,insert-qdq", linear, scheme="w4a16"),
+    Golden("fp16", "canonicalize,fp16", linear, scheme="fp16"),
+)
