@@ -212,11 +212,16 @@ def _with_sidecar(path: Path, options: Options) -> Options:
             raise UsageError(f"{sidecar} has an unknown key {key!r}{near(key, known)} (it may hold: {', '.join(sorted(known))})")
     values = {k: getattr(options, k) for k in options.__dataclass_fields__}
     for key, value in given.items():
-        if not isinstance(value, int if key == "samples" else str):
-            raise UsageError(f"{sidecar}: {key} cannot be {value!r}; it takes a {'whole number' if key == 'samples' else 'string'}")
+        _require_type(sidecar, key, value)
         if values[key] in (None, DEFAULT_SAMPLES):
             values[key] = str(sidecar.parent / value) if key == "calib" else value
     return Options(**values)
+
+
+def _require_type(sidecar: Path, key: str, value: object) -> None:
+    kind, words = (int, "a whole number") if key == "samples" else (str, "a string")
+    if type(value) is not kind:
+        raise UsageError(f"{sidecar}: {key} cannot be {value!r}; it takes {words}")
 
 
 def _target(name: str) -> Target:

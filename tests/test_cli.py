@@ -98,8 +98,8 @@ def test_dry_run_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 def test_keep_float_patterns_reach_the_passes(int8: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "half.onnx"
-    args = ("--target", "ort", "--samples", 8, "-o", out, "--keep-float", "/stages/stages.2*", "--keep-float", "/stages/stages.3*")
-    code, _, err = call(capsys, CNN, *args)
+    patterns = ("--keep-float", "/stages/stages.2*", "--keep-float", "/stages/stages.3*")
+    code, _, err = call(capsys, CNN, "--target", "ort", "--samples", 8, "-o", out, *patterns)
     assert code == 0, err
     fewer, all_of_them = (sum(n.op_type == "QuantizeLinear" for n in onnx.load(p).graph.node) for p in (out, int8))
     assert 0 < fewer < all_of_them

@@ -38,14 +38,23 @@ def listing(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     ("name", "target"),
-    [("digits_cnn", "ort"), ("digits_cnn", "rtx"), ("vit_digits", "ort"), pytest.param("vit_digits", "rtx", marks=pytest.mark.slow)],
+    [
+        ("digits_cnn", "ort"),
+        ("digits_cnn", "rtx"),
+        ("vit_digits", "ort"),
+        pytest.param("vit_digits", "rtx", marks=pytest.mark.slow),
+    ],
 )
 def test_the_same_command_gives_the_same_bytes(tmp_path: Path, name: str, target: str) -> None:
     results = [compiled(MODELS / f"{name}.onnx", tmp_path / f"{i}.onnx", target=target) for i in range(2)]
     first, second = ((tmp_path / f"{i}.onnx").read_bytes() for i in range(2))
     assert first == second
     assert not [f for f in check(onnx.load_from_string(first), target) if f.severity == "error"]
-    assert (results[0].sqnr_db or 0) > 20 and results[0].calibration == str(MODELS / f"{name}.calib.npz") and results[0].samples == 16
+    assert (
+        (results[0].sqnr_db or 0) > 20
+        and results[0].calibration == str(MODELS / f"{name}.calib.npz")
+        and results[0].samples == 16
+    )
     accuracy(tmp_path / "0.onnx", name, target)
 
 
@@ -72,7 +81,9 @@ def test_a_pipeline_that_stopped_half_way_goes_on(tmp_path: Path) -> None:
     specs = whole.pipeline.split(",")
     at = next(i for i, s in enumerate(specs) if s.startswith("annotate")) + 1
     compiled(MODELS / "digits_cnn.onnx", tmp_path / "half.onnx", target="ort", passes=",".join(specs[:at]), exact=True)
-    rest = compiled(tmp_path / "half.onnx", tmp_path / "rest.onnx", target="ort", passes="", calib=str(MODELS / "digits_cnn.calib.npz"))
+    rest = compiled(
+        tmp_path / "half.onnx", tmp_path / "rest.onnx", target="ort", passes="", calib=str(MODELS / "digits_cnn.calib.npz")
+    )
     assert rest.pipeline == ",".join(specs[at:])
     assert Model.load(tmp_path / "rest.onnx").digest() == Model.load(tmp_path / "whole.onnx").digest()
 
@@ -88,7 +99,7 @@ def test_a_foreign_quantized_model_is_refused(tmp_path: Path) -> None:
     proto = onnx.load(result.output)
     del proto.metadata_props[:]
     onnx.save(proto, tmp_path / "foreign.onnx")
-    with pytest.raises(ModelError, match="already quantized .* start from the float model"):
+    with pytest.raises(ModelError, match=r"already quantized .* start from the float model"):
         compiled(tmp_path / "foreign.onnx", tmp_path / "again.onnx", target="ort", calib="random")
 
 
@@ -133,12 +144,19 @@ def liar(graph):
 def test_a_failed_pass_leaves_its_reproducer(tmp_path: Path) -> None:
     script = tmp_path / "my_surgery.py"
     script.write_text(SURGERY)
-    with pytest.raises(VerifyError, match="(?s)moved the outputs.*reproduce: qcompile ") as error:
+    with pytest.raises(VerifyError, match=r"(?s)moved the outputs.*reproduce: qcompile ") as error:
         compiled(MODELS / "digits_cnn.onnx", tmp_path / "q.onnx", target="ort", passes=f"{script}:liar")
     (before,) = [p for p in tmp_path.iterdir() if p.name.startswith("q.before-") and p.suffix == ".onnx"]
     assert f"qcompile {before} --exact --passes {script}:liar --target ort" in str(error.value)
     with pytest.raises(VerifyError, match="moved the outputs"):
-        compiled(before, tmp_path / "q.onnx", target="ort", passes=f"{script}:liar", exact=True, calib=str(MODELS / "digits_cnn.calib.npz"))
+        compiled(
+            before,
+            tmp_path / "q.onnx",
+            target="ort",
+            passes=f"{script}:liar",
+            exact=True,
+            calib=str(MODELS / "digits_cnn.calib.npz"),
+        )
 
 
 # what cannot be used
@@ -159,7 +177,13 @@ def fails(error: type[QcompileError], words: str, path: Path, folder: Path, **op
 def test_a_truncated_model(tmp_path: Path) -> None:
     data = (MODELS / "digits_cnn.onnx").read_bytes()
     for size in (0, 10, len(data) // 2, len(data) - 1):
-        fails(ModelError, "not a readable ONNX model|not an ONNX model", write(tmp_path / "m.onnx", data[:size]), tmp_path, calib="random")
+        fails(
+            ModelError,
+            "not a readable ONNX model|not an ONNX model",
+            write(tmp_path / "m.onnx", data[:size]),
+            tmp_path,
+            calib="random",
+        )
 
 
 @pytest.mark.parametrize("data", [b"PK\x03\x04 a zip", b"hello world", bytes(range(256))], ids=["zip", "text", "bytes"])
@@ -217,7 +241,12 @@ def test_wrong_data(tmp_path: Path, arrays: dict[str, Any], words: str) -> None:
 
 def test_no_data(tmp_path: Path) -> None:
     shutil.copy(MODELS / "digits_cnn.onnx", tmp_path / "m.onnx")
-    fails(DataError, "no calibration data: give some with --calib, or put m.calib.npz beside the model", tmp_path / "m.onnx", tmp_path)
+    fails(
+        DataError,
+        "no calibration data: give some with --calib, or put m.calib.npz beside the model",
+        tmp_path / "m.onnx",
+        tmp_path,
+    )
 
 
 @pytest.mark.parametrize(
@@ -259,7 +288,11 @@ def test_conventions_beside_the_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("target =", "not valid TOML"), ('targt = "ort"', "unknown key 'targt', did you mean 'target'"), ('samples = "8"', "samples cannot be '8'")],
+    [
+        ("target =", "not valid TOML"),
+        ('targt = "ort"', "unknown key 'targt', did you mean 'target'"),
+        ('samples = "8"', "samples cannot be '8'"),
+    ],
 )
 def test_a_wrong_sidecar(tmp_path: Path, text: str, words: str) -> None:
     shutil.copy(MODELS / "digits_cnn.onnx", tmp_path / "m.onnx")
@@ -273,7 +306,8 @@ def test_a_wrong_sidecar(tmp_path: Path, text: str, words: str) -> None:
 
 def test_a_killed_process_leaves_no_part_of_an_output(tmp_path: Path) -> None:
     output = tmp_path / "q.onnx"
-    code = f"import qcompile; qcompile.compile({str(MODELS / 'digits_cnn.onnx')!r}, output={str(output)!r}, target='ort', samples=16, threads=1)"
+    arguments = f"{str(MODELS / 'digits_cnn.onnx')!r}, output={str(output)!r}, target='ort', samples=16, threads=1"
+    code = f"import qcompile; qcompile.compile({arguments})"
     start = time.monotonic()
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     whole, good = time.monotonic() - start, output.read_bytes()
@@ -293,6 +327,6 @@ def test_a_full_disk_or_read_only_folder_is_an_error(tmp_path: Path, monkeypatch
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(ModelError, match="cannot write .*No space left on device; free some space"):
+    with pytest.raises(ModelError, match=r"cannot write .*No space left on device; free some space"):
         compiled(MODELS / "digits_cnn.onnx", tmp_path / "q.onnx", target="ort")
     assert listing(tmp_path) == []

@@ -80,9 +80,10 @@ def test_trap_1_relu_is_not_deleted_in_front_of_a_signed_quantizer(target: str) 
 @pytest.mark.parametrize("name", ["timm_vit_shared_ts17", "timm_vit_shared_dy18", "hf_bert_shared_ts14"])
 def test_trap_2_shared_norm_constants_are_copied_on_write(name: str, passes: str) -> None:
     done, arrays = fixture_step(name, passes, "trt"), fixture_arrays(name, seed=3)
-    if name != "hf_bert_shared_ts14":
-        gammas = [n.inputs[1] for n in done.before.graph if n.op_type == "LayerNormalization"]
-        assert len({v.name for v in gammas if v is not None}) < len(gammas), "the fixture shares them"
+    if name == "timm_vit_shared_dy18":
+        gammas = [n.inputs[1] for n in fixture(name).graph if n.op_type == "LayerNormalization"]
+        assert len({v.name for v in gammas if v is not None}) < len(gammas), "the exporter shares them"
+    if "vit" in name:
         assert done.changed
     assert relative_error(outputs(done.before, arrays), outputs(done.after, arrays)) <= 5e-6
 
@@ -100,7 +101,8 @@ def test_trap_3_applied_means_that_the_sites_constants_changed(passes: str) -> N
 
 @pytest.mark.parametrize("method", ["percentile", "mse"])
 def test_trap_4_a_histogram_is_no_slow_minmax(method: str) -> None:
-    x = RNG.standard_t(2, (64, 5, 16)).astype(np.float32)
+    x = random(2048, 5, 16)
+    x[7, 0, 0] = 20.0
     wide, tight = (_activation_scale(f"annotate{{range={m}}}", x) for m in ("minmax", method))
     assert tight < 0.9 * wide
 
@@ -181,7 +183,9 @@ def test_trap_9_fitting_a_small_layer_takes_no_seconds() -> None:
 def test_trap_10_weights_are_quantized_per_channel(target: str) -> None:
     """A convolution whose channels differ by 1000 times keeps its small ones."""
     weight = random(8, 4, 3, 3) * np.logspace(0, -3, 8, dtype=np.float32)[:, None, None, None]
-    model = built([node("Conv", ["x", "w", "b"], ["y"], name="conv")], ["N", 4, 8, 8], {"w": weight, "b": np.zeros(8, np.float32)})
+    model = built(
+        [node("Conv", ["x", "w", "b"], ["y"], name="conv")], ["N", 4, 8, 8], {"w": weight, "b": np.zeros(8, np.float32)}
+    )
     arrays = {"x": random(8, 4, 8, 8)}
     ctx = context(target)
     ctx.target = replace(ctx.target, half_body=False)

@@ -39,8 +39,8 @@ def options(p: PassHelp) -> str:
 def index(passes: list[PassHelp]) -> str:
     """The list of all passes."""
     kinds = (
-        "EQUIVALENT passes keep the float function (checked), ANNOTATE passes only decide, FIT passes change values to lower the\n"
-        "quantization error, LOWER passes bring in quantized arithmetic. `qcompile passes NAME` shows the same pages.\n"
+        "EQUIVALENT passes keep the float function (checked), ANNOTATE passes only decide, FIT passes change values to lower\n"
+        "the quantization error, LOWER passes bring in quantized arithmetic. `qcompile passes NAME` shows the same pages.\n"
     )
     rows = [f"| [{p.name}]({p.name}.md) | {p.kind} | {p.help} |" for p in passes]
     return "\n".join([NOTE, "# Passes\n", kinds, "| pass | kind | what |", "| --- | --- | --- |", *rows]) + "\n"

@@ -23,7 +23,9 @@ from qcompile.quant.spec import SCHEMES
 from qcompile.target.catalog import TARGETS
 
 
-def spread(channels: int, rng: np.random.Generator, sigma: float = 0.35, share: float = 0.02, low: float = 12.0, high: float = 33.0) -> NDArray[np.float64]:
+def spread(
+    channels: int, rng: np.random.Generator, sigma: float = 0.35, share: float = 0.02, low: float = 12.0, high: float = 33.0
+) -> NDArray[np.float64]:
     """r [channels]: log-normal, and at least one channel (a `share` of them) `low` to `high` times as large."""
     r = rng.lognormal(0.0, sigma, channels)
     chosen = rng.choice(channels, max(1, round(share * channels)), replace=False)
@@ -31,7 +33,9 @@ def spread(channels: int, rng: np.random.Generator, sigma: float = 0.35, share: 
     return r
 
 
-def transplant(model: Model, seed: int = 0, sigma: float = 0.35, share: float = 0.02, low: float = 12.0, high: float = 33.0) -> Model:
+def transplant(
+    model: Model, seed: int = 0, sigma: float = 0.35, share: float = 0.02, low: float = 12.0, high: float = 33.0
+) -> Model:
     """A copy of `model` whose norms put out channels of very different ranges; the float function stays."""
     copy, rng = model.clone(), np.random.default_rng(seed)
     ctx = PassContext(SCHEMES["w8a8"], TARGETS["trt"], pass_name="transplant")

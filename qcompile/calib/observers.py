@@ -10,6 +10,7 @@ sums, equal up to rounding (about 1e-15 relative).  Channel axes: -1 for token t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol, Self
@@ -226,13 +227,16 @@ class RowsStat(Stat):
 
     def merge(self, other: Self) -> Self:
         """The rows with the smallest hashes of both (rows of unequal length: ValueError)."""
-        if not len(self.keys):
-            return other
-        if not len(other.keys):
-            return self
-        if self.rows.shape[1] != other.rows.shape[1]:
-            raise ValueError(f"rows of {self.rows.shape[1]} and of {other.rows.shape[1]} values cannot be sampled together")
-        keys, ids, rows = np.append(self.keys, other.keys), np.vstack([self.ids, other.ids]), np.vstack([self.rows, other.rows])
+        return self.merge_all([other])
+
+    def merge_all(self, others: Sequence[Self]) -> Self:
+        """`merge` with each of `others`, copying the rows once."""
+        parts = [p for p in (self, *others) if len(p.keys)]
+        if len(parts) <= 1:
+            return parts[0] if parts else self
+        if len(lengths := {p.rows.shape[1] for p in parts}) > 1:
+            raise ValueError(f"rows of {min(lengths)} and of {max(lengths)} values cannot be sampled together")
+        keys, ids, rows = (np.concatenate([getattr(p, name) for p in parts]) for name in ("keys", "ids", "rows"))
         order = np.lexsort((ids[:, 1], ids[:, 0], keys))[: self.capacity]
         return replace(self, keys=keys[order], ids=ids[order], rows=rows[order])
 

@@ -23,6 +23,7 @@ from qcompile.ir.model import Model
 from qcompile.runtime.session import batch_length, make_session, run
 
 DEFAULT_BATCH = 8
+_WAITING_ROWS = 128
 _SPREADS_NAN = frozenset({
     "Add", "BatchNormalization", "Cast", "Conv", "Div", "Erf", "Exp", "Flatten", "Gelu", "Gemm", "GlobalAveragePool", "Identity",
     "LayerNormalization", "MatMul", "Mul", "Pow", "ReduceMean", "Reshape", "Sigmoid", "Softmax", "Sqrt", "Squeeze", "Sub", "Tanh",
@@ -82,6 +83,7 @@ def sweep(
     session = make_session(plan.model.to_proto().SerializeToString(), threads=threads)
     stats: dict[Probe, Stat] = {p: p.observer.empty() for p in dict.fromkeys(probes)}
     wanted = {i.name for i in session.get_inputs()}
+    waiting: dict[Probe, list[RowsStat]] = {}
     done, fixed = 0, fixed_batch(model.inputs())
     for feeds in data.batches(size):
         held = batch_length(feeds)
@@ -89,10 +91,12 @@ def sweep(
             break
         used = {k: v for k, v in feeds.items() if k in wanted}
         found = dict(zip(names, run(session, used, names, done), strict=True))
-        _merge(stats, _answers(plan, found, stats, done, held, model, used))
+        _merge(stats, waiting, _answers(plan, found, stats, done, held, model, used))
         done += held
         if progress is not None:
             progress(done, len(data))
+    for probe in waiting:
+        _flush(stats, waiting, probe)
     return stats
 
 
@@ -109,9 +113,23 @@ def batch_size(model: Model, available: int, batch: int | None = None) -> int:
     return fixed or min(batch or DEFAULT_BATCH, available)
 
 
-def _merge(stats: dict[Probe, Stat], found: Iterable[tuple[Probe, Stat]]) -> None:
+def _merge(stats: dict[Probe, Stat], waiting: dict[Probe, list[RowsStat]], found: Iterable[tuple[Probe, Stat]]) -> None:
+    """Into what is known; the few rows that a batch adds to a sample wait for more, since a merge copies the sample."""
     for probe, stat in found:
-        stats[probe] = stats[probe].merge(stat)
+        if not isinstance(stat, RowsStat):
+            stats[probe] = stats[probe].merge(stat)
+            continue
+        parts = waiting.setdefault(probe, [])
+        parts.append(stat)
+        if sum(len(p.keys) for p in parts) >= _WAITING_ROWS:
+            _flush(stats, waiting, probe)
+
+
+def _flush(stats: dict[Probe, Stat], waiting: dict[Probe, list[RowsStat]], probe: Probe) -> None:
+    known = stats[probe]
+    assert isinstance(known, RowsStat)
+    stats[probe] = known.merge_all(waiting[probe])
+    waiting[probe] = []
 
 
 def _answers(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -9,7 +10,6 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from scipy.special import erf, expit
 
 from qcompile.ir import ops
 from qcompile.ir.match_core import Matches, only_use
@@ -45,16 +45,24 @@ _DIRECT: dict[str, ActivationKind] = {
 }
 
 
+def _erf(x: _Array) -> _Array:
+    return np.array([math.erf(v) for v in np.ravel(x)]).reshape(np.shape(x))
+
+
+def _sigmoid(x: _Array) -> _Array:
+    return 0.5 * (1 + np.tanh(0.5 * np.asarray(x)))
+
+
 def gelu_tanh(x: _Array) -> _Array:
     """The tanh approximation of GELU (Hendrycks and Gimpel 2016)."""
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
 _REFERENCES: dict[ActivationKind, Callable[[_Array], _Array]] = {
-    "gelu-erf": lambda x: 0.5 * x * (1 + erf(x / _SQRT2)),
+    "gelu-erf": lambda x: 0.5 * x * (1 + _erf(x / _SQRT2)),
     "gelu-tanh": gelu_tanh,
-    "quick-gelu": lambda x: x * expit(1.702 * x),
-    "silu": lambda x: x * expit(x),
+    "quick-gelu": lambda x: x * _sigmoid(1.702 * x),
+    "silu": lambda x: x * _sigmoid(x),
     "hard-swish": lambda x: x * np.clip(x / 6 + 0.5, 0, 1),
     "mish": lambda x: x * np.tanh(np.logaddexp(0, x)),
 }
@@ -62,12 +70,12 @@ _REFERENCES: dict[ActivationKind, Callable[[_Array], _Array]] = {
 _SAMPLES: dict[ActivationKind, _Array] = {kind: reference(_X) for kind, reference in _REFERENCES.items()}
 
 _UNARY: dict[str, Callable[[_Array], _Array]] = {
-    "Erf": lambda x: np.asarray(erf(x)),
+    "Erf": _erf,
     "Exp": np.exp,
     "Identity": lambda x: x,
     "Neg": np.negative,
     "Reciprocal": np.reciprocal,
-    "Sigmoid": lambda x: np.asarray(expit(x)),
+    "Sigmoid": _sigmoid,
     "Softplus": lambda x: np.logaddexp(0, x),
     "Tanh": np.tanh,
 }

@@ -79,6 +79,8 @@ class Model:
 
     def to_proto(self) -> onnx.ModelProto:
         """The model as a self-contained protobuf (under 2 GB; external tensors are read in)."""
+        if not any(True for _ in external_tensors(self.ir)):
+            return ir.to_proto(self.ir)
         copy = self.clone()
         map_tensors(copy.ir, read_in)
         return ir.to_proto(copy.ir)

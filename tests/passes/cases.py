@@ -127,7 +127,9 @@ def pipeline(text: str, model: Model, arrays: Feeds, ctx: PassContext) -> tuple[
 
 def outputs(model: Model, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
     """All outputs in ONNX Runtime: optimizations off, Q/DQ as they stand."""
-    session = make_session(model.to_proto().SerializeToString(), optimize="off", qdq_fusion=False, threads=1, use=["CPUExecutionProvider"])
+    session = make_session(
+        model.to_proto().SerializeToString(), optimize="off", qdq_fusion=False, threads=1, use=["CPUExecutionProvider"]
+    )
     batch = _fixed(model)
     if batch is None:
         return [np.asarray(a) for a in session.run(None, dict(feeds))]
@@ -220,7 +222,13 @@ def narrow(array: NDArray[Any]) -> bool:
     return array.dtype in (np.int8, np.uint8, ml_dtypes.int4, ml_dtypes.float8_e4m3fn)
 
 
-def built(nodes: Sequence[onnx.NodeProto], shape: Sequence[Any], constants: Mapping[str, Any], opset: int = 17, outs: Sequence[str] = ("y",)) -> Model:
+def built(
+    nodes: Sequence[onnx.NodeProto],
+    shape: Sequence[Any],
+    constants: Mapping[str, Any],
+    opset: int = 17,
+    outs: Sequence[str] = ("y",),
+) -> Model:
     """A model from nodes with one float input `x`; shapes are inferred."""
     ends = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in outs]
     x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, shape)
@@ -235,9 +243,21 @@ def built(nodes: Sequence[onnx.NodeProto], shape: Sequence[Any], constants: Mapp
 def stem() -> Model:
     """Pad -> stride-2 Conv of a picture -> BatchNormalization -> Relu -> Pad -> Conv -> Erf GELU in PyTorch's order -> pooling, Gemm."""
     rng, node = np.random.default_rng(0), onnx.helper.make_node
-    weights = {"w1": (16, 3, 3, 3), "w2": (16, 16, 3, 3), "head": (16, 32), "scale": (16,), "shift": (16,), "mean": (16,), "b2": (16,)}
+    weights = {
+        "w1": (16, 3, 3, 3),
+        "w2": (16, 16, 3, 3),
+        "head": (16, 32),
+        "scale": (16,),
+        "shift": (16,),
+        "mean": (16,),
+        "b2": (16,),
+    }
     constants = {n: rng.standard_normal(s).astype(np.float32) * 0.3 for n, s in weights.items()}
-    constants |= {"var": rng.uniform(0.5, 2, 16).astype(np.float32), "pads": np.array([0, 0, 0, 0, 0, 0, 1, 1]), "zero": np.float32(0)}
+    constants |= {
+        "var": rng.uniform(0.5, 2, 16).astype(np.float32),
+        "pads": np.array([0, 0, 0, 0, 0, 0, 1, 1]),
+        "zero": np.float32(0),
+    }
     constants |= {"root": np.float32(2**0.5), "one": np.float32(1), "half": np.float32(0.5)}
     nodes = [
         node("Conv", ["x", "w1"], ["c1"], name="conv1", strides=[2, 2], pads=[1, 1, 1, 1]),

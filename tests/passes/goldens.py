@@ -50,7 +50,12 @@ def block() -> Model:
     shapes = {"g1": 16, "b1": 16, "g2": 16, "b2": 16, "wqkv": (16, 48), "bqkv": 48, "wo": (16, 16), "bo": 16}
     shapes |= {"w1": (16, 32), "c1": 32, "w2": (32, 16), "c2": 16}
     constants = {n: (rng.standard_normal(s) * 0.3).astype(np.float32) for n, s in shapes.items()}
-    constants |= {"heads": np.array([0, 0, 3, 2, 8]), "merged": np.array([0, 0, 16]), "axis0": np.array([0]), "root": np.float32(8**-0.5)}
+    constants |= {
+        "heads": np.array([0, 0, 3, 2, 8]),
+        "merged": np.array([0, 0, 16]),
+        "axis0": np.array([0]),
+        "root": np.float32(8**-0.5),
+    }
     constants |= {"r2": np.float32(2**0.5), "one": np.float32(1), "half": np.float32(0.5), "thirds": np.array([1, 1, 1])}
     nodes = [
         node("LayerNormalization", ["x", "g1", "b1"], ["n1"], name="norm1"),
@@ -91,7 +96,9 @@ def linear() -> Model:
     """One MatMul + Add."""
     rng = np.random.default_rng(1)
     constants = {"w": rng.standard_normal((16, 16)).astype(np.float32), "b": rng.standard_normal(16).astype(np.float32)}
-    return built([node("MatMul", ["x", "w"], ["m"], name="fc"), node("Add", ["m", "b"], ["y"], name="bias")], ["N", 5, 16], constants)
+    return built(
+        [node("MatMul", ["x", "w"], ["m"], name="fc"), node("Add", ["m", "b"], ["y"], name="bias")], ["N", 5, 16], constants
+    )
 
 
 def untidy() -> Model:
@@ -130,6 +137,8 @@ GOLDENS = (
     Golden("repq-smooth", "repq,smooth", block),
     Golden("annotate", "canonicalize,annotate", block),
     Golden("annotate-ort", "canonicalize,annotate", block, "ort"),
+    Golden("log2-softmax", "canonicalize,annotate,log2-softmax{kind=log-sqrt2}", block, "ort", "w6a6"),
+    Golden("log2-softmax-lowered", "canonicalize,annotate,log2-softmax,rtn,insert-qdq", block, "ort", "w4a4"),
     Golden("rtn", "canonicalize,annotate,rtn", linear),
     Golden("rtn-4bit", "canonicalize,annotate,rtn", linear, scheme="w4a8"),
     Golden("bias-correct", "canonicalize,annotate,rtn,bias-correct", linear, scheme="w4a8"),

@@ -64,7 +64,9 @@ def of_kind(*kinds: Kind) -> list[str]:
 def test_what_is_reported_is_what_happened(spec: str, name: str) -> None:
     done = fixture_step(name, spec, "trt")
     kinds = [r.kind for r in done.report.remarks]
-    assert done.report.modified == done.changed, "`modified` must mean that nodes, constants or decisions changed, and nothing else"
+    assert done.report.modified == done.changed, (
+        "`modified` must mean that nodes, constants or decisions changed, and nothing else"
+    )
     assert kinds, "each pass says what it did, or why it did nothing"
     if done.report.modified:
         assert "applied" in kinds
@@ -74,7 +76,7 @@ def test_what_is_reported_is_what_happened(spec: str, name: str) -> None:
 @pytest.mark.parametrize("spec", of_kind(Kind.EQUIVALENT, Kind.FIT, Kind.ANNOTATE))
 def test_some_model_is_changed(spec: str) -> None:
     """Otherwise the other tests of this pass say nothing."""
-    assert any(fixture_step(name, spec, "trt").changed for name in MODELS)
+    assert any(fixture_step(name, spec, target).changed for target in ("trt", "ort") for name in MODELS)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -116,13 +118,20 @@ def test_annotations_leave_the_graph_alone(spec: str, name: str, target: str) ->
 def layers(model: Model) -> Iterator[tuple[ir.Node, int]]:
     """Nodes with a quantized constant weight."""
     for node, slot, d in decisions(model.graph):
-        if slot == 1 and is_op(node, "MatMul", "Gemm", "Conv") and const_array(node.inputs[slot]) is not None and d.qparams is not None:
+        if (
+            slot == 1
+            and is_op(node, "MatMul", "Gemm", "Conv")
+            and const_array(node.inputs[slot]) is not None
+            and d.qparams is not None
+        ):
             yield node, slot
 
 
 def layer_output(node: ir.Node, x: NDArray[Any], weight: NDArray[Any]) -> NDArray[np.float64]:
     """The layer alone, its bias included, on the float input `x`."""
-    alone = ir.Node("", node.op_type, [ir.Value(name="x"), ir.Value(name="w")], node.attributes.values(), num_outputs=1, name="alone")
+    alone = ir.Node(
+        "", node.op_type, [ir.Value(name="x"), ir.Value(name="w")], node.attributes.values(), num_outputs=1, name="alone"
+    )
     alone.outputs[0].name = "y"
     graph = ir.Graph(alone.inputs, alone.outputs, nodes=[alone], opset_imports={"": 19})
     for value, array in zip(alone.inputs, (x, weight), strict=True):

@@ -85,7 +85,7 @@ class Fake(Pass):
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
         modified = self.act(model, ctx)
         change = AffineMap(np.full(4, 2.0), np.full(4, 1.0))
-        return PassResult(modified, {t: change for t in self.maps}, frozenset(self.changed))
+        return PassResult(modified, dict.fromkeys(self.maps, change), frozenset(self.changed))
 
 
 @dataclass(frozen=True)

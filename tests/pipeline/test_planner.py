@@ -76,8 +76,8 @@ def test_an_invalidated_fact_is_provided_again() -> None:
 
 def test_facts_that_the_model_holds_are_not_provided() -> None:
     held = frozenset({Fact.CANONICAL, Fact.BN_FOLDED})
-    assert names(plan("repq", held=held))[0] == "repq"
-    assert "canonicalize" in names(plan("repq"))
+    assert not {"canonicalize", "fold-bn"} & set(names(plan("repq", held=held)))
+    assert {"canonicalize", "fold-bn"} <= set(names(plan("repq")))
 
 
 def test_a_finished_model_needs_nothing() -> None:

@@ -39,7 +39,9 @@ def test_entry_points_are_passes_like_ours(foreign: None) -> None:
     assert type(made).__name__ == "Fake"
 
 
-@pytest.mark.parametrize(("name", "words"), [("gone", "cannot be imported .* reinstall"), ("nonsense", "is not a subclass of qcompile.Pass")])
+@pytest.mark.parametrize(
+    ("name", "words"), [("gone", "cannot be imported .* reinstall"), ("nonsense", "is not a subclass of qcompile.Pass")]
+)
 def test_a_broken_entry_point_is_a_usage_error(foreign: None, name: str, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         registry.parse(name)
@@ -103,7 +105,11 @@ def model() -> Model:
 def test_a_users_function_is_a_pass(script: Path) -> None:
     text = f"{script}:double,repq"
     passes = registry.parse(text)
-    assert isinstance(passes[0], GraphSurgery) and format_pipeline(passes) == text and registry.parse(format_pipeline(passes)) == passes
+    assert (
+        isinstance(passes[0], GraphSurgery)
+        and format_pipeline(passes) == text
+        and registry.parse(format_pipeline(passes)) == passes
+    )
     after, (report,) = Runner().run(model(), passes[:1], context())
     x = np.eye(4, dtype=np.float32)
     bias = np.asarray(model().graph.initializers["bias"].const_value)
@@ -130,7 +136,11 @@ def test_a_surgery_that_does_nothing_says_so(script: Path) -> None:
 
 @pytest.mark.parametrize(
     ("function", "words"),
-    [("breaks", r"my_surgery.py:\d+: KeyError: 'no such layer'"), ("missing", "has no function 'missing'"), ("number", "has no function 'number'")],
+    [
+        ("breaks", r"my_surgery.py:\d+: KeyError: 'no such layer'"),
+        ("missing", "has no function 'missing'"),
+        ("number", "has no function 'number'"),
+    ],
 )
 def test_errors_name_the_users_file(script: Path, function: str, words: str) -> None:
     with pytest.raises(UsageError, match=words):

@@ -13,7 +13,18 @@ from qcompile.ir.model import Model
 from qcompile.pipeline.base import Pass, PassContext
 from qcompile.pipeline.runner import Failure, Runner
 from tests.ir import tiny
-from tests.pipeline.fakes import CountingStatistics, Fake, FakeFit, FakeLower, FakeNote, FixedComparator, Other, ask_absmax, context, scale_weight
+from tests.pipeline.fakes import (
+    CountingStatistics,
+    Fake,
+    FakeFit,
+    FakeLower,
+    FakeNote,
+    FixedComparator,
+    Other,
+    ask_absmax,
+    context,
+    scale_weight,
+)
 
 
 def model() -> Model:
@@ -100,7 +111,8 @@ def test_a_pass_sees_only_what_it_asked_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("p", "compared"), [(Fake(), True), (FakeLower(), True), (FakeNote(), False), (Fake(act=lambda m, c: False), False), (FakeFit(), False)]
+    ("p", "compared"),
+    [(Fake(), True), (FakeLower(), True), (FakeNote(), False), (Fake(act=lambda m, c: False), False), (FakeFit(), False)],
 )
 def test_what_is_compared(p: Pass, compared: bool) -> None:
     compare = FixedComparator(1e-7)
@@ -111,7 +123,9 @@ def test_what_is_compared(p: Pass, compared: bool) -> None:
 
 @pytest.mark.parametrize("error", [6e-6, float("nan"), float("inf")])
 def test_a_pass_that_moves_the_outputs_is_stopped(error: float) -> None:
-    with pytest.raises(VerifyError, match="pass 'fake' moved the outputs by .* more than 5e-06; leave the pass out, or report it"):
+    with pytest.raises(
+        VerifyError, match="pass 'fake' moved the outputs by .* more than 5e-06; leave the pass out, or report it"
+    ):
         run([Fake()], Runner(comparator=FixedComparator(error)))
 
 
@@ -250,7 +264,9 @@ def test_strict_fails_for_a_users_pass_that_changed_nothing() -> None:
         ctx.missed("fc2", "its weight is shared")
         return False
 
-    with pytest.raises(GateError, match=r"--strict: pass 'fake' changed nothing \(its weight is shared\); remove it, or drop --strict"):
+    with pytest.raises(
+        GateError, match=r"--strict: pass 'fake' changed nothing \(its weight is shared\); remove it, or drop --strict"
+    ):
         run([Fake(act=skip)], Runner(strict=True))
     run([Fake(act=skip)], Runner(strict=True), strict_for=[False])
     run([Fake(act=skip)], Runner())
@@ -276,7 +292,8 @@ def test_each_pass_has_its_own_remarks() -> None:
 def test_instruments_are_told_in_order() -> None:
     told: list[str] = []
     runner = Runner(
-        on_pass=lambda spec, i, n: told.append(f"{spec} {i}/{n}"), on_done=lambda report, m: told.append(f"done {report.spec} {len(m.graph)}")
+        on_pass=lambda spec, i, n: told.append(f"{spec} {i}/{n}"),
+        on_done=lambda report, m: told.append(f"done {report.spec} {len(m.graph)}"),
     )
     _, reports = run([Fake(), Other()], runner)
     assert told == ["fake 0/2", "done fake 4", "other 1/2", "done other 4"]

@@ -80,7 +80,9 @@ def test_every_option_has_a_help_text_and_a_default(cls: type[Pass]) -> None:
     hints = typing.get_type_hints(cls, include_extras=True)
     for f in dataclasses.fields(cls):
         assert f.default is not dataclasses.MISSING
-        assert any(isinstance(m, str) and m for m in getattr(hints[f.name], "__metadata__", ())), f"{cls.name}: {f.name} has no help"
+        assert any(isinstance(m, str) and m for m in getattr(hints[f.name], "__metadata__", ())), (
+            f"{cls.name}: {f.name} has no help"
+        )
     assert (cls.__doc__ or "").splitlines()[0].endswith((".", ":"))
     assert "before" in (cls.__doc__ or "") and "after" in (cls.__doc__ or "")
 
@@ -139,7 +141,9 @@ def test_errors_point_at_the_place(text: str, at: int, words: str) -> None:
 
 def test_a_flag_is_a_bare_key() -> None:
     (smooth,) = registry.parse("smooth{search}")
-    assert spec.format_pass(smooth) == "smooth{search}" and spec.format_pass(dataclasses.replace(smooth, search=False)) == "smooth"  # type: ignore[call-arg]
+    assert (
+        spec.format_pass(smooth) == "smooth{search}" and spec.format_pass(dataclasses.replace(smooth, search=False)) == "smooth"
+    )  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("value", [0.1, 1e-9, 1 / 3, 5e-324, math.nextafter(1, 0)])
@@ -153,16 +157,7 @@ def test_presets_expand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert spec.format_pipeline(registry.parse("vit,rtn")) == "repq,smooth{alpha=0.25},rtn"
 
 
-@dataclasses.dataclass(frozen=True)
-class Sugar(Pass):
-    """Expands."""
-
-    name = "sugar"
-
-    def expand(self) -> list[Pass]:
-        return registry.parse("repq,smooth")
-
-
-def test_sugar_expands_behind_its_pass() -> None:
-    made = spec.parse("sugar", lambda name: Sugar, ["sugar"])
-    assert spec.format_pipeline(made) == "repq,smooth"
+def test_sugar_prints_back_as_what_it_stands_for() -> None:
+    text = spec.format_pipeline(registry.parse("repq{softmax=log-sqrt2 percentile=minmax},smooth"))
+    assert text == "repq{percentile=minmax},smooth,log2-softmax{kind=log-sqrt2}"
+    assert spec.format_pipeline(registry.parse(text)) == text
