@@ -17,7 +17,16 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompile.ir.edit import add_constant, new_node, set_constant, splice_after
-from qcompile.ir.match import Linear, Mlp, NormToLinears, VProjection, find_mlps, find_norm_to_linears, find_v_projections, match_linear
+from qcompile.ir.match import (
+    Linear,
+    Mlp,
+    NormToLinears,
+    VProjection,
+    find_mlps,
+    find_norm_to_linears,
+    find_v_projections,
+    match_linear,
+)
 from qcompile.ir.ops import const_array
 from qcompile.pipeline.base import AffineMap, PassContext, PassResult, claim, claimed_by, mark_folded
 

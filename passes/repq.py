@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from qcompile.calib.observers import MinMax, MinMaxStat, Probe, Rows, RowsStat
 from qcompile.ir.model import Model
-from qcompile.passes._affine_fold import FoldSite, Folded, fold, norm_sites, usable
+from qcompile.passes._affine_fold import Folded, FoldSite, fold, norm_sites, usable
 from qcompile.pipeline.base import FOLD_ROWS, Fact, Kind, Pass, PassContext, PassResult, quantized_forms
 from qcompile.quant.spec import Scheme
 from qcompile.target.target import Target

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from qcompile.calib.observers import MinMax, MinMaxStat, Probe, Rows, RowsStat
 from qcompile.ir.model import Model
-from qcompile.passes._affine_fold import FoldSite, Folded, fold, hidden_sites, norm_sites, usable, value_sites
+from qcompile.passes._affine_fold import Folded, FoldSite, fold, hidden_sites, norm_sites, usable, value_sites
 from qcompile.pipeline.base import FOLD_ROWS, Fact, Kind, Pass, PassContext, PassResult, quantized_forms
 from qcompile.quant.affine import fake_quant, qparams_from_range
 from qcompile.quant.qtype import INT8, QType

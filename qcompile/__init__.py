@@ -6,6 +6,12 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
+if "numpy" not in sys.modules:  # our products are small: more BLAS threads only wait for each other, at full load
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 __version__ = "0.1.0"
 
 from qcompile.compile import Options, Result, compile

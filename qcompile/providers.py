@@ -47,7 +47,7 @@ class OrtComparator:
     def outputs(self, model: Model) -> list[list[NDArray[Any]]]:
         """All outputs for every feed."""
         session = make_session(model.to_proto().SerializeToString(), optimize="off", qdq_fusion=False, threads=self.threads)
-        return [session.run(None, feed) for feed in self.feeds]
+        return [[np.asarray(y) for y in session.run(None, feed)] for feed in self.feeds]
 
     def compare(self, reference: list[list[NDArray[Any]]], candidate: list[list[NDArray[Any]]]) -> Comparison:
         """max|d| / max|y| over all outputs, and the SQNR of the first output on the calibration samples in dB."""

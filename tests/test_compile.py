@@ -304,22 +304,35 @@ def test_a_wrong_sidecar(tmp_path: Path, text: str, words: str) -> None:
 # killed
 
 
+def child(code: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
 def test_a_killed_process_leaves_no_part_of_an_output(tmp_path: Path) -> None:
-    output = tmp_path / "q.onnx"
-    arguments = f"{str(MODELS / 'digits_cnn.onnx')!r}, output={str(output)!r}, target='ort', samples=16, threads=1"
-    code = f"import qcompile; qcompile.compile({arguments})"
+    """Once in the middle of writing (before the rename), with an older output in place, and at random moments."""
+    output = write(tmp_path / "q.onnx", b"an older output")
+    arguments = f"{str(MODELS / 'digits_cnn.onnx')!r}, output={str(output)!r}, target='ort', samples=4, threads=1, verify='off'"
+    compile_it = f"import os, time, qcompile; {{}}; qcompile.compile({arguments})"
+    writing = child(compile_it.format("os.fsync = lambda f: (print('now', flush=True), time.sleep(600))"))
+    assert writing.stdout is not None and writing.stdout.readline() == "now\n"
+    kill(writing)
+    assert output.read_bytes() == b"an older output"
     start = time.monotonic()
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-c", compile_it.format("pass")], check=True, capture_output=True)
     whole, good = time.monotonic() - start, output.read_bytes()
     rng = random.Random(0)
-    for moment in (rng.uniform(0.3, 0.9), rng.uniform(0.8, 1.0), 0.97):
+    for _ in range(2):
         output.unlink(missing_ok=True)
-        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(whole * moment)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process = child(compile_it.format("pass"))
+        time.sleep(whole * rng.uniform(0.5, 1.0))
+        kill(process)
         assert not output.exists() or output.read_bytes() == good
         assert all(name.startswith(".") for name in set(listing(tmp_path)) - {output.name})
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
 
 
 def test_a_full_disk_or_read_only_folder_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,8 @@ except Exception:  # its symbolic shape inference does not know every graph; its
     quant_pre_process(source, prepared, skip_symbolic_shape=True)
 quantize_static(
     prepared, out, Reader(), quant_format=QuantFormat.QDQ, per_channel=True, calibrate_method=CalibrationMethod.MinMax,
-    activation_type=QuantType.QInt8, weight_type=QuantType.QInt8, extra_options={"ActivationSymmetric": True, "WeightSymmetric": True},
+    activation_type=QuantType.QInt8, weight_type=QuantType.QInt8,
+    extra_options={"ActivationSymmetric": True, "WeightSymmetric": True},
 )
 """
 
@@ -115,11 +116,12 @@ def measure(name: str, model: Path, data: Path, folder: Path, options: argparse.
     ours: list[Cost] = []
     theirs: list[Cost] = []
     out, log = folder / f"{name}.out.onnx", folder / f"{name}.log"
-    compile_ = ["-c", _QCOMPILE, str(model), "--target", options.target, "--calib", str(data), "--samples", str(options.samples)]
+    given, prepared = ["--calib", str(data), "--samples", str(options.samples)], folder / f"{name}.prepared.onnx"
+    by_qcompile = ["-c", _QCOMPILE, str(model), "--target", options.target, *given, "-o", str(out)]
+    by_ort = ["-c", _ORT, str(model), str(data), str(prepared), str(out), str(options.samples)]
     for _ in range(options.rounds):
-        ours.append(run([sys.executable, *compile_, "-o", str(out)], log))
-        prepared = folder / f"{name}.prepared.onnx"
-        theirs.append(run([sys.executable, "-c", _ORT, str(model), str(data), str(prepared), str(out), str(options.samples)], log))
+        ours.append(run([sys.executable, *by_qcompile], log))
+        theirs.append(run([sys.executable, *by_ort], log))
     return Row(name, _median(ours), _median(theirs))
 
 
@@ -152,8 +154,9 @@ def table(rows: list[Row]) -> str:
     lines = [f"{'model':<24}{'tool':<14}{'wall s':>9}{'CPU s':>9}{'peak MB':>9}"]
     for r in rows:
         for i, (tool, cost) in enumerate((("qcompile", r.qcompile), ("onnxruntime", r.onnxruntime), ("ratio", r.ratios))):
-            form = ".2f" if tool == "ratio" else ".1f"
-            lines.append(f"{r.model if not i else '':<24}{tool:<14}{cost.wall_s:>9{form}}{cost.cpu_s:>9{form}}{cost.peak_mb:>9{'.2f' if tool == 'ratio' else '.0f'}}")
+            seconds, size = (".2f", ".2f") if tool == "ratio" else (".1f", ".0f")
+            name = "" if i else r.model
+            lines.append(f"{name:<24}{tool:<14}{cost.wall_s:>9{seconds}}{cost.cpu_s:>9{seconds}}{cost.peak_mb:>9{size}}")
     return "\n".join(lines)
 
 

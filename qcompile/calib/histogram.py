@@ -57,6 +57,9 @@ class HistogramStat(Stat):
         start, length = _span(float(lo), float(hi), exponent)
         counts = np.zeros(length, np.int64)
         for part in (self, other):
+            if part.exponent == exponent:
+                counts[part.start - start : part.start - start + len(part.counts)] += part.counts
+                continue
             index = (np.arange(part.start, part.start + len(part.counts)) >> (exponent - part.exponent)) - start
             np.add.at(counts, index, part.counts)
         return replace(self, exponent=exponent, start=start, counts=counts, lo=lo, hi=hi)

@@ -22,7 +22,8 @@ def show_plan(job: Job) -> None:
     """`--dry-run`: the pipeline, its passes, the data and the sweeps."""
     print_text(job.pipeline, "")
     plan = describe_plan(job)
-    print_table(["pass", "from", "what"], [(spec, "inserted" if inserted else "you", text) for spec, text, inserted in plan])
+    chosen = "default" if job.options.passes is None else "you"
+    print_table(["pass", "from", "what"], [(spec, "inserted" if inserted else chosen, text) for spec, text, inserted in plan])
     print_text("", f"output       {job.output}", f"calibration  {calibration_line(job)}", f"sweeps       {sweeps_line(job)}")
 
 

@@ -50,6 +50,7 @@ class Runner:
     _known: dict[Probe, Stat] = field(default_factory=dict[Probe, Stat])
     _outputs: Any = None
     _reference: tuple[Model, Any] | None = None
+    _untouched: bool = True
 
     def run(self, model: Model, passes: Sequence[Pass], ctx: PassContext, *, strict_for: Sequence[bool] | None = None) -> tuple[Model, list[PassReport]]:
         """Apply `passes` in order to a copy of `model`; returns the result and one report a pass.
@@ -72,6 +73,7 @@ class Runner:
                 report = self._verified(p, report, before, current, reference)
             elif result.modified and p.kind is not Kind.ANNOTATE:
                 self._outputs = None
+            self._untouched &= not result.modified or p.kind is Kind.ANNOTATE
             self._gate(report, strict_for[i] if strict_for else True)
             reports.append(report)
             self.on_done(report, current)
@@ -143,7 +145,7 @@ class Runner:
         if self._reference is None or self._reference[0] is not reference:
             self._reference = (reference, self.comparator.outputs(reference))
         if p.kind is Kind.EQUIVALENT:
-            expected = self._outputs if self._outputs is not None else self.comparator.outputs(before)
+            expected = self._outputs or (self._reference[1] if self._untouched else self.comparator.outputs(before))
         else:
             expected = self._reference[1]
         self._outputs = self.comparator.outputs(after)

@@ -60,7 +60,7 @@ def simulated_int(bits: int, signed: bool = True) -> QType:
 
 
 def _log(name: str) -> QType:
-    kind, _, width = name.partition("u")
+    _, _, width = name.partition("u")
     bits, paper = int(width.rstrip("p")), width.endswith("p")
     return QType(name, "log", bits, 0, 2**bits if paper else 2**bits - 1, "INT32")
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -217,11 +216,6 @@ def constants_of(model: Model) -> dict[str, NDArray[Any]]:
     return {n: v.const_value.numpy() for n, v in model.graph.initializers.items() if v.const_value is not None}
 
 
-def narrow(array: NDArray[Any]) -> bool:
-    """Whether the numbers are codes."""
-    return array.dtype in (np.int8, np.uint8, ml_dtypes.int4, ml_dtypes.float8_e4m3fn)
-
-
 def built(
     nodes: Sequence[onnx.NodeProto],
     shape: Sequence[Any],
@@ -241,7 +235,7 @@ def built(
 
 
 def stem() -> Model:
-    """Pad -> stride-2 Conv of a picture -> BatchNormalization -> Relu -> Pad -> Conv -> Erf GELU in PyTorch's order -> pooling, Gemm."""
+    """Stride-2 Conv of a picture, BatchNormalization, Relu, Pad, Conv, Erf GELU in PyTorch's order, pooling, Gemm."""
     rng, node = np.random.default_rng(0), onnx.helper.make_node
     weights = {
         "w1": (16, 3, 3, 3),

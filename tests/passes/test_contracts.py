@@ -1,4 +1,4 @@
-"""The contract of each kind of pass, for every registered pass on every model below.  A new pass is tested by being registered."""
+"""The contract of each kind of pass, for every registered pass on every model below: registering a pass tests it."""
 
 from __future__ import annotations
 

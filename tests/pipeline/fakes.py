@@ -58,6 +58,9 @@ class FixedComparator:
         return Comparison(self.relative_error, 40.0, 9)
 
 
+_MINMAX = MinMax(-1)
+
+
 def hidden(default: Any) -> Any:
     """A field that pipeline strings do not show."""
     return field(default=default, metadata={"option": False})
@@ -73,8 +76,8 @@ class Fake(Pass):
     touches: tuple[str, ...] = hidden(())
     maps: tuple[str, ...] = hidden(())
     changed: tuple[str, ...] = hidden(())
-    observer: Observer = hidden(MinMax(-1))
-    act: Callable[[Model, PassContext], bool] = hidden(lambda model, ctx: True)
+    observer: Observer = hidden(_MINMAX)  # noqa: RUF009
+    act: Callable[[Model, PassContext], bool] = hidden(lambda model, ctx: True)  # noqa: RUF009
 
     def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:
         return (Probe(t, self.observer) for t in self.asks)

@@ -124,7 +124,7 @@ def test_what_is_compared(p: Pass, compared: bool) -> None:
 @pytest.mark.parametrize("error", [6e-6, float("nan"), float("inf")])
 def test_a_pass_that_moves_the_outputs_is_stopped(error: float) -> None:
     with pytest.raises(
-        VerifyError, match="pass 'fake' moved the outputs by .* more than 5e-06; leave the pass out, or report it"
+        VerifyError, match=r"pass 'fake' moved the outputs by .* more than 5e-06; leave the pass out, or report it"
     ):
         run([Fake()], Runner(comparator=FixedComparator(error)))
 

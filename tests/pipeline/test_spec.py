@@ -62,7 +62,7 @@ def _written(name: str, options: dict[str, str]) -> str:
     return name + ("{" + " ".join(f"{k}={v}" for k, v in options.items()) + "}" if options else "")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(items(), max_size=4))
 def test_printing_and_parsing_are_inverse(texts: list[str]) -> None:
     try:
