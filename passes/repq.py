@@ -17,6 +17,8 @@ from qcompile.quant.spec import Scheme
 from qcompile.target.target import Target
 
 F64 = NDArray[np.float64]
+# Other rows than those that set the range after the fold: a channel's own sampled extremes would hide its tails.
+_SEEN = Rows(FOLD_ROWS, seed=1)
 _PERCENTILES = (0.999, 0.9999, 0.99999)
 
 
@@ -51,6 +53,8 @@ class RepQ(Pass):
         for site in norm_sites(model.graph, ctx):
             yield Probe(str(site.tensor.name), MinMax(-1))
             yield Probe(str(site.tensor.name), Rows(FOLD_ROWS))
+            if self.percentile == "search":
+                yield Probe(str(site.tensor.name), _SEEN)
 
     def may_change(self, model: Model, ctx: PassContext) -> Iterable[str]:
         """Every tensor of every site."""
@@ -82,7 +86,7 @@ class RepQ(Pass):
         assert isinstance(stat, MinMaxStat)
         if self.percentile == "minmax":
             return stat.lo, stat.hi
-        rows = ctx.stats[Probe(str(site.tensor.name), Rows(FOLD_ROWS))]
+        rows = ctx.stats[Probe(str(site.tensor.name), _SEEN)]
         assert isinstance(rows, RowsStat)
         return best_percentile(rows.rows.astype(np.float64), bits)
 
