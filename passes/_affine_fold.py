@@ -1,9 +1,9 @@
 """The one affine fold behind smooth and repq: x' = (x - t) / r per channel, undone in the linears that read x.
 
-    norm:   gamma' = gamma / r,  beta' = (beta - t) / r          (exact, no new node)
-    value:  columns of the value projection / s, rows of the output projection * s
-    hidden: a gated MLP's up projection, a ReLU MLP's fc1 / s; behind GELU one Mul by 1 / s (and Sub t) is inserted
-    linear: W' = diag(r) W,  c' = c + t W
+norm:   gamma' = gamma / r,  beta' = (beta - t) / r          (exact, no new node)
+value:  columns of the value projection / s, rows of the output projection * s
+hidden: a gated MLP's up projection, a ReLU MLP's fc1 / s; behind GELU one Mul by 1 / s (and Sub t) is inserted
+linear: W' = diag(r) W,  c' = c + t W
 """
 
 from __future__ import annotations
@@ -106,7 +106,11 @@ def hidden_sites(graph: ir.Graph, ctx: PassContext, remark: bool = False) -> lis
     if remark:
         for refusal in matches.refused:
             ctx.missed(str(refusal.node.name), refusal.reason)
-    return [FoldSite("hidden", m.fc2.input, (m.fc2,), m.fc2.node, m, m.shift_refusal, free=_absorber(m) is not None) for m in matches if m.fc2.channel_axis == -1]
+    return [
+        FoldSite("hidden", m.fc2.input, (m.fc2,), m.fc2.node, m, m.shift_refusal, free=_absorber(m) is not None)
+        for m in matches
+        if m.fc2.channel_axis == -1
+    ]
 
 
 def usable(site: FoldSite, ctx: PassContext, override: bool) -> bool:
@@ -257,6 +261,9 @@ def _add_to_bias(graph: ir.Graph, linear: Linear, extra: F64) -> None:
         return
     weight = linear.weight.dtype
     dtype = weight.numpy() if weight is not None else np.dtype(np.float32)
+    if linear.kind == "matmul" and linear.output.shape is not None:
+        # A bias of the output's rank keeps ONNX Runtime from turning MatMul + Add into a Gemm (see bias-rank).
+        extra = extra.reshape((1,) * (len(linear.output.shape) - 1) + (-1,))
     constant = add_constant(graph, f"{linear.node.name}_bias", extra.astype(dtype))
     if linear.kind == "matmul":
         add = new_node(graph, "Add", [linear.output, constant], name=f"{linear.node.name}_bias_add", like=linear.output)

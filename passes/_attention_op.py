@@ -42,7 +42,9 @@ class _Chain:
     def __init__(self, graph: ir.Graph, node: ir.Node) -> None:
         self.graph, self.node = graph, node
 
-    def add(self, op: str, inputs: list[ir.Value | None], suffix: str, like: ir.Value | None = None, attributes: dict | None = None) -> ir.Value:
+    def add(
+        self, op: str, inputs: list[ir.Value | None], suffix: str, like: ir.Value | None = None, attributes: dict | None = None
+    ) -> ir.Value:
         made = new_node(self.graph, op, inputs, name=f"{self.node.name}_{suffix}", like=like, attributes=attributes)
         self.graph.insert_before(self.node, made)
         if like is None and self.node.inputs[0] is not None:
@@ -68,5 +70,7 @@ def _refusal(node: ir.Node) -> str | None:
         return "the head size is not static"
     if len([o for o in node.outputs if o.uses() or o.is_graph_output()]) > 1 or len(node.inputs) > 4:
         return "it keeps a cache of keys and values"
-    flags = {name: node.attributes[name].value for name in ("is_causal", "softcap", "qk_matmul_output_mode") if name in node.attributes}
+    flags = {
+        name: node.attributes[name].value for name in ("is_causal", "softcap", "qk_matmul_output_mode") if name in node.attributes
+    }
     return f"{next(n for n, f in flags.items() if f)} is set" if any(flags.values()) else None

@@ -58,7 +58,9 @@ def _part(graph: ir.Graph, linear: Linear, part: str, weight: np.ndarray, bias: 
     nodes = [new_node(graph, linear.node.op_type, constants, name=stem, attributes=attributes)]
     copy_notes(linear.node, nodes[0])
     if bias is not None and _biased(linear):
-        nodes.append(new_node(graph, "Add", [nodes[0].outputs[0], add_constant(graph, f"{stem}_bias", bias)], name=f"{stem}_bias_add"))
+        nodes.append(
+            new_node(graph, "Add", [nodes[0].outputs[0], add_constant(graph, f"{stem}_bias", bias)], name=f"{stem}_bias_add")
+        )
     for node in nodes:
         node.outputs[0].type = linear.output.type
     return nodes

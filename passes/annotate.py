@@ -83,7 +83,9 @@ class Annotate(Pass):
         lo, hi = self._range(site, ctx)
         params = qparams_from_range(lo, hi, site.spec.qtype, site.spec.symmetric)
         decide(site.node, site.slot, Decision(site.spec, _quantizer(name, params), params))
-        ctx.applied(str(site.node.name), f"activation {name} in {site.spec.qtype.name}", lo=float(np.min(lo)), hi=float(np.max(hi)))
+        ctx.applied(
+            str(site.node.name), f"activation {name} in {site.spec.qtype.name}", lo=float(np.min(lo)), hi=float(np.max(hi))
+        )
 
     def _range(self, site: Site, ctx: PassContext) -> tuple[np.ndarray, np.ndarray]:
         stat = _joined([ctx.stats[p] for p in self._probes(site, ctx)])

@@ -25,7 +25,15 @@ from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
 
 _SIZE_LIMIT = 1 << 31
 _SHAPE_ROUNDS = 8
-_QUANTIZED = ("QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "MatMulInteger", "ConvInteger", "DynamicQuantizeLinear")
+_QUANTIZED = (
+    "QuantizeLinear",
+    "DequantizeLinear",
+    "QLinearConv",
+    "QLinearMatMul",
+    "MatMulInteger",
+    "ConvInteger",
+    "DynamicQuantizeLinear",
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,10 @@ class Canonicalize(Pass):
 
 def _signature(graph: ir.Graph) -> tuple[list[tuple[object, ...]], list[str]]:
     """What the graph is made of, without the weights' values (no step changes those under an old name)."""
-    nodes = [(n.domain, n.op_type, n.name, [v and v.name for v in n.inputs], [v.name for v in n.outputs], sorted(n.attributes)) for n in graph]
+    nodes = [
+        (n.domain, n.op_type, n.name, [v and v.name for v in n.inputs], [v.name for v in n.outputs], sorted(n.attributes))
+        for n in graph
+    ]
     return nodes, sorted(graph.initializers)
 
 
@@ -88,7 +99,9 @@ def _foldable(node: ir.Node) -> bool | None:
 def _refuse_quantized(model: Model) -> None:
     for node in model.graph.all_nodes():
         if node.op_type in _QUANTIZED:
-            raise ModelError(f"the model is already quantized (node {node.name!r} is a {node.op_type}); start from the float model")
+            raise ModelError(
+                f"the model is already quantized (node {node.name!r} is a {node.op_type}); start from the float model"
+            )
 
 
 def _simplify(graph: ir.Graph, node: ir.Node, ctx: PassContext) -> None:

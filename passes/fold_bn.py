@@ -62,9 +62,13 @@ def _refusal(bn: ir.Node, conv: ir.Node | None) -> str | None:
         return "the layer before it is no Conv, ConvTranspose or Gemm with a constant weight"
     if len(conv.outputs[0].uses()) != 1 or conv.outputs[0].is_graph_output():
         return f"the output of {conv.name} has another reader"
-    if len([o for o in bn.outputs if o.uses()]) > 1 or ("training_mode" in bn.attributes and bn.attributes["training_mode"].as_int()):
+    if len([o for o in bn.outputs if o.uses()]) > 1 or (
+        "training_mode" in bn.attributes and bn.attributes["training_mode"].as_int()
+    ):
         return "it is in training mode"
-    if any(const_array(v) is None for v in bn.inputs[1:5]) or (len(conv.inputs) > 2 and conv.inputs[2] is not None and const_array(conv.inputs[2]) is None):
+    if any(const_array(v) is None for v in bn.inputs[1:5]) or (
+        len(conv.inputs) > 2 and conv.inputs[2] is not None and const_array(conv.inputs[2]) is None
+    ):
         return "its parameters are not constant"
     if is_op(conv, "ConvTranspose") and "group" in conv.attributes and conv.attributes["group"].as_int() > 1:
         return "grouped ConvTranspose"

@@ -21,8 +21,12 @@ _SAFE = HALF_MAX / 4
 _SMALL = 256.0  # a few such biases fit into the margin above _SAFE
 _FLOAT, _HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 _FLOAT_SLOTS = {"Resize": (1, 2), "Upsample": (1,)}
-_FLOAT_OPS = frozenset({"Range", "RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "NonMaxSuppression", "RoiAlign"})
-_BOUNDED = frozenset({"Softmax", "Sigmoid", "Tanh", "Erf", "Sin", "Cos", "QuantizeLinear", "DequantizeLinear", "Cast", "Clip", "Relu"})
+_FLOAT_OPS = frozenset(
+    {"Range", "RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "NonMaxSuppression", "RoiAlign"}
+)
+_BOUNDED = frozenset(
+    {"Softmax", "Sigmoid", "Tanh", "Erf", "Sin", "Cos", "QuantizeLinear", "DequantizeLinear", "Cast", "Clip", "Relu"}
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,12 @@ def _probe(value: ir.Value) -> Probe:
     """Per channel for tokens [batch, tokens, channels], since such extremes follow folds, also where the value is copied into
     that layout next; per tensor for the rest."""
     value = copy = _source(value)
-    while not _is_tokens(copy) and len(uses := list(copy.uses())) == 1 and is_op(uses[0][0], "Reshape", "Transpose") and not copy.is_graph_output():
+    while (
+        not _is_tokens(copy)
+        and len(uses := list(copy.uses())) == 1
+        and is_op(uses[0][0], "Reshape", "Transpose")
+        and not copy.is_graph_output()
+    ):
         copy = uses[0][0].outputs[0]
     return Probe(str(copy.name), MinMax(-1)) if _is_tokens(copy) else Probe(str(value.name), AbsMax())
 

@@ -51,12 +51,18 @@ def _group(graph: ir.Graph, ctx: PassContext) -> dict[tuple[str, str], list[Use]
     groups: dict[tuple[str, str], list[Use]] = defaultdict(list)
     for node, slot, decision in decisions(graph):
         if decision.qparams is None:
-            raise ModelError(f"the decision for input {slot} of {node.name!r} has no scale yet; run annotate and rtn before insert-qdq")
+            raise ModelError(
+                f"the decision for input {slot} of {node.name!r} has no scale yet; run annotate and rtn before insert-qdq"
+            )
         groups[(str(value_at(node, slot).name), decision.quantizer)].append((node, slot, decision))
     tensors: dict[str, str] = {}
     for value, quantizer in groups:
-        if tensors.setdefault(value, quantizer) != quantizer and ctx.target.name in ("trt", "rtx") and value not in graph.initializers:
-            raise ModelError(f"tensor {value!r} has two different quantizers, which TensorRT cannot fuse; run split-shortcut or keep one in float")
+        if (
+            tensors.setdefault(value, quantizer) != quantizer
+            and ctx.target.name in ("trt", "rtx")
+            and value not in graph.initializers
+        ):
+            raise ModelError(f"tensor {value!r} has two different quantizers, which TensorRT cannot fuse; keep one in float")
     return groups
 
 
@@ -104,7 +110,9 @@ def _codes_dtype(qtype: QType) -> np.dtype:
 
 def _constants(graph: ir.Graph, stem: str, params: QParams, qtype: QType, dtype: np.dtype) -> tuple[ir.Value, ir.Value]:
     scale = add_constant(graph, f"{stem}_scale", params.scale.astype(dtype))
-    zero = add_constant(graph, f"{stem}_zero_point", params.zero_point.astype(np.float64).astype(_codes_dtype(qtype)), _storage(qtype))
+    zero = add_constant(
+        graph, f"{stem}_zero_point", params.zero_point.astype(np.float64).astype(_codes_dtype(qtype)), _storage(qtype)
+    )
     return scale, zero
 
 
@@ -116,7 +124,14 @@ def _weight(graph: ir.Graph, value: ir.Value, decision: Decision, params: QParam
     stored = add_constant(graph, f"{value.name}_quantized", codes, _storage(qtype))
     dtype = array.dtype if array.dtype.kind == "f" or array.dtype == ml_dtypes.bfloat16 else np.dtype(np.float32)
     scale, zero = _constants(graph, str(value.name), params, qtype, dtype)
-    return new_node(graph, "DequantizeLinear", [stored, scale, zero], name=f"{value.name}_DequantizeLinear", like=value, attributes=_axis_attributes(decision))
+    return new_node(
+        graph,
+        "DequantizeLinear",
+        [stored, scale, zero],
+        name=f"{value.name}_DequantizeLinear",
+        like=value,
+        attributes=_axis_attributes(decision),
+    )
 
 
 def _activation(graph: ir.Graph, value: ir.Value, uses: list[Use], decision: Decision, params: QParams) -> None:
@@ -143,14 +158,22 @@ def _chain(graph: ir.Graph, value: ir.Value, decision: Decision, params: QParams
     source = clip[0].outputs[0] if clip else value
     q = new_node(graph, "QuantizeLinear", [source, scale, zero], name=f"{stem}_QuantizeLinear", attributes=attributes)
     q.outputs[0].shape, q.outputs[0].type = value.shape, ir.TensorType(_storage(qtype))
-    dq = new_node(graph, "DequantizeLinear", [q.outputs[0], scale, zero], name=f"{stem}_DequantizeLinear", like=value, attributes=attributes)
+    dq = new_node(
+        graph, "DequantizeLinear", [q.outputs[0], scale, zero], name=f"{stem}_DequantizeLinear", like=value, attributes=attributes
+    )
     return [*clip, q, dq]
 
 
 def _without_zero_point(graph: ir.Graph, value: ir.Value, scale: ir.Value, zero: ir.Value) -> list[ir.Node]:
-    """From opset 21 the type is an attribute; ONNX Runtime 1.31 fails to load a static 3-D MatMul + Add with an int8 zero point."""
+    """From opset 21 the type is an attribute; with an int8 zero point ONNX Runtime 1.31 fails to load a static MatMul + Add."""
     drop_if_unused(graph, zero)
-    q = new_node(graph, "QuantizeLinear", [value, scale], name=f"{value.name}_QuantizeLinear", attributes={"output_dtype": int(ir.DataType.INT8)})
+    q = new_node(
+        graph,
+        "QuantizeLinear",
+        [value, scale],
+        name=f"{value.name}_QuantizeLinear",
+        attributes={"output_dtype": int(ir.DataType.INT8)},
+    )
     q.outputs[0].shape, q.outputs[0].type = value.shape, ir.TensorType(ir.DataType.INT8)
     return [q, new_node(graph, "DequantizeLinear", [q.outputs[0], scale], name=f"{value.name}_DequantizeLinear", like=value)]
 

@@ -49,7 +49,9 @@ class Log2Softmax(Pass):
         found = list(_attentions(model.graph))
         if not _expressible(ctx):
             for node, _ in found:
-                ctx.missed(str(node.name), f"target {ctx.target.name} cannot express logarithmic codes; probabilities stay uniform")
+                ctx.missed(
+                    str(node.name), f"target {ctx.target.name} cannot express logarithmic codes; probabilities stay uniform"
+                )
             return PassResult(False)
         bits = self.bits or (ctx.scheme.activation.bits if ctx.scheme.activation else 8)
         for node, values in found:

@@ -37,7 +37,11 @@ class RaiseOpset(Pass):
             ctx.note("", f"opset {model.opset} is high enough ({wanted} is needed)")
             return PassResult(False)
         before = model.opset
-        big = {n: v.const_value for n, v in model.graph.initializers.items() if v.const_value is not None and v.const_value.nbytes > _SMALL}
+        big = {
+            n: v.const_value
+            for n, v in model.graph.initializers.items()
+            if v.const_value is not None and v.const_value.nbytes > _SMALL
+        }
         metadata = {n.name: dict(n.metadata_props) for n in model.graph}
         model.ir = _convert(model, set(big), wanted)
         _restore(model, big, metadata)
@@ -58,7 +62,9 @@ def _convert(model: Model, big: set[str], wanted: int) -> ir.Model:
         converted = version_converter.convert_version(proto, wanted)
         onnx.checker.check_model(converted)
     except Exception as e:
-        raise ModelError(f"cannot raise opset {model.opset} to {wanted}: {_last_line(e)}; export the model at opset {wanted}") from e
+        raise ModelError(
+            f"cannot raise opset {model.opset} to {wanted}: {_last_line(e)}; export the model at opset {wanted}"
+        ) from e
     result = ir.from_proto(converted)
     result.metadata_props.update(model.metadata)
     return result

@@ -36,7 +36,9 @@ class RepQ(Pass):
     name = "repq"
     kind = Kind.EQUIVALENT
     requires = frozenset({Fact.CANONICAL, Fact.BN_FOLDED})
-    percentile: Annotated[Literal["search", "minmax"], "clip each channel at the best of 99.9, 99.99, 99.999 %, or not at all"] = "search"
+    percentile: Annotated[
+        Literal["search", "minmax"], "clip each channel at the best of 99.9, 99.99, 99.999 %, or not at all"
+    ] = "search"
     softmax: Annotated[Literal["uniform", "log-sqrt2"], "log-sqrt2 appends log2-softmax to the pipeline"] = "uniform"
     override: Annotated[bool, "fold sites again that another pass has folded"] = False
 
@@ -45,7 +47,7 @@ class RepQ(Pass):
         return self.requires | quantized_forms(target, scheme)
 
     def sugar(self) -> tuple[Pass, str]:
-        """`repq{softmax=log-sqrt2}` is `repq,...,log2-softmax{kind=log-sqrt2}`: this pass without the option, and what ends the pipeline."""
+        """`repq{softmax=log-sqrt2}` is `repq,...,log2-softmax{kind=log-sqrt2}`."""
         return replace(self, softmax="uniform"), "log2-softmax{kind=log-sqrt2}" if self.softmax == "log-sqrt2" else ""
 
     def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:
@@ -78,7 +80,11 @@ class RepQ(Pass):
         lo, hi = self._ranges(site, ctx, bits)
         r, t = reparameterize(lo, hi, bits, ctx.target.symmetric, shift=site.shift_refusal is None)
         fold(model.graph, site, r, t, ctx, out)
-        reason = "norm site reparameterized" if site.shift_refusal is None else f"norm site reparameterized, scale only: {site.shift_refusal}"
+        reason = (
+            "norm site reparameterized"
+            if site.shift_refusal is None
+            else f"norm site reparameterized, scale only: {site.shift_refusal}"
+        )
         ctx.applied(str(site.anchor.name), reason, r_min=float(r.min()), r_max=float(r.max()))
 
     def _ranges(self, site: FoldSite, ctx: PassContext, bits: int) -> tuple[F64, F64]:

@@ -70,7 +70,9 @@ class RoundToNearest(Pass):
         searched = self._search(node, slot, weight, d.spec, ctx)
         gain = _gain_db(node, slot, weight, plain, searched, d.spec, ctx)
         if gain < 0:
-            ctx.missed(str(node.name), "the clip search would raise the layer's output error; min-max kept", gain_db=round(gain, 2))
+            ctx.missed(
+                str(node.name), "the clip search would raise the layer's output error; min-max kept", gain_db=round(gain, 2)
+            )
             return plain
         ctx.applied(str(node.name), "weight clipping searched", gain_db=round(gain, 2))
         return searched
@@ -92,7 +94,10 @@ def _floored(node: ir.Node, slot: int, params: QParams, ctx: PassContext) -> QPa
         return params
     floor = np.abs(bias.astype(np.float64)) / (float(data.qparams.scale) * 2.0**29)
     if np.any(floor > params.scale):
-        ctx.note(str(node.name), f"{int((floor > params.scale).sum())} nearly dead channels: weight scale raised to keep an int32 bias exact")
+        ctx.note(
+            str(node.name),
+            f"{int((floor > params.scale).sum())} nearly dead channels: weight scale raised to keep an int32 bias exact",
+        )
     return QParams(np.maximum(params.scale, floor), params.zero_point)
 
 
@@ -129,7 +134,9 @@ def _energy(node: ir.Node, slot: int, weight: NDArray[Any], ctx: PassContext) ->
     return (stat.sumsq / max(stat.count, 1) + 1e-12).reshape(shape)
 
 
-def _gain_db(node: ir.Node, slot: int, w: NDArray[np.float32], plain: QParams, searched: QParams, spec: QuantSpec, ctx: PassContext) -> float:
+def _gain_db(
+    node: ir.Node, slot: int, w: NDArray[np.float32], plain: QParams, searched: QParams, spec: QuantSpec, ctx: PassContext
+) -> float:
     """How much lower the output error on calibration rows is with `searched` (weight error where rows do not apply)."""
     a, b = (fake_quant(w, p, spec.qtype, spec.granularity) - w for p in (plain, searched))
     data = _data(node, slot)

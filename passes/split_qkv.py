@@ -165,7 +165,11 @@ def _squeezed(value: ir.Value) -> ir.Value | None:
 def _split(graph: ir.Graph, packed: Packed) -> None:
     weight = const_array(packed.matmul.inputs[1])
     assert weight is not None
-    bias = const_array(packed.bias.inputs[0] if const_array(packed.bias.inputs[0]) is not None else packed.bias.inputs[1]) if packed.bias else None
+    bias = (
+        const_array(packed.bias.inputs[0] if const_array(packed.bias.inputs[0]) is not None else packed.bias.inputs[1])
+        if packed.bias
+        else None
+    )
     columns = np.split(np.arange(weight.shape[1]), _PARTS)
     for name, cols, part in zip("qkv", columns, packed.parts, strict=True):
         replace_value(graph, part, _project(graph, packed, name, weight[:, cols], None if bias is None else bias[cols]))
@@ -178,11 +182,15 @@ def _project(graph: ir.Graph, packed: Packed, part: str, weight: np.ndarray, bia
     dtype = packed.matmul.outputs[0].type
     chain = [new_node(graph, "MatMul", [packed.matmul.inputs[0], add_constant(graph, f"{stem}_weight", weight)], name=stem)]
     if bias is not None:
-        chain.append(new_node(graph, "Add", [chain[-1].outputs[0], add_constant(graph, f"{stem}_bias", bias)], name=f"{stem}_bias_add"))
+        chain.append(
+            new_node(graph, "Add", [chain[-1].outputs[0], add_constant(graph, f"{stem}_bias", bias)], name=f"{stem}_bias_add")
+        )
     if packed.heads:
         shape = add_constant(graph, f"{stem}_shape", np.array([0, 0, packed.heads, packed.head_dim], np.int64))
         chain.append(new_node(graph, "Reshape", [chain[-1].outputs[0], shape], name=f"{stem}_heads"))
-        chain.append(new_node(graph, "Transpose", [chain[-1].outputs[0]], name=f"{stem}_transpose", attributes={"perm": [0, 2, 1, 3]}))
+        chain.append(
+            new_node(graph, "Transpose", [chain[-1].outputs[0]], name=f"{stem}_transpose", attributes={"perm": [0, 2, 1, 3]})
+        )
     for node in chain:
         node.outputs[0].type = dtype
     graph.insert_after(anchor, chain)

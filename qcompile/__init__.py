@@ -1,7 +1,7 @@
 """qcompile: an ONNX graph-transformation compiler pass suite for post-training quantization.
 
-    import qcompile
-    result = qcompile.compile("model.onnx", passes="repq,smooth", target="ort", calib="images.npz")
+import qcompile
+result = qcompile.compile("model.onnx", passes="repq,smooth", target="ort", calib="images.npz")
 """
 
 from __future__ import annotations

@@ -116,10 +116,18 @@ class Result:
     def to_json(self) -> dict[str, Any]:
         """The report document."""
         return {
-            "schema_version": SCHEMA_VERSION, "output": str(self.output), "pipeline": self.pipeline, "target": self.target,
-            "scheme": self.scheme, "calibration": self.calibration, "samples": self.samples, "sweeps": self.sweeps,
-            "sqnr_db": self.sqnr_db, "notes": list(self.notes), "passes": [p.to_json() for p in self.passes],
-        }  # fmt: skip
+            "schema_version": SCHEMA_VERSION,
+            "output": str(self.output),
+            "pipeline": self.pipeline,
+            "target": self.target,
+            "scheme": self.scheme,
+            "calibration": self.calibration,
+            "samples": self.samples,
+            "sweeps": self.sweeps,
+            "sqnr_db": self.sqnr_db,
+            "notes": list(self.notes),
+            "passes": [p.to_json() for p in self.passes],
+        }
 
 
 def prepare(path: str | Path, options: Options) -> Job:
@@ -135,7 +143,9 @@ def prepare(path: str | Path, options: Options) -> Job:
     text = options.passes if options.passes is not None else registry.default_preset(target.name, scheme.name)
     plan = complete(registry.parse(text), target, scheme, exact=options.exact, held=_facts(model))
     if not plan.passes and not options.exact:
-        raise ModelError(f"{path} already went through the whole pipeline for {target.name} and {scheme.name}; start from the float model")
+        raise ModelError(
+            f"{path} already went through the whole pipeline for {target.name} and {scheme.name}; start from the float model"
+        )
     output = Path(options.output) if options.output else Path(f"{Path(path).stem}.{target.name}-{scheme.name}.onnx")
     if output.exists() and output.resolve() == Path(path).resolve():
         raise UsageError(f"the output {output} is the input; choose another name with -o")
@@ -163,20 +173,36 @@ def run(job: Job, progress: Progress) -> Result:
     """Run a prepared job and save its output."""
     data = _data(job, progress)
     statistics = SweepStatistics(data, job.options.threads, progress=progress.on_sweep) if data is not None else None
-    compare = comparator(data, job.model.inputs(), job.options.seed, job.options.threads) if data is not None and job.options.verify != "off" else None
+    compare = (
+        comparator(data, job.model.inputs(), job.options.seed, job.options.threads)
+        if data is not None and job.options.verify != "off"
+        else None
+    )
     runner = Runner(
-        statistics, compare, job.options.verify, job.options.strict,
-        on_pass=progress.on_pass, on_done=lambda report, model: _done(report, model, job, progress), on_failure=lambda f: _reproduce(f, job),
-    )  # fmt: skip
+        statistics,
+        compare,
+        job.options.verify,
+        job.options.strict,
+        on_pass=progress.on_pass,
+        on_done=lambda report, model: _done(report, model, job, progress),
+        on_failure=lambda f: _reproduce(f, job),
+    )
     ctx = PassContext(job.scheme, job.target, seed=job.options.seed, keep_float=job.options.keep_float, only=job.options.only)
     digest = job.model.digest()
     model, reports = runner.run(job.model, job.plan.passes, ctx, strict_for=[not i for i in job.plan.inserted])
     _describe(model, job, data, digest)
     _check_matched(job, reports, model)
     result = Result(
-        job.output, job.pipeline, job.target.name, job.scheme.name, tuple(reports),
-        statistics.sweeps if statistics else 0, len(data) if data is not None else 0, data.source if data is not None else "none", model=model,
-    )  # fmt: skip
+        job.output,
+        job.pipeline,
+        job.target.name,
+        job.scheme.name,
+        tuple(reports),
+        statistics.sweeps if statistics else 0,
+        len(data) if data is not None else 0,
+        data.source if data is not None else "none",
+        model=model,
+    )
     _gate(result, job.options.min_sqnr)
     model.save(job.output)
     return result
@@ -186,7 +212,10 @@ def _gate(result: Result, minimum: float | None) -> None:
     from qcompile.errors import GateError
 
     if minimum is not None and (result.sqnr_db is None or result.sqnr_db < minimum):
-        raise GateError(f"the output's SQNR is {result.sqnr_db} dB, below --min-sqnr {minimum}; keep sensitive layers in float with --keep-float")
+        raise GateError(
+            f"the output's SQNR is {result.sqnr_db} dB, below --min-sqnr {minimum};"
+            " keep sensitive layers in float with --keep-float"
+        )
 
 
 def _done(report: PassReport, model: Model, job: Job, progress: Progress) -> None:
@@ -242,7 +271,9 @@ def _facts(model: Model) -> frozenset[Fact]:
     try:
         held = json.loads(text)
     except json.JSONDecodeError as e:
-        raise ModelError(f"the model's metadata entry qcompile.facts is not JSON ({text[:40]!r}); remove it or start from the float model") from e
+        raise ModelError(
+            f"the model's metadata entry qcompile.facts is not JSON ({text[:40]!r}); remove it or start from the float model"
+        ) from e
     return frozenset(fact for fact in Fact if isinstance(held, list) and fact.value in held)
 
 
@@ -251,7 +282,8 @@ def _data(job: Job, progress: Progress) -> Dataset | None:
         if job.options.exact or not _wants_data(job):
             return None
         raise DataError(
-            f"no calibration data: give some with --calib, or put {job.model.path.stem if job.model.path else 'model'}.calib.npz beside the model"
+            "no calibration data: give some with --calib, or put"
+            f" {job.model.path.stem if job.model.path else 'model'}.calib.npz beside the model"
             " (arrays named as the model's inputs, first axis = samples); --calib random is for trying things out"
         )
     data = load_data(job.data_source, job.model.inputs(), job.options.preprocess, job.options.samples, job.options.seed)
@@ -260,17 +292,25 @@ def _data(job: Job, progress: Progress) -> Dataset | None:
 
 
 def _wants_data(job: Job) -> bool:
-    return job.scheme.activation is not None or job.scheme.body == "float16" or any(p.kind.value == "fit" for p in job.plan.passes)
+    return (
+        job.scheme.activation is not None or job.scheme.body == "float16" or any(p.kind.value == "fit" for p in job.plan.passes)
+    )
 
 
 def _describe(model: Model, job: Job, data: Dataset | None, digest: str) -> None:
     facts = set(_facts(job.model))
     for p in job.plan.passes:
         facts = (facts - p.invalidates) | p.establishes
-    model.metadata.update({
-        "qcompile.version": __version__, "qcompile.pipeline": job.pipeline, "qcompile.target": job.target.name, "qcompile.scheme": job.scheme.name,
-        "qcompile.source": digest, "qcompile.facts": json.dumps(sorted(f.value for f in facts)),
-    })  # fmt: skip
+    model.metadata.update(
+        {
+            "qcompile.version": __version__,
+            "qcompile.pipeline": job.pipeline,
+            "qcompile.target": job.target.name,
+            "qcompile.scheme": job.scheme.name,
+            "qcompile.source": digest,
+            "qcompile.facts": json.dumps(sorted(f.value for f in facts)),
+        }
+    )
     if data is not None:
         note = {"samples": len(data), "fingerprint": data.fingerprint(), "random": bool(getattr(data, "random", False))}
         model.metadata["qcompile.calibration"] = json.dumps(note)
@@ -287,8 +327,14 @@ def _check_matched(job: Job, reports: Sequence[PassReport], model: Model) -> Non
     """A scheme that found nothing to quantize is not a success."""
     quantizes = [r for r in reports if r.spec.startswith("annotate")]
     if quantizes and not any(r.modified for r in quantizes) and job.scheme.weight is not None:
-        reasons = "; ".join(dict.fromkeys(x.reason for r in quantizes for x in r.remarks)) or "the graph has no matrix product or convolution"
-        raise ModelError(f"nothing in the model can be quantized to {job.scheme.name} for {job.target.name}: {reasons}; see --remarks, or choose another scheme")
+        reasons = (
+            "; ".join(dict.fromkeys(x.reason for r in quantizes for x in r.remarks))
+            or "the graph has no matrix product or convolution"
+        )
+        raise ModelError(
+            f"nothing in the model can be quantized to {job.scheme.name} for {job.target.name}: {reasons};"
+            " see --remarks, or choose another scheme"
+        )
 
 
 def _reproduce(failure: Failure, job: Job) -> str:
@@ -301,7 +347,17 @@ def _reproduce(failure: Failure, job: Job) -> str:
         failure.model.save(before)
     except ModelError:
         return ""
-    words = ["qcompile", str(before), "--exact", "--passes", failure.spec, "--target", job.target.name, "--scheme", job.scheme.name]
+    words = [
+        "qcompile",
+        str(before),
+        "--exact",
+        "--passes",
+        failure.spec,
+        "--target",
+        job.target.name,
+        "--scheme",
+        job.scheme.name,
+    ]
     words += ["--calib", job.data_source] if job.data_source else []
     return f"\n  reproduce: {shlex.join(words)}"
 
@@ -323,5 +379,3 @@ def describe_plan(job: Job) -> list[tuple[str, str, bool]]:
 def first_line(p: Pass | type[Pass]) -> str:
     """A pass's help."""
     return (p.__doc__ or "").strip().splitlines()[0]
-
-

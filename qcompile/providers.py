@@ -51,9 +51,13 @@ class OrtComparator:
 
     def compare(self, reference: list[list[NDArray[Any]]], candidate: list[list[NDArray[Any]]]) -> Comparison:
         """max|d| / max|y| over all outputs, and the SQNR of the first output on the calibration samples in dB."""
-        worst = max((_relative(a, b) for e, g in zip(reference, candidate, strict=True) for a, b in zip(e, g, strict=True)), default=0.0)
+        worst = max(
+            (_relative(a, b) for e, g in zip(reference, candidate, strict=True) for a, b in zip(e, g, strict=True)), default=0.0
+        )
         signal = sum(float(np.square(_wide(a)).sum()) for a in _firsts(reference))
-        noise = sum(float(np.square(_wide(a) - _wide(b)).sum()) for a, b in zip(_firsts(reference), _firsts(candidate), strict=True))
+        noise = sum(
+            float(np.square(_wide(a) - _wide(b)).sum()) for a, b in zip(_firsts(reference), _firsts(candidate), strict=True)
+        )
         return Comparison(worst, decibel(signal, noise), len(self.feeds))
 
 

@@ -79,4 +79,3 @@ def _behind_arithmetic(walk: _Walk, node: ir.Node) -> list[_Walk]:
 
 def _to(walk: _Walk, value: ir.Value | None) -> list[_Walk]:
     return [] if value is None or ops.is_const(value) else [replace(walk, value=value)]
-

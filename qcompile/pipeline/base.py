@@ -209,9 +209,9 @@ def quantized_forms(target: Target, scheme: Scheme) -> frozenset[Fact]:
     CPU kernels want theirs.  Passes that ask for statistics stand behind them, so that one sweep serves all."""
     forms = {Fact.PADS_FOLDED, Fact.OPSET}
     if scheme.activation is not None:
-        forms |= {Fact.QKV_SPLIT}
+        forms |= {Fact.QKV_SPLIT, Fact.BIAS_RANK}
     if target.name == "ort" and scheme.activation is not None and not scheme.simulated:
-        forms |= {Fact.STEM, Fact.GELU_ORDER, Fact.BIAS_RANK}
+        forms |= {Fact.STEM, Fact.GELU_ORDER}
     return frozenset(forms)
 
 

@@ -45,7 +45,9 @@ def final_facts(target: Target, scheme: Scheme) -> list[Fact]:
     return facts
 
 
-def complete(user: Sequence[Pass], target: Target, scheme: Scheme, *, exact: bool = False, held: frozenset[Fact] = frozenset()) -> Plan:
+def complete(
+    user: Sequence[Pass], target: Target, scheme: Scheme, *, exact: bool = False, held: frozenset[Fact] = frozenset()
+) -> Plan:
     """Walk the user's passes and add what is missing; the user's passes never move.
 
     `held` are facts that the input model already has (a half-run pipeline continues).

@@ -52,7 +52,9 @@ class Runner:
     _reference: tuple[Model, Any] | None = None
     _untouched: bool = True
 
-    def run(self, model: Model, passes: Sequence[Pass], ctx: PassContext, *, strict_for: Sequence[bool] | None = None) -> tuple[Model, list[PassReport]]:
+    def run(
+        self, model: Model, passes: Sequence[Pass], ctx: PassContext, *, strict_for: Sequence[bool] | None = None
+    ) -> tuple[Model, list[PassReport]]:
         """Apply `passes` in order to a copy of `model`; returns the result and one report a pass.
 
         Raises:
@@ -67,7 +69,11 @@ class Runner:
             before = current.clone()
             report, result = self._one(p, current, passes[i + 1 :], replace(ctx, remarks=[], pass_name=p.name), before)
             if getattr(p, "changes_function", False) and result.modified:
-                reference, segment_start, report = current.clone(), current.clone(), replace(report, verified="not verified: changes the function on purpose")
+                reference, segment_start, report = (
+                    current.clone(),
+                    current.clone(),
+                    replace(report, verified="not verified: changes the function on purpose"),
+                )
                 self._outputs = None
             elif self._compares(p, result):
                 report = self._verified(p, report, before, current, reference)
@@ -81,7 +87,9 @@ class Runner:
             reports = self._verify_end(reports, passes, segment_start, current)
         return current, reports
 
-    def _one(self, p: Pass, model: Model, later: Sequence[Pass], ctx: PassContext, before: Model) -> tuple[PassReport, PassResult]:
+    def _one(
+        self, p: Pass, model: Model, later: Sequence[Pass], ctx: PassContext, before: Model
+    ) -> tuple[PassReport, PassResult]:
         start = time.perf_counter()
         try:
             ctx.stats = self._statistics(p, model, later, ctx)
@@ -138,7 +146,9 @@ class Runner:
     # verification ---------------------------------------------------------------------------
 
     def _compares(self, p: Pass, result: PassResult) -> bool:
-        return self.verify == "each" and self.comparator is not None and result.modified and p.kind in (Kind.EQUIVALENT, Kind.LOWER)
+        return (
+            self.verify == "each" and self.comparator is not None and result.modified and p.kind in (Kind.EQUIVALENT, Kind.LOWER)
+        )
 
     def _verified(self, p: Pass, report: PassReport, before: Model, after: Model, reference: Model) -> PassReport:
         assert self.comparator is not None
@@ -157,7 +167,9 @@ class Runner:
     def _hold(self, spec: str, distance: Comparison, before: Model) -> None:
         if np.isfinite(distance.relative_error) and distance.relative_error <= EQUIVALENT_TOLERANCE:
             return
-        error = VerifyError(f"pass {spec!r} moved the outputs by {distance.relative_error:.2g} of their size, more than {EQUIVALENT_TOLERANCE:g}")
+        error = VerifyError(
+            f"pass {spec!r} moved the outputs by {distance.relative_error:.2g} of their size, more than {EQUIVALENT_TOLERANCE:g}"
+        )
         hint = self.on_failure(Failure(spec, before, error))
         raise VerifyError(f"{error}{hint or '; leave the pass out, or report it'}")
 
@@ -166,7 +178,9 @@ class Runner:
         distance = self.comparator.compare(self.comparator.outputs(start), self.comparator.outputs(end))
         if all(p.kind in (Kind.EQUIVALENT, Kind.ANNOTATE) for p in passes):
             self._hold("the whole pipeline", distance, start)
-        reports[-1] = replace(reports[-1], verified="compared at the end", relative_error=distance.relative_error, sqnr_db=distance.sqnr_db)
+        reports[-1] = replace(
+            reports[-1], verified="compared at the end", relative_error=distance.relative_error, sqnr_db=distance.sqnr_db
+        )
         return reports
 
     def _gate(self, report: PassReport, by_user: bool) -> None:

@@ -1,8 +1,8 @@
 """Pipeline strings: `repq,smooth{alpha=0.5 search}`; the law is parse(format(p)) == p.
 
-    pipeline := [item {"," item}]
-    item     := name ["{" option {" " option} "}"]      name may be file.py:function
-    option   := key ["=" value]                          a bare key means true
+pipeline := [item {"," item}]
+item     := name ["{" option {" " option} "}"]      name may be file.py:function
+option   := key ["=" value]                          a bare key means true
 """
 
 from __future__ import annotations
@@ -108,7 +108,9 @@ def _option(text: str, pos: int) -> tuple[Option, int]:
     start = pos
     key, pos = _word(text, pos, _SPECIAL)
     if not key:
-        raise caret(text, start, f"expected an option name, found {text[pos]!r}; options are written key=value, separated by blanks")
+        raise caret(
+            text, start, f"expected an option name, found {text[pos]!r}; options are written key=value, separated by blanks"
+        )
     if pos >= len(text) or text[pos] != "=":
         return Option(key, None, start), pos
     value, end = _word(text, pos + 1, " {}")
@@ -155,7 +157,11 @@ def build(text: str, item: Item, cls: type[Pass]) -> tuple[Pass, str]:
     for option in item.options:
         if option.key not in fields:
             known = ", ".join(fields) or "none"
-            raise caret(text, option.column, f"pass {item.name!r} has no option {option.key!r}{near(option.key, fields)} (it has: {known})")
+            raise caret(
+                text,
+                option.column,
+                f"pass {item.name!r} has no option {option.key!r}{near(option.key, fields)} (it has: {known})",
+            )
         field = fields[option.key]
         if field.name in given:
             raise caret(text, option.column, f"option {option.key!r} is given twice; remove one")

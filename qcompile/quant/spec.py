@@ -88,5 +88,3 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("w4a16", INT4, None, block_size=128),
     )
 }
-
-
