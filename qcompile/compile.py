@@ -138,6 +138,8 @@ def prepare(path: str | Path, options: Options) -> Job:
     """
     model = Model.load(path)
     options = _with_sidecar(Path(path), options)
+    if options.min_sqnr is not None and options.verify == "off":
+        raise UsageError("--min-sqnr needs a comparison with the float model; drop --verify off")
     target, scheme = _target(options.target or "trt"), _scheme(options.scheme or "w8a8")
     target.require(scheme)
     text = options.passes if options.passes is not None else registry.default_preset(target.name, scheme.name)
@@ -359,6 +361,9 @@ def _reproduce(failure: Failure, job: Job) -> str:
         job.scheme.name,
     ]
     words += ["--calib", job.data_source] if job.data_source else []
+    words += [w for p in job.options.keep_float for w in ("--keep-float", p)]
+    words += [w for p in job.options.only for w in ("--only", p)]
+    words += ["--seed", str(job.options.seed)] if job.options.seed else []
     return f"\n  reproduce: {shlex.join(words)}"
 
 

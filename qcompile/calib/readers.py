@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from qcompile.calib.mapped import forget
 from qcompile.calib.preprocess import Preprocess, prepare, prepare_array
 from qcompile.errors import DataError
 
@@ -37,7 +38,7 @@ class Reader(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class ArrayReader:
-    """Arrays in memory, first axis = samples; `pictures` names those that are preprocessed as they are read."""
+    """Arrays in memory or mapped, first axis = samples; `pictures` names those that are preprocessed as they are read."""
 
     arrays: Arrays
     dtypes: dict[str, np.dtype[Any]]
@@ -47,7 +48,10 @@ class ArrayReader:
         return len(next(iter(self.arrays.values())))
 
     def read(self, index: Sequence[int]) -> Arrays:
-        return {name: self._one(name, array[list(index)]) for name, array in self.arrays.items()}
+        batch = {name: self._one(name, np.asarray(array[list(index)])) for name, array in self.arrays.items()}
+        for array in self.arrays.values():
+            forget(array)
+        return batch
 
     def shape_key(self, i: int) -> object:
         return None
@@ -58,6 +62,7 @@ class ArrayReader:
             h.update(f"{name}:{array.dtype}:{array.shape[1:]}".encode())
             for i in index:
                 h.update(np.ascontiguousarray(array[i]).tobytes())
+            forget(array)
         return h.digest()
 
     def _one(self, name: str, part: NDArray[Any]) -> NDArray[Any]:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qcompile.calib.data import Dataset, fixed_batch
+from qcompile.calib.mapped import mapped_array
 from qcompile.calib.preprocess import Preprocess, bind, holds_pictures, load_preprocess
 from qcompile.calib.readers import ArrayReader, Arrays, FeedReader, ImageReader
 from qcompile.errors import DataError
@@ -71,9 +72,14 @@ def _load_npz(path: Path, inputs: Sequence[InputInfo]) -> Arrays:
                 raise DataError(f"{path} is one array, not a .npz; save it with numpy.savez(file, {inputs[0].name}=array)")
             _require_names(archive.files, inputs, str(path))
             wanted = {i.name for i in inputs} | {"labels"}
-            return {n: archive[n] for n in archive.files if n in wanted}
+            return {n: _member(path, archive, n) for n in archive.files if n in wanted}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as e:
         raise DataError(f"{path} is not a readable .npz ({e}); make one with numpy.savez") from e
+
+
+def _member(path: Path, archive: np.lib.npyio.NpzFile, name: str) -> NDArray[Any]:
+    mapped = mapped_array(path, name)
+    return archive[name] if mapped is None else mapped
 
 
 def _require_names(there: Iterable[str], inputs: Sequence[InputInfo], source: str) -> None:
