@@ -14,6 +14,7 @@ from qcompile.ir.edit import add_constant, drop_if_unused, insert_after, new_nod
 from qcompile.ir.model import Model
 from qcompile.ir.ops import const_array, is_data_movement, is_op
 from qcompile.passes._half_bias import free_large_biases
+from qcompile.passes._magnitude import upper_bounds
 from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
 
 HALF_MAX = 65504.0
@@ -45,8 +46,9 @@ class Half(Pass):
     establishes = frozenset({Fact.HALF})
 
     def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:
-        """The largest magnitude of every float tensor that can grow."""
-        return [_probe(value) for value in _watched(model.graph)]
+        """The largest magnitude of every float tensor that could overflow; a margin while weights may still change."""
+        limit = _SAFE if any(n.op_type == "QuantizeLinear" for n in model.graph) else _SAFE / 2
+        return [_probe(value) for value in _watched(model.graph, limit)]
 
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
         """Convert every node that is safe; cast where precisions meet."""
@@ -118,11 +120,13 @@ def _largest(stat: Stat | None) -> float:
             return 0.0
 
 
-def _watched(graph: ir.Graph) -> Iterator[ir.Value]:
+def _watched(graph: ir.Graph, limit: float = _SAFE) -> Iterator[ir.Value]:
+    """Tensors that may exceed `limit` as far as the weights tell."""
+    bounds = upper_bounds(graph)
     for node in graph:
         if node.op_type in _BOUNDED or is_data_movement(node):
             continue
-        yield from (v for v in node.outputs if v.dtype == _FLOAT and v.uses())
+        yield from (v for v in node.outputs if v.dtype == _FLOAT and v.uses() and bounds[str(v.name)] > limit)
 
 
 def _stays(node: ir.Node, large: set[str], ctx: PassContext) -> bool:

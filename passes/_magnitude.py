@@ -1,0 +1,143 @@
+"""How large a tensor can become, from the weights alone: what cannot overflow needs no measurement."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qcompile.ir.ops import const_array, int_attr, is_data_movement, is_op
+
+_KEEPS = frozenset(
+    {
+        "Relu",
+        "LeakyRelu",
+        "Gelu",
+        "Neg",
+        "Abs",
+        "Cast",
+        "Clip",
+        "Dropout",
+        "Identity",
+        "MaxPool",
+        "AveragePool",
+        "GlobalAveragePool",
+    }
+) | {"ReduceMean", "ReduceMax", "ReduceMin", "QuantizeLinear", "DequantizeLinear"}
+_UNIT = frozenset({"Softmax", "Sigmoid", "Tanh", "Erf", "HardSigmoid", "Sin", "Cos"})
+_ROUNDING = 1.02
+
+
+def upper_bounds(graph: ir.Graph) -> dict[str, float]:
+    """An upper bound on |x| of every node output, by name; infinity where nothing is known.
+
+    |LayerNorm(x)| <= sqrt(C) max|gamma| + max|beta|;  |x W + c| <= max|x| max_o sum_i |W_io| + max|c|;
+    behind a norm, Cauchy-Schwarz.
+    """
+    known: dict[str, float] = {}
+    for node in graph:
+        bound = _bound(node, lambda v: _of(v, known))
+        known.update({str(out.name): bound for out in node.outputs})
+    return known
+
+
+def _of(value: ir.Value | None, known: dict[str, float]) -> float:
+    if value is None:
+        return 0.0
+    array = weight_array(value)
+    if array is not None:
+        return float(np.abs(array).max(initial=0.0)) if array.dtype.kind in "fiu" else math.inf
+    return known.get(str(value.name), math.inf)
+
+
+def weight_array(value: ir.Value | None) -> NDArray | None:
+    """A constant, also one behind a DequantizeLinear (per tensor or per axis), as it is computed with."""
+    array = const_array(value)
+    producer = value.producer() if value is not None else None
+    if array is not None or producer is None or not is_op(producer, "DequantizeLinear") or "block_size" in producer.attributes:
+        return array
+    codes, scale = const_array(producer.inputs[0]), const_array(producer.inputs[1])
+    if codes is None or scale is None:
+        return None
+    axis = producer.attributes["axis"].as_int() if "axis" in producer.attributes else 1
+    shape = [-1 if i == axis % max(codes.ndim, 1) else 1 for i in range(codes.ndim)] if scale.ndim else []
+    return codes.astype(np.float32) * scale.astype(np.float32).reshape(shape)
+
+
+def _bound(node: ir.Node, of: Callable[[ir.Value | None], float]) -> float:
+    if node.domain not in ("", "ai.onnx") or not node.inputs:
+        return math.inf
+    if node.op_type in _UNIT:
+        return 1.0
+    if node.op_type in _KEEPS or is_data_movement(node):
+        inputs = node.inputs if is_op(node, "Concat", "Pad") else node.inputs[:1]
+        return max(of(v) for v in inputs) * _ROUNDING
+    match node.op_type:
+        case "Add" | "Sub" | "Sum":
+            return sum(of(v) for v in node.inputs)
+        case "Mul":
+            return _product(of(node.inputs[0]), of(node.inputs[1]))
+        case "Div":
+            divisor = const_array(node.inputs[1])
+            least = float(np.abs(divisor).min(initial=math.inf)) if divisor is not None else 0.0
+            return of(node.inputs[0]) / least if least > 0 else math.inf
+        case "LayerNormalization" | "RMSNormalization":
+            gamma = const_array(node.inputs[1])
+            shift = of(node.inputs[2]) if len(node.inputs) > 2 else 0.0
+            return math.inf if gamma is None else math.sqrt(gamma.size) * of(node.inputs[1]) + shift
+        case "MatMul" | "Gemm" | "Conv":
+            return _layer(node, of)
+        case _:
+            return math.inf
+
+
+def _product(a: float, b: float) -> float:
+    return 0.0 if a == 0.0 or b == 0.0 else a * b
+
+
+def _layer(node: ir.Node, of: Callable[[ir.Value | None], float]) -> float:
+    weight = weight_array(node.inputs[1])
+    if weight is None or weight.ndim < 2:
+        return _attention(node, of)
+    rows = _by_input(node, weight.astype(np.float64))
+    norm = _source(node.inputs[0], "LayerNormalization", "RMSNormalization")
+    bias = of(node.inputs[2]) if len(node.inputs) > 2 else 0.0
+    if norm is not None and is_op(node, "MatMul", "Gemm"):
+        return _behind_norm(norm, rows) * _ROUNDING + bias
+    return _product(of(node.inputs[0]), float(np.abs(rows).sum(0).max(initial=0.0))) + bias
+
+
+def _by_input(node: ir.Node, weight: NDArray) -> NDArray:
+    """The weight as [inputs of one output, outputs]."""
+    transposed = is_op(node, "Conv") or (is_op(node, "Gemm") and int_attr(node, "transB", 0) == 1)
+    return weight.reshape(weight.shape[0], -1).T if transposed else weight.reshape(-1, weight.shape[-1])
+
+
+def _behind_norm(norm: ir.Node, rows: NDArray) -> float:
+    """|LayerNorm(x) W| <= sqrt(C) ||gamma * W_o|| + |beta W_o| (Cauchy-Schwarz): a fold between them does not change it."""
+    gamma, beta = const_array(norm.inputs[1]), const_array(norm.inputs[2]) if len(norm.inputs) > 2 else None
+    if gamma is None or gamma.size not in (1, len(rows)):
+        return math.inf
+    length = np.sqrt(np.square(gamma.reshape(-1, 1) * rows).sum(0))
+    shift = np.abs(beta.reshape(-1) @ rows) if beta is not None and beta.size == len(rows) else np.zeros(1)
+    return float((math.sqrt(len(rows)) * length + shift).max())
+
+
+def _attention(node: ir.Node, of: Callable[[ir.Value | None], float]) -> float:
+    """A product of two computed values: at most twice the second behind a softmax, else K max|a| max|b| where K is known."""
+    a = node.inputs[0]
+    if _source(a, "Softmax") is not None:
+        return 2 * of(node.inputs[1])
+    length = a.shape[-1] if a is not None and a.shape is not None and len(a.shape) else None
+    return _product(of(a), of(node.inputs[1])) * length if isinstance(length, int) else math.inf
+
+
+def _source(value: ir.Value | None, *op_types: str) -> ir.Node | None:
+    """The node of one of these types that makes `value`, behind Q/DQ and casts."""
+    producer = value.producer() if value is not None else None
+    while producer is not None and is_op(producer, "QuantizeLinear", "DequantizeLinear", "Cast", "Identity", "Dropout"):
+        producer = producer.inputs[0].producer() if producer.inputs[0] is not None else None
+    return producer if is_op(producer, *op_types) else None
