@@ -13,7 +13,6 @@ from qcompile.passes.canonicalize import Canonicalize
 from qcompile.pipeline.base import PassContext
 from qcompile.quant.spec import SCHEMES
 from qcompile.target.catalog import TARGETS
-
 from tests.passes.cases import fixture, fixture_arrays
 
 
