@@ -82,7 +82,7 @@ def _bound(node: ir.Node, of: Callable[[ir.Value | None], float]) -> float:
             return _product(of(node.inputs[0]), of(node.inputs[1]))
         case "Div":
             divisor = const_array(node.inputs[1])
-            least = float(np.abs(divisor).min(initial=math.inf)) if divisor is not None else 0.0
+            least = float(np.abs(divisor).min()) if divisor is not None and divisor.size else 0.0
             return of(node.inputs[0]) / least if least > 0 else math.inf
         case "LayerNormalization" | "RMSNormalization":
             gamma = const_array(node.inputs[1])

@@ -15,7 +15,7 @@ _BLOCKS = (128, 64, 32, 16)
 
 
 def place(model: Model, ctx: PassContext, attention: str) -> Placement:
-    """Sites for TensorRT (fact sheet C2: inputs only, no Q on outputs, biases, norms, scores or residual adds)."""
+    """Sites for TensorRT (inputs only: no Q on outputs, biases, norms, scores or residual adds)."""
     out = Placement()
     for node in model.graph:
         slot = weight_slot(node) if is_compute(node) else None

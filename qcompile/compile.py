@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from qcompile import __version__
 from qcompile.calib.data import Dataset, find_beside, load_data
 from qcompile.errors import DataError, InputError, ModelError, UsageError
+from qcompile.guards import require_numbers, require_sane, unmatched
 from qcompile.ir.atomic import write_atomic
 from qcompile.ir.model import Model
 from qcompile.pipeline import registry
@@ -56,7 +57,7 @@ class Options:
     target: str | None = None
     scheme: str | None = None
     calib: str | None = None
-    samples: int = DEFAULT_SAMPLES
+    samples: int | None = None
     preprocess: str | None = None
     output: str | Path | None = None
     verify: VerifyMode = "each"
@@ -138,6 +139,7 @@ def prepare(path: str | Path, options: Options) -> Job:
     """
     model = Model.load(path)
     options = _with_sidecar(Path(path), options)
+    require_sane(options.samples, options.seed, (*options.keep_float, *options.only))
     if options.min_sqnr is not None and options.verify == "off":
         raise UsageError("--min-sqnr needs a comparison with the float model; drop --verify off")
     target, scheme = _target(options.target or "trt"), _scheme(options.scheme or "w8a8")
@@ -155,6 +157,7 @@ def prepare(path: str | Path, options: Options) -> Job:
         raise UsageError(f"the output {output} is a folder; name a file with -o")
     if not output.parent.is_dir():
         raise UsageError(f"the folder of the output {output} does not exist; create it first, or choose another with -o")
+    require_numbers(model, path)
     return Job(model, options, target, scheme, plan, output, options.calib or find_beside(path))
 
 
@@ -173,6 +176,9 @@ def compile(path: str | Path, options: Options | None = None, *, progress: Progr
 
 def run(job: Job, progress: Progress) -> Result:
     """Run a prepared job and save its output."""
+    notes = unmatched(job.model, (*job.options.keep_float, *job.options.only))
+    for note in notes:
+        progress.note(f"warning: {note}")
     data = _data(job, progress)
     statistics = SweepStatistics(data, job.options.threads, progress=progress.on_sweep) if data is not None else None
     compare = (
@@ -203,6 +209,7 @@ def run(job: Job, progress: Progress) -> Result:
         statistics.sweeps if statistics else 0,
         len(data) if data is not None else 0,
         data.source if data is not None else "none",
+        notes=tuple(notes),
         model=model,
     )
     _gate(result, job.options.min_sqnr)
@@ -288,7 +295,9 @@ def _data(job: Job, progress: Progress) -> Dataset | None:
             f" {job.model.path.stem if job.model.path else 'model'}.calib.npz beside the model"
             " (arrays named as the model's inputs, first axis = samples); --calib random is for trying things out"
         )
-    data = load_data(job.data_source, job.model.inputs(), job.options.preprocess, job.options.samples, job.options.seed)
+    asked = job.options.samples
+    data = load_data(job.data_source, job.model.inputs(), job.options.preprocess, asked, job.options.seed)
+    data = data if asked is not None else data.take(DEFAULT_SAMPLES)
     progress.note(f"calibrating on {len(data)} samples of {data.source}")
     return data
 
@@ -361,6 +370,8 @@ def _reproduce(failure: Failure, job: Job) -> str:
         job.scheme.name,
     ]
     words += ["--calib", job.data_source] if job.data_source else []
+    words += ["--samples", str(job.options.samples)] if job.options.samples else []
+    words += ["--preprocess", job.options.preprocess] if job.options.preprocess else []
     words += [w for p in job.options.keep_float for w in ("--keep-float", p)]
     words += [w for p in job.options.only for w in ("--only", p)]
     words += ["--seed", str(job.options.seed)] if job.options.seed else []

@@ -73,8 +73,12 @@ def _firsts(outputs: list[list[NDArray[Any]]]) -> list[NDArray[Any]]:
 def _relative(a: NDArray[Any], b: NDArray[Any]) -> float:
     if a.dtype.kind not in "fV" or a.size == 0:
         return 0.0 if np.array_equal(a, b) else 1.0
-    top = float(np.abs(_wide(a)).max())
-    return float(np.abs(_wide(a) - _wide(b)).max()) / (top or 1.0)
+    wide, other = np.asarray(a).astype(np.float64), np.asarray(b).astype(np.float64)
+    odd = ~np.isfinite(wide)
+    if not np.array_equal(wide[odd], other[odd], equal_nan=True):
+        return float("inf")
+    top = float(np.abs(wide[~odd]).max(initial=0.0))
+    return float(np.abs(wide[~odd] - other[~odd]).max(initial=0.0)) / (top or 1.0)
 
 
 def comparator(data: Dataset, inputs: Sequence[InputInfo], seed: int, threads: int | None = None) -> OrtComparator:

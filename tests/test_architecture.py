@@ -28,12 +28,13 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "layers": ("ir", "runtime", "calib"),
     "evaluate": ("ir", "runtime", "calib", "layers"),
     "benchmark": ("ir", "runtime", "calib"),
-    "compile": ("ir", "quant", "runtime", "calib", "target", "pipeline", "backend", "providers", PACKAGE),
+    "guards": ("ir", "pipeline.base"),
+    "compile": ("ir", "quant", "runtime", "calib", "target", "pipeline", "backend", "providers", "guards", PACKAGE),
     "__main__": ("cli",),
     "engine": ("backend", "target"),
     "inspection": ("ir",),
     "cli": (
-        *("compile", "evaluate", "benchmark", "engine", "inspection", PACKAGE),
+        *("compile", "evaluate", "benchmark", "engine", "inspection", "guards", PACKAGE),
         *("pipeline.registry", "pipeline.describe", "target.rules", "calib.data", "ir.model"),
     ),
 }

@@ -98,7 +98,7 @@ def load_data(
     from qcompile.calib.sources import open_source
 
     data = open_source(spec, inputs, preprocess, samples, seed)
-    if samples is not None and len(data) < samples:
+    if samples is not None and 0 < len(data) < samples:
         raise DataError(f"{data.source} holds {len(data)} samples, {samples} are wanted; give more data or --samples {len(data)}")
     least = fixed_batch(inputs) or 1
     if len(data) < least:

@@ -13,6 +13,7 @@ from qcompile.cli.views import calibration_line, show_engine, show_plan, show_re
 from qcompile.compile import DEFAULT_SAMPLES, SCHEMES, TARGETS, Job, Options, Result, describe_plan, prepare, run, write_report
 from qcompile.engine import DEFAULT_GPU, EngineResult, gpu_list, make_engine, profile_from, require_engine
 from qcompile.errors import UsageError
+from qcompile.guards import require_place
 from qcompile.inspection import model_bytes
 from qcompile.report import SCHEMA_VERSION
 
@@ -27,7 +28,7 @@ _TARGET_HELP = "; ".join(f"{t.name}: {t.title}" for t in TARGETS.values())
 @click.option("--target", type=click.Choice(list(TARGETS)), help=f"Default trt. {_TARGET_HELP}.")
 @click.option("--scheme", type=click.Choice(DELIVERED), help="Default w8a8. Which target takes which: docs/guide/targets.md.")
 @click.option("--calib", metavar="DATA", help=_DATA_HELP)
-@click.option("--samples", type=click.IntRange(1), default=DEFAULT_SAMPLES, show_default=True, help="Spread evenly over DATA.")
+@click.option("--samples", type=click.IntRange(1), help=f"Spread evenly over DATA; default: at most {DEFAULT_SAMPLES}.")
 @click.option("--preprocess", metavar="SPEC", help="For pictures: a preset or a TOML file.")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), metavar="OUT.onnx", help="Default here: MODEL.TARGET-SCHEME.onnx."
@@ -40,7 +41,7 @@ _TARGET_HELP = "; ".join(f"{t.name}: {t.title}" for t in TARGETS.values())
 )
 @click.option("--profile", metavar="SHAPES", help="Of the engine, e.g. 'x:1x3x32x32,8x3x32x32,32x3x32x32' (min, opt, max).")
 @click.option("--verify", type=click.Choice(["each", "end", "off"]), default="each", show_default=True, help="Compare outputs.")
-@click.option("--keep-float", multiple=True, metavar="PATTERN", help="Nodes (globs on names) that stay float; repeatable.")
+@click.option("--keep-float", multiple=True, metavar="PATTERN", help="Nodes (globs, or re:REGEX) that stay float; repeatable.")
 @click.option("--only", multiple=True, metavar="PATTERN", help="Quantize only these nodes; repeatable.")
 @click.option("--min-sqnr", type=float, metavar="DB", help="Fail (exit 1) if the output's SQNR is lower.")
 @click.option("--report", type=click.Path(path_type=Path), metavar="OUT.json", help="Write everything that happened.")
@@ -48,7 +49,7 @@ _TARGET_HELP = "; ".join(f"{t.name}: {t.title}" for t in TARGETS.values())
 @click.option("--dry-run", is_flag=True, help="Print the completed pipeline and the sweeps it needs; write nothing.")
 @click.option("--exact", is_flag=True, help="Run exactly these passes, insert none.")
 @click.option("--strict", is_flag=True, help="Fail (exit 1) if one of your passes changes nothing.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of everything random.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of everything random.")
 @click.option("--threads", type=click.IntRange(1), help="ONNX Runtime threads; default: all cores.")
 @click.option("--print-after", is_flag=True, help="Print the graph after every pass, on standard error.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, nothing else, on standard output.")
@@ -69,6 +70,12 @@ def compile_command(  # one argument an option: click's way
     """
     job = prepare(model, Options(**options))
     gpus = gpu_list(gpu)
+    if profile is not None and engine is None:
+        raise UsageError("--profile is of an engine; add --engine OUT")
+    taken = [model, job.output]
+    for out, what in ((engine, "the engine"), (report, "the report"), (remarks, "the remarks file")):
+        require_place(out, what, taken)
+        taken += [] if out is None else [out]
     if engine is not None:
         _check_engine(job, engine, gpus)
     if dry_run:

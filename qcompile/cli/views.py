@@ -8,7 +8,7 @@ from typing import Any
 
 from qcompile.cli.output import flops, megabytes, number, percent, print_table, print_text
 from qcompile.cli.progress import tally
-from qcompile.compile import Job, Result, describe_plan
+from qcompile.compile import DEFAULT_SAMPLES, Job, Result, describe_plan
 from qcompile.engine import EngineResult
 from qcompile.pipeline.describe import statistics_readers
 from qcompile.report import PassReport
@@ -40,7 +40,8 @@ def calibration_line(job: Job) -> str:
     if job.data_source is None:
         return "none found"
     how = " (found beside the model; --calib chooses other data)" if job.options.calib is None else ""
-    return f"{job.options.samples} samples of {job.data_source}{how}"
+    count = job.options.samples or f"at most {DEFAULT_SAMPLES}"
+    return f"{count} samples of {job.data_source}{how}"
 
 
 def show_result(job: Job, result: Result, source_bytes: int) -> None:

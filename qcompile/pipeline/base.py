@@ -129,14 +129,15 @@ class PassContext:
     def excluded(self, node: str) -> str | None:
         """Why the user's patterns leave `node` alone, or None."""
         for pattern in self.keep_float:
-            if _matches(pattern, node):
+            if matches(pattern, node):
                 return f"kept in float by --keep-float {pattern}"
-        if self.only and not any(_matches(p, node) for p in self.only):
+        if self.only and not any(matches(p, node) for p in self.only):
             return f"not selected by --only {','.join(self.only)}"
         return None
 
 
-def _matches(pattern: str, node: str) -> bool:
+def matches(pattern: str, node: str) -> bool:
+    """Whether `node` fits a glob, or a regular expression after `re:`."""
     if pattern.startswith("re:"):
         return re.search(pattern[3:], node) is not None
     return fnmatch.fnmatchcase(node, pattern) or pattern == node

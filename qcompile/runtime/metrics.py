@@ -40,8 +40,8 @@ class Distance:
         self.noise += float(difference @ difference)
         self.power += float(c @ c)
         self.dot += float(r @ c)
-        self.largest_error = max(self.largest_error, float(np.abs(difference).max(initial=0.0)))
-        self.largest = max(self.largest, float(np.abs(r).max(initial=0.0)))
+        self.largest_error = float(np.maximum(self.largest_error, np.abs(difference).max(initial=0.0)))
+        self.largest = float(np.maximum(self.largest, np.abs(r).max(initial=0.0)))
 
     @property
     def sqnr_db(self) -> float:

@@ -56,11 +56,16 @@ def load_graph_only(path: Path) -> onnx.ModelProto:
         ModelError: no such file, or not an ONNX model.
     """
     try:
-        return onnx.load(str(path), load_external_data=False)
+        model = onnx.load(str(path), load_external_data=False)
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror or error}; give the path of an ONNX file") from error
     except (DecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"{path} is not an ONNX model ({error}); export or copy it again") from error
+    for tensor in model.graph.initializer:
+        where = next((e.value for e in tensor.external_data if e.key == "location"), None)
+        if where is not None and not (Path(path).parent / where).is_file():
+            raise ModelError(f"{path}: its external data {where} is missing; put it beside the model")
+    return model
 
 
 class GraphView:
