@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from qcompile.ir.edit import add_constant, new_node, set_constant, splice_after
 from qcompile.ir.match import (
     Linear,
+    Matches,
     Mlp,
     NormToLinears,
     VProjection,
@@ -31,6 +32,7 @@ from qcompile.ir.ops import const_array
 from qcompile.pipeline.base import AffineMap, PassContext, PassResult, claim, claimed_by, mark_folded
 
 F64 = NDArray[np.float64]
+T = TypeVar("T")
 SiteKind = Literal["norm", "value", "hidden"]
 
 
@@ -78,12 +80,16 @@ class Folded:
         return PassResult(modified, self.maps, frozenset(self.changed), self.derived)
 
 
+def _remarked(matches: Matches[T], ctx: PassContext, remark: bool) -> Matches[T]:
+    """The matches; their refusals become remarks if asked for."""
+    for refusal in matches.refused if remark else ():
+        ctx.missed(str(refusal.node.name), refusal.reason)
+    return matches
+
+
 def norm_sites(graph: ir.Graph, ctx: PassContext, remark: bool = False) -> list[FoldSite]:
     """Norm -> linears; refusals become remarks."""
-    matches = find_norm_to_linears(graph)
-    if remark:
-        for refusal in matches.refused:
-            ctx.missed(str(refusal.node.name), refusal.reason)
+    matches = _remarked(find_norm_to_linears(graph), ctx, remark)
     return [
         FoldSite("norm", m.linears[0].input, m.linears, m.norm.node, m, m.shift_refusal)
         for m in matches
@@ -93,19 +99,13 @@ def norm_sites(graph: ir.Graph, ctx: PassContext, remark: bool = False) -> list[
 
 def value_sites(graph: ir.Graph, ctx: PassContext, remark: bool = False) -> list[FoldSite]:
     """Value projection -> output projection, through attention."""
-    matches = find_v_projections(graph)
-    if remark:
-        for refusal in matches.refused:
-            ctx.missed(str(refusal.node.name), refusal.reason)
+    matches = _remarked(find_v_projections(graph), ctx, remark)
     return [FoldSite("value", m.out.input, (m.out,), m.attention.pv, m, m.shift_refusal, channels=m.columns) for m in matches]
 
 
 def hidden_sites(graph: ir.Graph, ctx: PassContext, remark: bool = False) -> list[FoldSite]:
     """The hidden layer of an MLP -> fc2."""
-    matches = find_mlps(graph)
-    if remark:
-        for refusal in matches.refused:
-            ctx.missed(str(refusal.node.name), refusal.reason)
+    matches = _remarked(find_mlps(graph), ctx, remark)
     return [
         FoldSite("hidden", m.fc2.input, (m.fc2,), m.fc2.node, m, m.shift_refusal, free=_absorber(m) is not None)
         for m in matches

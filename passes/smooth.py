@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qcompile.calib.observers import MinMax, MinMaxStat, Probe, Rows, RowsStat
+from qcompile.ir.match import VProjection
 from qcompile.ir.model import Model
 from qcompile.passes._affine_fold import Folded, FoldSite, fold, hidden_sites, norm_sites, usable, value_sites
 from qcompile.pipeline.base import FOLD_ROWS, Fact, Kind, Pass, PassContext, PassResult, quantized_forms
@@ -155,8 +156,6 @@ def _row_ratios(stat: MinMaxStat, shift: F64, weight: F64, alpha: float, site: F
 def _by_channel(r: F64, site: FoldSite) -> F64:
     """r by the value projection's output channel: the largest of the rows that read it, 1 for other channels."""
     assert site.channels is not None
-    from qcompile.ir.match import VProjection
-
     assert isinstance(site.match, VProjection)
     out = np.zeros(site.match.linear.out_channels)
     np.maximum.at(out, site.channels, r)

@@ -13,10 +13,11 @@ from typing import Any, Protocol
 
 from qcompile import __version__
 from qcompile.calib.data import Dataset, find_beside, load_data
-from qcompile.errors import DataError, InputError, ModelError, UsageError
+from qcompile.errors import DataError, GateError, InputError, ModelError, UsageError
 from qcompile.guards import require_numbers, require_sane, unmatched
 from qcompile.ir.atomic import write_atomic
 from qcompile.ir.model import Model
+from qcompile.ir.text import print_model
 from qcompile.pipeline import registry
 from qcompile.pipeline.base import Fact, Pass, PassContext
 from qcompile.pipeline.planner import Plan, complete
@@ -218,8 +219,6 @@ def run(job: Job, progress: Progress) -> Result:
 
 
 def _gate(result: Result, minimum: float | None) -> None:
-    from qcompile.errors import GateError
-
     if minimum is not None and (result.sqnr_db is None or result.sqnr_db < minimum):
         raise GateError(
             f"the output's SQNR is {result.sqnr_db} dB, below --min-sqnr {minimum};"
@@ -230,8 +229,6 @@ def _gate(result: Result, minimum: float | None) -> None:
 def _done(report: PassReport, model: Model, job: Job, progress: Progress) -> None:
     progress.on_done(report)
     if job.options.print_after:
-        from qcompile.ir.text import print_model
-
         progress.note(f"after {report.spec}:\n{print_model(model)}")
 
 

@@ -7,7 +7,7 @@ import fnmatch
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,10 +21,9 @@ from qcompile.target.target import Target
 
 __all__ = [
     "AffineMap", "Comparator", "Comparison", "Fact", "Kind", "Pass", "PassContext", "PassResult", "Probe", "Stat",
-    "Statistics", "StatisticsProvider", "option_name",
+    "StatisticsProvider", "option_name",
 ]  # fmt: skip
 
-S = TypeVar("S", bound=Stat)
 CLAIM = "qcompile.claimed_by"
 FOLDED = "qcompile.input_folded"
 FOLD_ROWS = 512
@@ -62,13 +61,6 @@ class AffineMap:
 
     r: NDArray[np.float64]
     t: NDArray[np.float64]
-
-
-class Statistics(Protocol):
-    """Answers to probes."""
-
-    def __getitem__(self, probe: Probe) -> Stat: ...
-    def get(self, probe: Probe) -> Stat | None: ...
 
 
 class StatisticsProvider(Protocol):
