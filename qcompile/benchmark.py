@@ -7,8 +7,6 @@ the pools of the other sessions hold the cores, and ratios scatter by half.
 from __future__ import annotations
 
 import random
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,14 +15,15 @@ import numpy as np
 import onnxruntime as ort
 
 from qcompile.calib.data import Dataset, fixed_batch
-from qcompile.errors import DataError, UsageError
+from qcompile.emulate.runnable import runnable
+from qcompile.errors import DataError, ModelError, UsageError
 from qcompile.ir.model import InputInfo, Model
 from qcompile.report import SCHEMA_VERSION
 from qcompile.runtime.feeds import Feeds, cast_feeds, pad_batch
 from qcompile.runtime.session import make_session, run
+from qcompile.runtime.timing import interleaved, made_up, ratios, timing
 
 DEFAULT_RUNS = 40
-WARM_UP = 5
 DYNAMIC_LENGTH = 32
 BATCH_NAMES = frozenset({"n", "b", "batch", "batch_size", "bs"})
 Progress = Callable[[int, int], None]
@@ -56,17 +55,29 @@ def bench(
 
     Raises:
         UsageError: no models, or fewer than one run.
-        ModelError: a model does not load.
+        ModelError: a model does not load, or ONNX Runtime lacks its formats.
         DataError: `data` holds no sample.
         InputError: ONNX Runtime fails on the inputs.
     """
     if not paths or runs < 1:
         raise UsageError("bench needs at least one model and one run")
+    models = [Model.load(p) for p in paths]
+    for path, model in zip(paths, models, strict=True):
+        _require_kernels(path, model)
     sessions = [make_session(p, threads=threads, use=use) for p in paths]
-    feeds = [_feeds(Model.load(p), s, data, seed) for p, s in zip(paths, sessions, strict=True)]
-    times = _times(sessions, feeds, runs, random.Random(seed), progress)
-    models = [_timing(p, t) for p, t in zip(paths, times, strict=True)]
-    return {"schema_version": SCHEMA_VERSION, "threads": threads, "runs": runs, "models": models, "ratios": _ratios(models)}
+    feeds = [_feeds(m, s, data, seed) for m, s in zip(models, sessions, strict=True)]
+    calls = [_call(s, f) for s, f in zip(sessions, feeds, strict=True)]
+    times = interleaved(calls, runs, random.Random(seed), progress)
+    timings = [timing(p, t) for p, t in zip(paths, times, strict=True)]
+    return {"schema_version": SCHEMA_VERSION, "threads": threads, "runs": runs, "models": timings, "ratios": ratios(timings)}
+
+
+def _require_kernels(path: str | Path, model: Model) -> None:
+    if runnable(model) is not model:
+        raise ModelError(
+            f"{path} holds operators that ONNX Runtime has no kernels for (FP4, MXFP8): a time measured here would say nothing;"
+            " use qcompile eval for its accuracy, qcompile audit for its kernels"
+        )
 
 
 def made_up_inputs(inputs: Sequence[InputInfo], seed: int = 0) -> Feeds:
@@ -75,14 +86,8 @@ def made_up_inputs(inputs: Sequence[InputInfo], seed: int = 0) -> Feeds:
     A dynamic first axis is 1, dynamic axes named like a batch too, others 32.
     """
     rng = np.random.default_rng(seed)
-    return {i.name: _made_up(i, rng) for i in inputs}
-
-
-def _made_up(info: InputInfo, rng: np.random.Generator) -> np.ndarray[Any, Any]:
-    shape = tuple(_size(dim, axis) for axis, dim in enumerate(info.shape))
-    if info.dtype.kind in "iub":
-        return rng.integers(0, 2, shape).astype(info.dtype)
-    return rng.standard_normal(shape).astype(np.float32).astype(info.dtype)
+    shapes = {i.name: [_size(dim, axis) for axis, dim in enumerate(i.shape)] for i in inputs}
+    return {i.name: made_up(shapes[i.name], i.dtype, rng) for i in inputs}
 
 
 def _size(dim: int | str | None, axis: int) -> int:
@@ -101,32 +106,7 @@ def _feeds(model: Model, session: ort.InferenceSession, data: Dataset | None, se
     return cast_feeds(session, pad_batch(sample, fixed) if fixed else sample)
 
 
-def _times(
-    sessions: Sequence[ort.InferenceSession], feeds: Sequence[Feeds], runs: int, order: random.Random, progress: Progress | None
-) -> list[list[float]]:
-    """Milliseconds of every run of every session."""
-    for session, feed in zip(sessions, feeds, strict=True):
-        for _ in range(WARM_UP):
-            run(session, feed)
-    times: list[list[float]] = [[] for _ in sessions]
-    turns = list(range(len(sessions)))
-    for i in range(runs):
-        order.shuffle(turns)
-        for turn in turns:
-            start = time.perf_counter()
-            sessions[turn].run(None, feeds[turn])
-            times[turn].append(1e3 * (time.perf_counter() - start))
-        if progress is not None:
-            progress(i + 1, runs)
-    return times
-
-
-def _timing(path: str | Path, times: list[float]) -> dict[str, Any]:
-    return {"path": str(path), "median_ms": statistics.median(times), "min_ms": min(times)}
-
-
-def _ratios(models: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    first = models[0]
-    return [
-        {"path": m["path"], "median": first["median_ms"] / m["median_ms"], "min": first["min_ms"] / m["min_ms"]} for m in models
-    ]
+def _call(session: ort.InferenceSession, feeds: Feeds) -> Callable[[], object]:
+    """One run of the session, for timing."""
+    run(session, feeds)  # failures are told before the clock starts
+    return lambda: session.run(None, feeds)

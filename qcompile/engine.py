@@ -8,23 +8,28 @@ from pathlib import Path
 from typing import Any
 
 from qcompile.backend.audit import AuditResult, audit
+from qcompile.backend.bisect import bisect
+from qcompile.backend.device import local_gpu
+from qcompile.backend.manifest import write_manifest
+from qcompile.backend.options import DEFAULTS, BuildOptions, Hardware, require_options
+from qcompile.backend.process import require_trt
 from qcompile.backend.profile import Profile, parse_profile
-from qcompile.backend.tensorrt import BuildResult, build_engine, capability, require_trt, write_manifest
-from qcompile.errors import BackendError, UsageError
+from qcompile.backend.tensorrt import BuildResult, build_engine, capability, graph_of
+from qcompile.errors import BackendError, BuildError, UsageError
 from qcompile.report import SCHEMA_VERSION
 from qcompile.target.catalog import TARGETS
-from qcompile.target.findings import Finding
 from qcompile.target.rules import check
-from qcompile.target.view import load_graph_only
 
 __all__ = [
     "DEFAULT_GPU",
+    "BuildOptions",
     "EngineResult",
+    "Hardware",
     "audit",
-    "check_document",
     "gpu_list",
     "make_engine",
     "profile_from",
+    "profiles_from",
     "recorded_target",
     "require_engine",
 ]
@@ -50,6 +55,8 @@ class EngineResult:
             "seconds": self.build.seconds,
             "version": self.build.version,
             "profiles": [{"shapes": p.to_json(), "source": p.source} for p in self.build.profiles],
+            "options": self.build.manifest["options"],
+            "warnings": list(self.build.warnings),
             "audits": {a.gpu: a.summary() for a in self.audits},
         }
 
@@ -70,20 +77,9 @@ def gpu_list(text: str) -> tuple[str, ...]:
 
 def recorded_target(model: Path, choices: Collection[str], default: str = "trt") -> str:
     """The target that `model` was compiled for if it is one of `choices`, else `default`."""
-    props = {p.key: p.value for p in load_graph_only(model).metadata_props}
+    props = {p.key: p.value for p in graph_of(model).metadata_props}
     recorded = props.get("qcompile.target", "")
     return recorded if recorded in choices else default
-
-
-def check_document(model: Path, target: str, gpus: Sequence[str] = ()) -> dict[str, Any]:
-    """The rule checker's findings: `schema_version, target, errors, warnings` of `rule, node, message, fix`."""
-    found = check(model, target, gpus)
-    errors, warnings = ([_finding(f) for f in found if f.severity == s] for s in ("error", "warning"))
-    return {"schema_version": SCHEMA_VERSION, "target": target, "errors": errors, "warnings": warnings}
-
-
-def _finding(f: Finding) -> dict[str, str]:
-    return {"rule": f.rule, "node": f.node, "message": f.message, "fix": f.fix}
 
 
 def profile_from(text: str | None) -> Profile | None:
@@ -91,20 +87,52 @@ def profile_from(text: str | None) -> Profile | None:
     return None if text is None else parse_profile(text)
 
 
-def require_engine(target: str, out: Path, gpus: Sequence[str]) -> None:
+def profiles_from(texts: Sequence[str]) -> tuple[Profile, ...]:
+    """One profile for each `--profile` (see `parse_profile`)."""
+    return tuple(parse_profile(text) for text in texts)
+
+
+def require_engine(
+    target: str, out: Path, gpus: Sequence[str], codes: Collection[str] = (), options: BuildOptions = DEFAULTS
+) -> None:
     """Fail now, before hours of work, on what would fail at the build.
+
+    `codes` are the code types that the model will hold, e.g. float8e4m3fn.
 
     Raises:
         UsageError: the target builds no engine, or the folder of `out` does not exist.
-        BackendError: its package is not installed, or it has no such GPU.
+        BackendError: its package is not installed, it has no such GPU or no such option, or a GPU has no such kernels.
     """
     require_trt(target)
+    require_options(target, options)
     if not out.parent.is_dir():
         raise UsageError(f"the folder of the engine {out} does not exist; create it first, or choose another place")
+    if target == "trt" and local_gpu() is None:
+        raise BackendError("target 'trt' builds for this machine's GPU, and there is none; use --target rtx, or the GPU machine")
     known = TARGETS[target].gpus
     unknown = [g for g in gpus if known and g not in known]
-    if unknown:
+    if unknown and target == "rtx":
         raise BackendError(f"target {target!r} cannot build for {', '.join(unknown)}; choose --gpu from {', '.join(known)}")
+    pairs = ((g, c) for g in _built_for(target, gpus) for c in codes)
+    lacking = next(((g, c) for g, c in pairs if _number(g) < TARGETS[target].capability(c)), None)
+    if lacking is not None:
+        raise BackendError(_lacks(target, *lacking))
+
+
+def _built_for(target: str, gpus: Sequence[str]) -> Sequence[str]:
+    """The GPUs that the engine is for: those asked for, or with `trt` this machine's."""
+    own = local_gpu()
+    return gpus if target == "rtx" else ((own,) if own is not None else ())
+
+
+def _number(gpu: str) -> int:
+    major, minor = capability(gpu)
+    return 10 * major + minor
+
+
+def _lacks(target: str, gpu: str, code: str) -> str:
+    lowest = TARGETS[target].capability(code)
+    return f"{gpu} has no {code} kernels (they begin with sm{lowest}); choose --gpu sm{lowest} or newer, or another scheme"
 
 
 def make_engine(
@@ -113,25 +141,59 @@ def make_engine(
     *,
     target: str,
     gpus: Sequence[str],
-    profile: Profile | None = None,
+    profiles: Sequence[Profile] = (),
+    options: BuildOptions = DEFAULTS,
+    find_cause: bool = True,
     note: Note | None = None,
 ) -> EngineResult:
     """Build an engine; for `rtx` audit its kernels for every GPU and add the figures to the manifest.
 
+    `find_cause`: if the builder refuses the model, build parts of it until the Q/DQ pairs that break it are known.
+
     Raises:
         ModelError, UsageError, BackendError: see `build_engine` and `audit`.
+        BuildError: with the builder's message, and the cause.
     """
-    built = build_engine(onnx_path, out, target=target, gpus=gpus, profiles=[profile] if profile else None, progress=note)
-    audits = tuple(_audits(Path(onnx_path), gpus, profile, note)) if target == "rtx" else ()
+    source = Path(onnx_path)
+    _require_kernels(source, target, gpus)
+    try:
+        built = build_engine(source, out, target=target, gpus=gpus, profiles=profiles, options=options, progress=note)
+    except BuildError as error:
+        if not find_cause:
+            raise
+        raise BuildError(_with_cause(error, source, target, gpus, profiles, note)) from error
+    if note is not None:
+        for warning in built.warnings:
+            note(f"warning: {warning}")
+    audits = tuple(_audits(source, gpus, built.profiles, note)) if target == "rtx" else ()
     if audits:
         write_manifest(built.path, {**built.manifest, "audit": {a.gpu: a.summary() for a in audits}})
     return EngineResult(built, audits)
 
 
-def _audits(path: Path, gpus: Sequence[str], profile: Profile | None, note: Note | None) -> list[AuditResult]:
+def _require_kernels(source: Path, target: str, gpus: Sequence[str]) -> None:
+    """Refuse code types that a GPU has no kernels for (the builder would take minutes to say so, or emulate them)."""
+    graph_of(source)
+    found = check(source, target, _built_for(target, gpus))
+    refused = next((f for f in found if f.rule == "QC-TRT-021"), None)
+    if refused is not None:
+        raise BackendError(f"{source.name}: {refused.message}; {refused.fix}")
+
+
+def _with_cause(
+    error: BuildError, source: Path, target: str, gpus: Sequence[str], profiles: Sequence[Profile], note: Note | None
+) -> str:
+    said = str(error).removesuffix("; run `qcompile check` for the cause")
+    if note is not None:
+        note(f"the builder refused the model ({said}); looking for the Q/DQ pairs that break it (--no-bisect: do not)")
+    found = bisect(source, said, target=target, gpus=gpus, profiles=profiles, progress=note)
+    return f"{said}; {found.advice()}"
+
+
+def _audits(path: Path, gpus: Sequence[str], profiles: Sequence[Profile], note: Note | None) -> list[AuditResult]:
     done: list[AuditResult] = []
     for gpu in gpus:
         if note is not None:
             note(f"auditing the kernels for {gpu}")
-        done.append(audit(path, gpu, profile))
+        done.append(audit(path, gpu, next(iter(profiles), None)))
     return done

@@ -6,6 +6,7 @@
     |   |-- ModelError            3   ... the ONNX model
     |   `-- DataError             3   ... the calibration or evaluation data
     |-- BackendError              4   a backend is missing or failed
+    |   `-- BuildError            4   ... the builder refused the model, or crashed on it
     `-- GateError                 1   a check or gate did not hold
         `-- VerifyError           1   a pass broke its contract
 
@@ -45,6 +46,10 @@ class BackendError(QcompileError):
     """A backend (TensorRT, TensorRT-RTX, a provider) is missing or failed."""
 
     exit_code = 4
+
+
+class BuildError(BackendError):
+    """The engine builder refused the model, or crashed on it."""
 
 
 class GateError(QcompileError):

@@ -19,7 +19,15 @@ from qcompile.errors import BackendError
 TESTED = ("1.7.1.116",)
 DEQUANTIZING = "runtime_fusion"  # may read codes, but multiplies in float after dequantizing inside the kernel
 COMPUTE_KERNELS = frozenset({"gemm", "correlation", "deconv", DEQUANTIZING})
-LOW_DATATYPES = {"Int8": "int8", "FP8": "float8e4m3fn", "Float8": "float8e4m3fn", "FP4": "float4e2m1", "Int4": "int4"}
+_FP4 = "FP4E2M1"
+LOW_DATATYPES = {
+    "Int8": "int8",
+    "FP8": "float8e4m3fn",
+    "Float8": "float8e4m3fn",
+    "FP4": "float4e2m1",
+    _FP4: "float4e2m1",
+    "Int4": "int4",
+}
 
 _LINE = re.compile(
     r"^Name: (?P<name>.*?), LayerType: (?P<type>\w+), Inputs: \[(?P<inputs>.*?)\], Constants: \[(?P<constants>.*?)\], "
@@ -71,7 +79,12 @@ class Kernel:
         return LOW_DATATYPES.get(weight.dtype)
 
     def weight(self) -> Operand | None:
-        """The second compute operand: the largest constant, else (activations on both sides) the second input."""
+        """The second compute operand: the largest constant, else (activations on both sides) the second input.
+
+        FP4 weights with an odd length are padded in front of the kernel, whose constants are then the scales alone.
+        """
+        if len(self.inputs) > 1 and self.inputs[1].dtype == _FP4:
+            return self.inputs[1]
         largest = max(self.constants, key=lambda c: prod(c.dims), default=None)
         if largest is not None and prod(largest.dims) > 1 and len(largest.dims) > 1:
             return largest

@@ -14,6 +14,10 @@ from qcompile.errors import UsageError
 SHAPES_KEY = "qcompile.shapes"
 BATCH = (1, 8, 32)
 OTHER = (8, 32, 128)
+_OUTSIDE = (
+    "axis {1} of {0!r} runs from {2} to {3} in the profile, but was calibrated at {4}: longer inputs may exceed the ranges;"
+    " calibrate at the largest size, or lower the profile"
+)
 FORM = "write input:MINxDIMS,OPTxDIMS,MAXxDIMS, e.g. x:1x3x224x224,8x3x224x224,32x3x224x224"
 
 
@@ -116,6 +120,23 @@ def _recorded(model: ModelProto) -> Mapping[str, Sequence[int]]:
     except json.JSONDecodeError:
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def outside_calibration(model: ModelProto, profile: Profile) -> list[str]:
+    """Where `profile` leaves the shapes that the model was calibrated at (recorded as `qcompile.shapes`), one line an axis.
+
+    Axis 0 is the batch, which moves no range.  On another axis, sizes that calibration never saw may exceed its ranges.
+    """
+    recorded = _recorded(model)
+    lines = (_outside(name, r, recorded.get(name, [])) for name, r in profile.shapes.items())
+    return [line for found in lines for line in found]
+
+
+def _outside(name: str, r: ShapeRange, seen: Sequence[int]) -> list[str]:
+    if len(seen) != len(r.min):
+        return []
+    axes = [(i, r.min[i], r.max[i], int(seen[i])) for i in range(1, len(seen))]
+    return [_OUTSIDE.format(name, i, lo, hi, n) for i, lo, hi, n in axes if n < hi]
 
 
 def check_profile(model: ModelProto, profile: Profile) -> None:

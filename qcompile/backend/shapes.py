@@ -42,7 +42,7 @@ def dims_of(value: ValueInfoProto) -> list[int]:
 def _skeleton(model: ModelProto, inputs: Mapping[str, Shape]) -> tuple[ModelProto, Constants]:
     """A copy with fixed input shapes, weights turned into inputs, and recorded shapes forgotten; and its small constants."""
     graph = onnx.GraphProto(name="shapes")
-    graph.node.extend(model.graph.node)
+    graph.node.extend(_shape_like(n) for n in model.graph.node)
     graph.input.extend(model.graph.input)
     graph.output.extend(ValueInfoProto(name=v.name, type=_untyped(v)) for v in model.graph.output)
     for value in graph.input:
@@ -60,6 +60,13 @@ def _skeleton(model: ModelProto, inputs: Mapping[str, Shape]) -> tuple[ModelProt
     skeleton.opset_import.extend(model.opset_import)
     skeleton.functions.extend(model.functions)
     return skeleton, constants
+
+
+def _shape_like(node: NodeProto) -> NodeProto:
+    """TensorRT's quantizers are unknown to shape inference; their first output has the shape of their first input."""
+    if node.domain != "trt":
+        return node
+    return helper.make_node("Identity", node.input[:1], node.output[:1], name=node.name)
 
 
 def _untyped(value: ValueInfoProto) -> onnx.TypeProto:

@@ -2,39 +2,35 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-import importlib.util
-import json
+import contextlib
 import os
 import re
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import onnx
 
-from qcompile.backend.profile import Profile, check_profile, default_profile
-from qcompile.errors import BackendError, UsageError
+from qcompile.backend.device import local_gpu
+from qcompile.backend.manifest import is_engine, make_manifest, manifest_path, write_manifest
+from qcompile.backend.options import DEFAULTS, BuildOptions, require_options
+from qcompile.backend.process import EXTRAS, MODULES, ask_worker, require_trt
+from qcompile.backend.profile import Profile, check_profile, default_profile, outside_calibration
+from qcompile.errors import BackendError, BuildError, ModelError, UsageError
 from qcompile.ir.atomic import write_atomic
 from qcompile.target.view import load_graph_only
 
-MODULES = {"rtx": "tensorrt_rtx", "trt": "tensorrt"}
-EXTRAS = {"rtx": "rtx", "trt": "tensorrt"}
-MANIFEST_VERSION = 1
 ERROR_LINES = 4
 _NOISE = re.compile(r"^ModelImporter\.cpp:\d+: (ERROR: )?|\[checkMacros\.cpp::catchCudaError.*$")
+_WORKER = "qcompile.backend.worker"
 Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class BuildResult:
-    """A built engine: where it is, how long it took, how large it is, and its manifest (a JSON document)."""
+    """A built engine: where it is, how long it took, how large it is, its manifest (a JSON document), and warnings."""
 
     path: Path
     manifest_path: Path
@@ -43,44 +39,18 @@ class BuildResult:
     version: str
     profiles: tuple[Profile, ...]
     manifest: dict[str, Any]
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class BuiltPlan:
-    """What the worker reports of one build; `layers` is the kernel dump when asked for."""
+    """What the worker reports of one build; `layers` is the kernel dump when asked for, `header` the runtime's verdict."""
 
     version: str
     seconds: float
     size: int
     layers: str
-
-
-def require_trt(target: str) -> str:
-    """The name of the Python module behind `target` ("rtx" or "trt"), which is installed.
-
-    Raises:
-        UsageError: no such engine target.
-        BackendError: the module is not installed; it is never replaced by another.
-    """
-    if target not in MODULES:
-        raise UsageError(f"target {target!r} builds no engine; use one of {', '.join(MODULES)}")
-    if importlib.util.find_spec(MODULES[target]) is not None:
-        return MODULES[target]
-    other = ", or use --target rtx, which builds on any machine" if target == "trt" else ""
-    raise BackendError(f"{MODULES[target]} is not installed; run pip install 'qcompile[{EXTRAS[target]}]'{other}")
-
-
-def load_trt(target: str) -> ModuleType:
-    """The imported TensorRT module of `target`.
-
-    Raises:
-        BackendError: it is not installed, or its libraries do not load.
-    """
-    name = require_trt(target)
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise BackendError(f"{name} is installed but does not load ({error}); reinstall 'qcompile[{EXTRAS[target]}]'") from error
+    header: str | None = None
 
 
 def capability(gpu: str) -> tuple[int, int]:
@@ -96,62 +66,65 @@ def capability(gpu: str) -> tuple[int, int]:
 
 
 def run_worker(
-    onnx_path: Path, out: Path | None, *, target: str, gpus: Sequence[str], profiles: Sequence[Profile], layers: bool = False
+    onnx_path: Path,
+    out: Path | None,
+    *,
+    target: str,
+    gpus: Sequence[str],
+    profiles: Sequence[Profile],
+    layers: bool = False,
+    options: BuildOptions = DEFAULTS,
 ) -> BuiltPlan:
-    """Build once in a subprocess.
+    """Build once in a subprocess; `out` None builds without saving.
 
     Raises:
-        BackendError: the backend is missing, knows no such GPU, refuses the model, or crashes.
+        BackendError: the backend is missing or too old, knows no such GPU, or the engine cannot be written.
+        BuildError: it refuses the model, or crashes on it.
     """
     require_trt(target)
     request = {
+        "module": MODULES[target],
         "onnx": str(onnx_path),
         "out": None if out is None else str(out),
         "rtx": target == "rtx",
         "capabilities": [capability(g) for g in gpus] if target == "rtx" else [],
         "profiles": [p.to_json() for p in profiles],
         "layers": layers,
+        "options": {**vars(options), "timing_cache": None if options.timing_cache is None else str(options.timing_cache)},
     }
-    env = os.environ | {"POLYGRAPHY_USE_TENSORRT_RTX": "1" if target == "rtx" else "0"}
-    command = [sys.executable, "-m", "qcompile.backend.worker"]
-    done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, env=env, check=False)
-    reply = _reply(done, MODULES[target])
-    _raise_failure(reply, onnx_path, MODULES[target])
-    return BuiltPlan(reply["version"], reply["seconds"], reply["size"], reply["layers"])
-
-
-def _reply(done: subprocess.CompletedProcess[str], module: str) -> dict[str, Any]:
     try:
-        return json.loads(done.stdout)
-    except json.JSONDecodeError:
-        raise BackendError(
-            f"the {module} builder {_crash(done)}; run `qcompile check` on the model for the likely cause"
-        ) from None
+        reply = ask_worker(_WORKER, request, target)
+    except BuildError as error:
+        raise BuildError(f"{error} while building {onnx_path.name}; run `qcompile check` for the likely cause") from None
+    _raise_failure(reply, onnx_path, target)
+    return BuiltPlan(reply["version"], reply["seconds"], reply["size"], reply["layers"], reply.get("header"))
 
 
-def _crash(done: subprocess.CompletedProcess[str]) -> str:
-    if done.returncode < 0:
-        return f"crashed (signal {-done.returncode})"
-    last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-    return f"ended with status {done.returncode}: {last[0][:400]}"
-
-
-def _raise_failure(reply: dict[str, Any], onnx_path: Path, module: str) -> None:
+def _raise_failure(reply: dict[str, Any], onnx_path: Path, target: str) -> None:
+    if reply["ok"]:
+        return
+    module = MODULES[target]
+    if not reply["version"]:
+        raise BackendError(f"{module} does not load ({quoted(reply['errors'])}); reinstall 'qcompile[{EXTRAS[target]}]'")
+    named = f"{module} {reply['version']}"
     if reply.get("unknown"):
         supported = [n.lower() for n in reply["capabilities"] if n.startswith("SM")]
         names = ", ".join(n.lower() for n in reply["unknown"])
-        raise BackendError(f"{module} {reply['version']} has no target {names}; choose --gpu from {', '.join(supported)}")
-    if not reply["ok"]:
-        quoted = " | ".join(_relevant(reply["errors"]))
-        what = f"{module} {reply['version']} cannot build {onnx_path.name}"
-        raise BackendError(f"{what}: {quoted}; run `qcompile check` for the cause")
+        raise BackendError(f"{named} has no target {names}; choose --gpu from {', '.join(supported)}")
+    if reply.get("unsupported"):
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in reply["unsupported"])
+        raise BackendError(f"{named} has no {options}; drop it, or install a newer version")
+    if reply.get("unwritable"):
+        raise BackendError(f"cannot write the engine: {reply['unwritable']}; free space or choose another folder")
+    raise BuildError(f"{named} cannot build {onnx_path.name}: {quoted(reply['errors'])}; run `qcompile check` for the cause")
 
 
-def _relevant(errors: Sequence[str]) -> list[str]:
+def quoted(errors: Sequence[str]) -> str:
     """The last few distinct messages, shortened; Polygraphy's own summary only if there is nothing else."""
     own = [e for e in errors if not e.startswith("PolygraphyException")] or list(errors)
     cleaned = (_NOISE.sub("", " ".join(e.split()))[:400].strip() for e in own)
-    return list(dict.fromkeys(e for e in cleaned if e and not e.startswith("---")))[-ERROR_LINES:] or ["no message"]
+    lines = list(dict.fromkeys(e for e in cleaned if e and not e.startswith("---")))[-ERROR_LINES:]
+    return " | ".join(lines) or "no message"
 
 
 def plan_profiles(model: onnx.ModelProto, given: Sequence[Profile] | None) -> tuple[Profile, ...]:
@@ -175,6 +148,7 @@ def build_engine(
     target: str,
     gpus: Sequence[str] = ("sm89",),
     profiles: Sequence[Profile] | None = None,
+    options: BuildOptions = DEFAULTS,
     progress: Progress | None = None,
 ) -> BuildResult:
     """Build `onnx_path` (strongly typed: its Q/DQ alone decide the precision) and write engine and manifest atomically.
@@ -183,75 +157,74 @@ def build_engine(
 
     Raises:
         ModelError: not an ONNX file.
-        UsageError: a GPU name or a profile is wrong.
-        BackendError: the backend is missing or refuses the model; its last error lines are quoted.
+        UsageError: a GPU name or a profile is wrong, or the folder of `out_path` is missing or not writable.
+        BackendError: the backend is missing or lacks an option, or the disk is full.
+        BuildError: it refuses the model; its last error lines are quoted.
     """
     require_trt(target)
+    require_options(target, options)
     source, out = Path(onnx_path), Path(out_path)
-    model = load_graph_only(source)
+    model = graph_of(source)
     chosen = plan_profiles(model, profiles)
+    warnings = tuple(line for p in chosen for line in outside_calibration(model, p))
+    where = tuple(gpus) if target == "rtx" else (local_gpu() or "current",)
     if progress is not None:
-        where = ", ".join(gpus) if target == "rtx" else "this machine's GPU"
-        progress(f"building {out.name} with {MODULES[target]} for {where}")
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=_folder(out)) as scratch:
-        draft = Path(scratch) / out.name
-        plan = run_worker(source, draft, target=target, gpus=gpus, profiles=chosen)
-        manifest = _manifest(source, model, draft, plan, target, gpus, chosen)
+        progress(f"building {out.name} with {MODULES[target]} for {', '.join(where)}")
+    with scratch(out) as folder:
+        draft, cache = folder / out.name, _cache_copy(options, folder)
+        plan = run_worker(source, draft, target=target, gpus=gpus, profiles=chosen, options=cache)
+        warnings = (*warnings, *_keep_cache(options, cache))
+        manifest = make_manifest(
+            source, model, draft, target=target, backend_version=plan.version, header=plan.header, seconds=plan.seconds,
+            gpus=where, profiles=chosen, options=options, warnings=warnings,
+        )  # fmt: skip
+        write_manifest(out, manifest)
         os.replace(draft, out)
-    write_manifest(out, manifest)
-    return BuildResult(out, manifest_path(out), plan.seconds, plan.size, plan.version, chosen, manifest)
+    return BuildResult(out, manifest_path(out), plan.seconds, plan.size, plan.version, chosen, manifest, warnings)
 
 
-def _folder(out: Path) -> Path:
+def graph_of(source: Path) -> onnx.ModelProto:
+    """The model at `source` without its external data.
+
+    Raises:
+        ModelError: no such file, an engine, or not an ONNX model.
+    """
+    if is_engine(source):
+        raise ModelError(f"{source} is an engine, not an ONNX model; give the ONNX file that it was built from")
+    return load_graph_only(source)
+
+
+@contextlib.contextmanager
+def scratch(out: Path) -> Generator[Path]:
+    """A folder beside `out` (so that renaming works), gone afterwards."""
     if not out.parent.is_dir():
         raise UsageError(f"the folder {out.parent} does not exist; make it or choose another place for the engine")
-    return out.parent
-
-
-def manifest_path(engine: Path) -> Path:
-    """`model.engine` -> `model.engine.json`."""
-    return engine.with_name(engine.name + ".json")
-
-
-def write_manifest(engine: Path, manifest: dict[str, Any]) -> Path:
-    """Write the manifest of `engine` beside it, atomically; call again with an `audit` entry added to record the audit."""
-    text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
+    if out.is_dir():
+        raise UsageError(f"the engine {out} is a folder; name a file")
     try:
-        return write_atomic(manifest_path(engine), text)
+        folder = tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent)
     except OSError as error:
-        raise BackendError(
-            f"cannot write {manifest_path(engine)}: {error.strerror or error}; free space or choose another folder"
-        ) from error
+        raise UsageError(f"cannot write into {out.parent}: {error.strerror or error}; choose another place") from error
+    with folder as name:
+        yield Path(name)
 
 
-def _manifest(
-    source: Path,
-    model: onnx.ModelProto,
-    engine: Path,
-    plan: BuiltPlan,
-    target: str,
-    gpus: Sequence[str],
-    profiles: Sequence[Profile],
-) -> dict[str, Any]:
-    return {
-        "schema_version": MANIFEST_VERSION,
-        "backend": MODULES[target],
-        "version": plan.version,
-        "target": target,
-        "compute_capabilities": list(gpus) if target == "rtx" else ["current"],
-        "profiles": [{"shapes": p.to_json(), "source": p.source} for p in profiles],
-        "flags": ["STRONGLY_TYPED"],
-        "onnx": {"file": source.name, "sha256": _sha256(source), "external": _external_digests(model, source.parent)},
-        "engine": {"sha256": _sha256(engine), "size": plan.size},
-        "build_seconds": round(plan.seconds, 3),
-    }
+def _cache_copy(options: BuildOptions, folder: Path) -> BuildOptions:
+    """The same options with a copy of the timing cache, which the builder may leave half-written."""
+    if options.timing_cache is None:
+        return options
+    copy = folder / "timing.cache"
+    if options.timing_cache.is_file():
+        copy.write_bytes(options.timing_cache.read_bytes())
+    return replace(options, timing_cache=copy)
 
 
-def _external_digests(model: onnx.ModelProto, folder: Path) -> dict[str, str]:
-    locations = {e.value for t in model.graph.initializer for e in t.external_data if e.key == "location"}
-    return {name: _sha256(folder / name) for name in sorted(locations)}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _keep_cache(options: BuildOptions, used: BuildOptions) -> tuple[str, ...]:
+    """Put the timing cache that the build left in its place; a warning if that fails (the engine is worth more)."""
+    if options.timing_cache is None or used.timing_cache is None:
+        return ()
+    try:
+        write_atomic(options.timing_cache, used.timing_cache.read_bytes())
+    except OSError as error:
+        return (f"the timing cache {options.timing_cache} was not updated: {error.strerror or error}",)
+    return ()

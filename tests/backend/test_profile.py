@@ -8,7 +8,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from qcompile.backend.profile import SHAPES_KEY, check_profile, default_profile, parse_profile
+from qcompile.backend.profile import SHAPES_KEY, check_profile, default_profile, outside_calibration, parse_profile
 from qcompile.errors import UsageError
 
 
@@ -59,3 +59,12 @@ def test_calibration_shapes_are_used() -> None:
 def test_profiles_that_do_not_fit(text: str, match: str) -> None:
     with pytest.raises(UsageError, match=match):
         check_profile(model(x=["N", 3], y=[4]), parse_profile(text))
+
+
+def test_shapes_that_calibration_never_saw() -> None:
+    m = model(ids=["N", "T"], x=["N", 4])
+    assert outside_calibration(m, parse_profile("ids:1x8,8x64,32x512")) == []
+    m.metadata_props.add(key=SHAPES_KEY, value=json.dumps({"ids": [1, 128], "x": [1, 4]}))
+    assert outside_calibration(m, parse_profile("ids:1x8,8x64,32x128;x:1x4,8x4,64x4")) == []
+    (line,) = outside_calibration(m, parse_profile("ids:1x8,8x64,32x512"))
+    assert line.startswith("axis 1 of 'ids' runs from 8 to 512 in the profile, but was calibrated at 128")

@@ -1,0 +1,54 @@
+"""Latencies that can be compared: the runs of all candidates are interleaved in random order."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+WARM_UP = 5
+Progress = Callable[[int, int], None]
+
+
+def interleaved(
+    calls: Sequence[Callable[[], object]], runs: int, order: random.Random, progress: Progress | None = None
+) -> list[list[float]]:
+    """Milliseconds of `runs` calls of each candidate, after 5 untimed ones; a call must return when its work is done."""
+    for call in calls:
+        for _ in range(WARM_UP):
+            call()
+    times: list[list[float]] = [[] for _ in calls]
+    turns = list(range(len(calls)))
+    for i in range(runs):
+        order.shuffle(turns)
+        for turn in turns:
+            start = time.perf_counter()
+            calls[turn]()
+            times[turn].append(1e3 * (time.perf_counter() - start))
+        if progress is not None:
+            progress(i + 1, runs)
+    return times
+
+
+def timing(path: object, times: Sequence[float]) -> dict[str, Any]:
+    """`path, median_ms, min_ms`."""
+    return {"path": str(path), "median_ms": statistics.median(times), "min_ms": min(times)}
+
+
+def ratios(timings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`path, median, min` of each: how many times as fast as the first."""
+    first = timings[0]
+    keys = ("median", "min")
+    return [{"path": t["path"], **{k: first[f"{k}_ms"] / t[f"{k}_ms"] for k in keys}} for t in timings]
+
+
+def made_up(shape: Sequence[int], dtype: np.dtype[Any], rng: np.random.Generator) -> NDArray[Any]:
+    """An array for timing: standard normal reals, integers and booleans 0 or 1 (safe as indices and masks)."""
+    if dtype.kind in "iub":
+        return rng.integers(0, 2, tuple(shape)).astype(dtype)
+    return rng.standard_normal(tuple(shape)).astype(np.float32).astype(dtype)
