@@ -1,15 +1,20 @@
-"""`qcompile inspect`: what is in a model, as one JSON-ready dict."""
+"""`qcompile inspect`: what is in a model, or known of an engine, as one JSON-ready dict."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from qcompile.backend.audit import audit
+from qcompile.backend.engine_card import engine_card, engine_of
+from qcompile.backend.precision import audit_figures, compute_nodes
+from qcompile.errors import UsageError
 from qcompile.ir import match, ops
 from qcompile.ir.model import Model
 from qcompile.report import SCHEMA_VERSION
@@ -27,14 +32,67 @@ _STRUCTURES = {
 }
 
 
-def inspect_model(path: str | Path) -> dict[str, Any]:
+def inspect(
+    path: str | Path, *, audit_file: Path | None = None, gpu: str | None = None, remarks_file: Path | None = None
+) -> dict[str, Any]:
+    """Describe the ONNX model, engine or engine manifest at `path` (`kind`: "onnx" or "engine").
+
+    Args:
+        audit_file: what `qcompile audit --json` printed for this model.
+        gpu: audit the model now for this GPU, e.g. sm89 (needs tensorrt-rtx).
+        remarks_file: what `qcompile compile --remarks` wrote: why nodes were left in float.
+
+    Returns:
+        See `inspect_model` and `qcompile.backend.engine_card.engine_card`.
+
+    Raises:
+        ModelError: the file cannot be used; an engine has no manifest.
+        UsageError: two audits, or one of another model; or options of models for an engine.
+        BackendError: the audit cannot be made.
+    """
+    path = Path(path)
+    engine = engine_of(path)
+    if engine is None:
+        remarks = [] if remarks_file is None else _document(remarks_file, "remarks", "qcompile compile --remarks")["remarks"]
+        return inspect_model(path, _audit(path, audit_file, gpu), remarks)
+    if audit_file or gpu or remarks_file:
+        raise UsageError("--audit, --gpu and --remarks belong to an ONNX model; an engine's audit is in its manifest")
+    return {"schema_version": SCHEMA_VERSION, "kind": "engine", "path": str(engine), **engine_card(engine)}
+
+
+def _audit(path: Path, file: Path | None, gpu: str | None) -> dict[str, Any] | None:
+    if file is not None and gpu is not None:
+        raise UsageError("--audit reads an audit and --gpu makes one; give one of them")
+    if file is not None:
+        return _document(file, "kernels", "qcompile audit --json")
+    return None if gpu is None else audit(path, gpu).to_json()
+
+
+def _document(file: Path, key: str, maker: str) -> dict[str, Any]:
+    try:
+        found: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise UsageError(f"cannot read {file} ({e}); make it with: {maker}") from e
+    if not isinstance(found, dict) or key not in found:
+        raise UsageError(f"{file} has no {key!r}; make it with: {maker}")
+    return found
+
+
+def inspect_model(
+    path: str | Path, audited: Mapping[str, Any] | None = None, remarks: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
     """Describe the model at `path`; nothing is run.
+
+    Args:
+        audited: the document of an audit of this model, set beside the plan.
+        remarks: of its compilation.
 
     Returns:
         `schema_version, path, size_mb, ir_version, opset, inputs, outputs, nodes` (count by operator), `parameters`
         (elements of the weights), `metadata` (what qcompile wrote), `quantized` (one entry a tensor), `weights`
-        (elements in all and quantized, `share`) and `structures` (null for a quantized model: its weights are behind
-        DequantizeLinear, where the matchers do not look).
+        (elements in all and quantized, `share`), `compute` (one entry a GEMM, convolution or attention product:
+        `qcompile.backend.precision.compute_nodes`), `audit` (the audit's figures or null) and `structures` (null for a
+        quantized model: its weights are behind DequantizeLinear, where the matchers do not look).
 
     Raises:
         ModelError: the file cannot be used.
@@ -43,6 +101,7 @@ def inspect_model(path: str | Path) -> dict[str, Any]:
     quantized = quantized_tensors(model.graph)
     return {
         "schema_version": SCHEMA_VERSION,
+        "kind": "onnx",
         "path": str(path),
         "size_mb": round(model_bytes(model, Path(path)) / 1e6, 3),
         "ir_version": model.ir.ir_version,
@@ -54,6 +113,8 @@ def inspect_model(path: str | Path) -> dict[str, Any]:
         "metadata": _metadata(model),
         "quantized": quantized,
         "weights": _weight_share(model.graph),
+        "compute": compute_nodes(Path(path), audited, remarks),
+        "audit": None if audited is None else audit_figures(audited),
         "structures": None if quantized else _structures(model.graph),
     }
 

@@ -24,18 +24,24 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "pipeline": ("ir", "quant.spec", "calib.observers", "target"),
     "passes": ("ir", "quant", "pipeline.base", "calib.observers", "target"),
     "backend": ("ir", "target", "runtime"),
-    "providers": ("ir", "runtime", "calib", "pipeline.base"),  # what the runner is injected with
-    "layers": ("ir", "runtime", "calib"),
-    "evaluate": ("ir", "runtime", "calib", "layers"),
-    "benchmark": ("ir", "runtime", "calib"),
-    "guards": ("ir", "pipeline.base"),
-    "compile": ("ir", "quant", "runtime", "calib", "target", "pipeline", "backend", "providers", "guards", PACKAGE),
+    "emulate": ("ir", "quant"),
+    "providers": ("ir", "runtime", "calib", "emulate", "pipeline.base"),  # what the runner is injected with
+    "layers": ("ir", "runtime", "calib", "emulate"),
+    "evaluate": ("ir", "runtime", "calib", "emulate", "layers"),
+    "benchmark": ("ir", "runtime", "calib", "emulate"),
+    "engine_bench": ("backend", "emulate", "ir", "runtime"),
+    "guards": ("ir",),
+    "job": ("ir", "quant", "calib", "target", "pipeline", "guards"),
+    "compile": ("job", "ir", "quant", "runtime", "calib", "target", "pipeline", "backend", "providers", "guards", PACKAGE),
     "__main__": ("cli",),
     "engine": ("backend", "target"),
-    "inspection": ("ir",),
+    "checking": ("ir", "target", PACKAGE),
+    "inspection": ("ir", "backend", "target"),
+    "parity": ("backend", "calib", "runtime"),
+    "deploy": ("backend", "calib", "ir", "parity", "runtime", "target"),
     "cli": (
-        *("compile", "evaluate", "benchmark", "engine", "inspection", "guards", PACKAGE),
-        *("pipeline.registry", "pipeline.describe", "target.rules", "calib.data", "ir.model"),
+        *("compile", "evaluate", "benchmark", "deploy", "engine", "engine_bench", "inspection", "guards", PACKAGE),
+        *("pipeline.registry", "pipeline.describe", "target.rules", "target.findings", "checking", "calib.data", "ir.model"),
     ),
 }
 HEAVY = {"tensorrt": "backend", "tensorrt_rtx": "backend", "polygraphy": "backend", "click": "cli"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from qcompile.cli.cards import show_compute, show_engine_card
 from qcompile.cli.output import number, percent, print_table, print_text
 from qcompile.pipeline.describe import OptionHelp, PassHelp
 
@@ -36,7 +37,11 @@ def _option_row(o: OptionHelp) -> tuple[str, str, str, str]:
 
 
 def show_inspection(document: dict[str, Any]) -> None:
-    """A model's interface, operators, structures, and what is quantized."""
+    """An engine's manifest, or a model's interface, operators, structures, and what is quantized."""
+    show_engine_card(document) if document["kind"] == "engine" else _show_model(document)
+
+
+def _show_model(document: dict[str, Any]) -> None:
     parameters = f"{document['parameters'] / 1e6:.3f} M parameters"
     print_text(f"{document['path']}: {document['size_mb']:.2f} MB, opset {document['opset']}, {parameters}")
     rows = [(side, v["name"], v["dtype"] or "?", _shape(v["shape"])) for side in ("inputs", "outputs") for v in document[side]]
@@ -51,6 +56,8 @@ def show_inspection(document: dict[str, Any]) -> None:
         print_table(["", ""], [(k, str(v)) for k, v in document["metadata"].items()])
     if document["quantized"]:
         _show_quantized(document)
+    if document["quantized"] or document["audit"]:
+        show_compute(document)
 
 
 def _show_quantized(document: dict[str, Any]) -> None:

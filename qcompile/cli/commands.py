@@ -7,18 +7,19 @@ from typing import Any
 
 import click
 
-from qcompile.benchmark import DEFAULT_RUNS, bench
 from qcompile.calib.data import load_data
 from qcompile.cli.audit_command import audit_command
+from qcompile.cli.bench_command import bench_command
 from qcompile.cli.build_command import build_command
 from qcompile.cli.catalog import show_inspection, show_pass, show_passes
 from qcompile.cli.check_command import check_command
+from qcompile.cli.deploy_command import deploy_command
 from qcompile.cli.options import MODEL, as_json
 from qcompile.cli.output import print_json
 from qcompile.cli.progress import reporter
-from qcompile.cli.views import show_bench, show_evaluation
+from qcompile.cli.views import show_evaluation
 from qcompile.evaluate import evaluate
-from qcompile.inspection import inspect_model
+from qcompile.inspection import inspect
 from qcompile.ir.model import Model
 from qcompile.pipeline import registry
 from qcompile.pipeline.describe import describe_pass, describe_passes
@@ -51,30 +52,19 @@ def eval_command(
     print_json(document) if as_json else show_evaluation(document)
 
 
-@click.command("bench")
-@click.argument("models", type=MODEL, nargs=-1, required=True)
-@click.option("--threads", type=click.IntRange(1), default=2, show_default=True, help="ONNX Runtime threads.")
-@click.option("--runs", type=click.IntRange(1), default=DEFAULT_RUNS, show_default=True, help="Timed runs of each model.")
-@as_json
-def bench_command(models: tuple[Path, ...], threads: int, runs: int, as_json: bool) -> None:
-    """Time MODELS on ONNX Runtime, interleaved.
-
-    Ratios say how many times as fast as the first model each one is.
-    """
-    with reporter() as progress:
-        document = bench(models, threads=threads, runs=runs, progress=progress.on_sweep)
-    print_json(document) if as_json else show_bench(document)
-
-
 @click.command("inspect")
 @click.argument("model", type=MODEL)
+@click.option("--audit", "audit_file", type=MODEL, metavar="RESULT.json", help="What audit --json printed: plan beside kernels.")
+@click.option("--gpu", metavar="SM", help="Audit MODEL now for this GPU, e.g. sm89; none is needed here.")
+@click.option("--remarks", "remarks_file", type=MODEL, metavar="OUT.json", help="What compile --remarks wrote: why float.")
 @as_json
-def inspect_command(model: Path, as_json: bool) -> None:
-    """Show what is in MODEL.
+def inspect_command(model: Path, audit_file: Path | None, gpu: str | None, remarks_file: Path | None, as_json: bool) -> None:
+    """Show what is in MODEL, an ONNX model or an engine.
 
-    Interface, operators, structures, what qcompile wrote, and the quantized tensors with their scales.
+    Interface, operators, structures, what qcompile wrote, the quantized tensors with their scales, and the precision of
+    every GEMM, convolution and attention product.  Of an engine: what its manifest says, and whether it is true.
     """
-    document = inspect_model(model)
+    document = inspect(model, audit_file=audit_file, gpu=gpu, remarks_file=remarks_file)
     print_json(document) if as_json else show_inspection(document)
 
 
@@ -97,4 +87,13 @@ def _passes_document() -> dict[str, Any]:
     return {"schema_version": SCHEMA_VERSION, "passes": passes, **presets}
 
 
-COMMANDS = (eval_command, bench_command, check_command, audit_command, build_command, inspect_command, passes_command)
+COMMANDS = (
+    eval_command,
+    bench_command,
+    check_command,
+    audit_command,
+    build_command,
+    deploy_command,
+    inspect_command,
+    passes_command,
+)
