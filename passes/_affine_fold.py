@@ -17,6 +17,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompile.ir.edit import add_constant, new_node, set_constant, splice_after
+from qcompile.ir.linear_edit import add_to_bias, fresh, like
 from qcompile.ir.match import (
     Linear,
     Matches,
@@ -26,7 +27,6 @@ from qcompile.ir.match import (
     find_mlps,
     find_norm_to_linears,
     find_v_projections,
-    match_linear,
 )
 from qcompile.ir.ops import const_array
 from qcompile.pipeline.base import AffineMap, PassContext, PassResult, claim, claimed_by, mark_folded
@@ -116,7 +116,7 @@ def hidden_sites(graph: ir.Graph, ctx: PassContext, remark: bool = False) -> lis
 def usable(site: FoldSite, ctx: PassContext, override: bool) -> bool:
     """Whether the site may be folded now; remarks why not."""
     owner = claimed_by(site.anchor)
-    reason = next((r for x in site.linears if (r := ctx.excluded(str(x.node.name)))), None)
+    reason = next((r for x in site.linears if (r := ctx.excluded(x.node))), None)
     if owner and owner != ctx.pass_name and not override:
         reason = f"claimed by {owner}"
     if reason:
@@ -124,8 +124,8 @@ def usable(site: FoldSite, ctx: PassContext, override: bool) -> bool:
     return reason is None
 
 
-def fold(graph: ir.Graph, site: FoldSite, r: F64, t: F64, ctx: PassContext, out: Folded) -> None:
-    """Rewrite one site: r [C] nonzero, t [C] (zeros where the site refuses a shift)."""
+def fold(graph: ir.Graph, site: FoldSite, r: F64, t: F64, ctx: PassContext, out: Folded, *, claims: bool = True) -> None:
+    """Rewrite one site: r [C] nonzero, t [C] (zeros where the site refuses a shift); later folds leave a claimed site alone."""
     moved = set(_moved(site))
     match site.match:
         case NormToLinears():
@@ -140,21 +140,15 @@ def fold(graph: ir.Graph, site: FoldSite, r: F64, t: F64, ctx: PassContext, out:
     for linear in site.linears:
         _fold_linear(graph, linear, rows, t)
         mark_folded(linear.node)
-    claim(site.anchor, ctx.pass_name)
+    if claims:
+        claim(site.anchor, ctx.pass_name)
     exact = set(site.readers) if site.kind != "hidden" or site.free else set[str]()
     out.maps.update({name: AffineMap(rows, t) for name in exact})
     out.changed |= moved - set(out.maps)
 
 
-def _fresh(linear: Linear) -> Linear:
-    """The linear as it is now: an earlier fold may have replaced its weight or added a bias."""
-    now = match_linear(linear.node)
-    assert isinstance(now, Linear)
-    return now
-
-
 def _rows(linear: Linear) -> F64:
-    weight = const_array(_fresh(linear).weight)
+    weight = const_array(fresh(linear).weight)
     assert weight is not None
     return np.moveaxis(weight.astype(np.float64), linear.in_axis, 0).reshape(weight.shape[linear.in_axis], -1)
 
@@ -171,17 +165,13 @@ def _fold_norm(graph: ir.Graph, m: NormToLinears, r: F64, t: F64) -> None:
     gamma = const_array(norm.gamma)
     assert gamma is not None
     node, slot = norm.gamma_site
-    set_constant(node, slot, _like(gamma, np.broadcast_to(gamma.astype(np.float64).reshape(-1), r.shape) / r))
+    set_constant(node, slot, like(gamma, np.broadcast_to(gamma.astype(np.float64).reshape(-1), r.shape) / r))
     beta = const_array(norm.beta)
     if beta is not None and norm.beta_site is not None:
         wide = np.broadcast_to(beta.astype(np.float64).reshape(-1), r.shape)
-        set_constant(norm.beta_site[0], norm.beta_site[1], _like(beta, (wide - t) / r))
+        set_constant(norm.beta_site[0], norm.beta_site[1], like(beta, (wide - t) / r))
     elif np.any(t):
         _make_beta(graph, m, -t / r, gamma.dtype)
-
-
-def _like(old: NDArray, new: F64) -> F64:
-    return new.reshape(old.shape) if old.size == new.size else new
 
 
 def _make_beta(graph: ir.Graph, m: NormToLinears, beta: F64, dtype: np.dtype) -> None:
@@ -216,14 +206,14 @@ def _fold_value(m: VProjection, s: F64, out: Folded) -> None:
 
 
 def _divide_outputs(linear: Linear, s: F64) -> None:
-    linear = _fresh(linear)
+    linear = fresh(linear)
     weight = const_array(linear.weight)
     assert weight is not None
     set_constant(linear.node, linear.weight_slot, weight.astype(np.float64) / _along(s, weight, linear.out_axis))
     bias = const_array(linear.bias)
     if bias is not None and linear.bias_node is not None and linear.bias_slot is not None:
         wide = np.broadcast_to(bias.astype(np.float64).reshape(-1), s.shape) / s
-        set_constant(linear.bias_node, linear.bias_slot, _like(bias, wide))
+        set_constant(linear.bias_node, linear.bias_slot, like(bias, wide))
 
 
 def _absorber(m: Mlp) -> Linear | None:
@@ -244,33 +234,13 @@ def _fold_hidden(graph: ir.Graph, site: FoldSite, m: Mlp, r: F64, t: F64, out: F
 
 
 def _fold_linear(graph: ir.Graph, linear: Linear, r: F64, t: F64) -> None:
-    linear = _fresh(linear)
+    linear = fresh(linear)
     weight = const_array(linear.weight)
     assert weight is not None
     wide = weight.astype(np.float64)
     if np.any(t):
-        _add_to_bias(graph, linear, t @ np.moveaxis(wide, linear.in_axis, 0).reshape(len(t), -1))
+        add_to_bias(graph, linear, t @ np.moveaxis(wide, linear.in_axis, 0).reshape(len(t), -1))
     set_constant(linear.node, linear.weight_slot, wide * _along(r, weight, linear.in_axis))
-
-
-def _add_to_bias(graph: ir.Graph, linear: Linear, extra: F64) -> None:
-    bias = const_array(linear.bias)
-    if bias is not None and linear.bias_node is not None and linear.bias_slot is not None:
-        wide = np.broadcast_to(bias.astype(np.float64).reshape(-1), extra.shape) + extra
-        set_constant(linear.bias_node, linear.bias_slot, _like(bias, wide))
-        return
-    weight = linear.weight.dtype
-    dtype = weight.numpy() if weight is not None else np.dtype(np.float32)
-    if linear.kind == "matmul" and linear.output.shape is not None:
-        # A bias of the output's rank keeps ONNX Runtime from turning MatMul + Add into a Gemm (see bias-rank).
-        extra = extra.reshape((1,) * (len(linear.output.shape) - 1) + (-1,))
-    constant = add_constant(graph, f"{linear.node.name}_bias", extra.astype(dtype))
-    if linear.kind == "matmul":
-        add = new_node(graph, "Add", [linear.output, constant], name=f"{linear.node.name}_bias_add", like=linear.output)
-        splice_after(graph, linear.output, add)
-        return
-    linear.node.resize_inputs(3)
-    linear.node.replace_input_with(2, constant)
 
 
 def _moved(site: FoldSite) -> Iterator[str]:

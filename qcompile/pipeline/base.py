@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import enum
-import fnmatch
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
@@ -15,6 +13,7 @@ from numpy.typing import NDArray
 from qcompile.calib.observers import Probe, Stat
 from qcompile.errors import UsageError
 from qcompile.ir.model import Model
+from qcompile.ir.select import ORIGIN, names, selected
 from qcompile.quant.spec import Scheme
 from qcompile.report import Remark, RemarkKind
 from qcompile.target.target import Target
@@ -26,6 +25,7 @@ __all__ = [
 
 CLAIM = "qcompile.claimed_by"
 FOLDED = "qcompile.input_folded"
+KEPT = "qcompile.keep_float"
 FOLD_ROWS = 512
 
 
@@ -47,6 +47,7 @@ class Fact(enum.Enum):
     STEM = "stem"
     GELU_ORDER = "gelu-order"
     OPSET = "opset"
+    NORMS_FUSED = "norms-fused"
     QKV_SPLIT = "qkv-split"
     BIAS_RANK = "bias-rank"
     DECIDED = "decided"
@@ -100,8 +101,12 @@ class PassContext:
     seed: int = 0
     keep_float: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
+    quantize: tuple[str, ...] = ()
     pass_name: str = ""
     remarks: list[Remark] = field(default_factory=list)
+    _choices: dict[tuple[str, int, int], frozenset[Any]] = field(
+        default_factory=dict[tuple[str, int, int], frozenset[Any]], init=False, repr=False
+    )
 
     def applied(self, node: str, reason: str, **numbers: float | int | str) -> None:
         """A site was rewritten."""
@@ -118,21 +123,27 @@ class PassContext:
     def _remark(self, kind: RemarkKind, node: str, reason: str, numbers: Mapping[str, float | int | str]) -> None:
         self.remarks.append(Remark(kind, self.pass_name, node, reason, dict(numbers)))
 
-    def excluded(self, node: str) -> str | None:
-        """Why the user's patterns leave `node` alone, or None."""
-        for pattern in self.keep_float:
-            if matches(pattern, node):
-                return f"kept in float by --keep-float {pattern}"
-        if self.only and not any(matches(p, node) for p in self.only):
+    def excluded(self, node: Any) -> str | None:
+        """Why the user's selectors leave `node` alone, or None; --keep-float wins over --quantize, that over --only."""
+        kept = self._chosen_by(self.keep_float, node)
+        if kept is not None:
+            return f"kept in float by --keep-float {kept}"
+        if self.only and self.forced(node) is None and self._chosen_by(self.only, node) is None:
             return f"not selected by --only {','.join(self.only)}"
         return None
 
+    def forced(self, node: Any) -> str | None:
+        """The --quantize selector that asks for `node` although the default leaves it in float, or None."""
+        return self._chosen_by(self.quantize, node)
 
-def matches(pattern: str, node: str) -> bool:
-    """Whether `node` fits a glob, or a regular expression after `re:`."""
-    if pattern.startswith("re:"):
-        return re.search(pattern[3:], node) is not None
-    return fnmatch.fnmatchcase(node, pattern) or pattern == node
+    def _chosen_by(self, selectors: Sequence[str], node: Any) -> str | None:
+        return next((s for s in selectors if node in self._selected(s, node.graph)), None)
+
+    def _selected(self, selector: str, graph: Any) -> frozenset[Any]:
+        key = (selector, id(graph), len(graph))
+        if key not in self._choices:
+            self._choices[key] = selected(selector, graph)
+        return self._choices[key]
 
 
 @dataclass(frozen=True)
@@ -205,6 +216,8 @@ def quantized_forms(target: Target, scheme: Scheme) -> frozenset[Fact]:
         forms |= {Fact.QKV_SPLIT, Fact.BIAS_RANK}
     if target.name == "ort" and scheme.activation is not None and not scheme.simulated:
         forms |= {Fact.STEM, Fact.GELU_ORDER}
+    if target.body(scheme) != "float32":
+        forms |= {Fact.NORMS_FUSED}
     return frozenset(forms)
 
 
@@ -223,9 +236,20 @@ def input_folded(node: Any) -> bool:
     return FOLDED in node.metadata_props
 
 
+def keep_float(node: Any, reason: str) -> None:
+    """Note on a node that a pass made and that is not meant to be quantized."""
+    node.metadata_props[KEPT] = reason
+
+
+def kept_float(node: Any) -> str | None:
+    """Why this node is not meant to be quantized, or None."""
+    return node.metadata_props.get(KEPT)
+
+
 def copy_notes(source: Any, target: Any) -> None:
-    """Hand a node's notes on to the node that takes its place."""
-    target.metadata_props.update({k: v for k, v in source.metadata_props.items() if k in (CLAIM, FOLDED)})
+    """Hand a node's notes on to the node that takes its place; selectors still find it by the old name."""
+    target.metadata_props.setdefault(ORIGIN, names(source)[-1])
+    target.metadata_props.update({k: v for k, v in source.metadata_props.items() if k in (CLAIM, FOLDED, KEPT)})
 
 
 def claim(node: Any, pass_name: str) -> None:

@@ -18,6 +18,7 @@ PROVIDERS: dict[Fact, str] = {
     Fact.STEM: "space-to-depth",
     Fact.GELU_ORDER: "gelu-order",
     Fact.OPSET: "opset",
+    Fact.NORMS_FUSED: "fuse-norm",
     Fact.QKV_SPLIT: "split-qkv",
     Fact.BIAS_RANK: "bias-rank",
     Fact.DECIDED: "annotate",
@@ -40,7 +41,7 @@ def final_facts(target: Target, scheme: Scheme) -> list[Fact]:
     facts: list[Fact] = []
     if scheme.weight is not None:
         facts.append(Fact.QUANTIZED)
-    if target.body(scheme) == "float16":
+    if target.body(scheme) != "float32":
         facts.append(Fact.HALF)
     return facts
 
@@ -76,10 +77,14 @@ def _ordered(facts: frozenset[Fact] | set[Fact]) -> list[Fact]:
 def _provide(fact: Fact, facts: set[Fact], plan: list[tuple[Pass, bool]], target: Target, scheme: Scheme) -> None:
     if fact in facts:
         return
-    p = registry.provider(PROVIDERS[fact])
+    p = registry.provider(_provider(fact, target, scheme))
     for needed in _ordered(p.required(target, scheme) - facts):
         _provide(needed, facts, plan, target, scheme)
     _append(p, facts, plan, inserted=True)
+
+
+def _provider(fact: Fact, target: Target, scheme: Scheme) -> str:
+    return "bf16" if fact is Fact.HALF and target.body(scheme) == "bfloat16" else PROVIDERS[fact]
 
 
 def _append(p: Pass, facts: set[Fact], plan: list[tuple[Pass, bool]], *, inserted: bool) -> None:

@@ -21,7 +21,11 @@ BUILTIN: dict[str, str] = {
     "bias-rank": "qcompile.passes.bias_rank:BiasRank",
     "fold-bn": "qcompile.passes.fold_bn:FoldBatchNorm",
     "opset": "qcompile.passes.opset:RaiseOpset",
+    "fuse-norm": "qcompile.passes.fuse_norm:FuseNorm",
     "split-qkv": "qcompile.passes.split_qkv:SplitQkv",
+    "rotate": "qcompile.passes.rotate:Rotate",
+    "center": "qcompile.passes.center:Center",
+    "split-shortcut": "qcompile.passes.split_shortcut:SplitShortcut",
     "smooth": "qcompile.passes.smooth:SmoothQuant",
     "repq": "qcompile.passes.repq:RepQ",
     "equalize": "qcompile.passes.equalize:CrossLayerEqualization",
@@ -30,6 +34,7 @@ BUILTIN: dict[str, str] = {
     "bias-correct": "qcompile.passes.bias_correct:BiasCorrection",
     "insert-qdq": "qcompile.passes.insert_qdq:InsertQdq",
     "fp16": "qcompile.passes.fp16:Half",
+    "bf16": "qcompile.passes.bf16:BrainHalf",
     "log2-softmax": "qcompile.passes.log2_softmax:Log2Softmax",
 }
 

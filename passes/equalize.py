@@ -1,0 +1,235 @@
+"""equalize: channels of one range between convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qcompile.calib.observers import MinMax, MinMaxStat, Probe
+from qcompile.ir.edit import add_constant, drop_if_unused, new_node, replace_value, set_constant
+from qcompile.ir.match import ConvChain, find_conv_chains
+from qcompile.ir.model import Model
+from qcompile.ir.ops import const_array, const_scalar, input_at, int_attr, ints_attr, is_op, str_attr
+from qcompile.pipeline.base import AffineMap, Fact, Kind, Pass, PassContext, PassResult
+
+F64 = NDArray[np.float64]
+_HOMOGENEOUS = ("relu", "leaky-relu", "relu6")
+_STEPS = 4
+_PAYS = 1.1  # ranges within 10 % of each other are left alone
+
+
+@dataclass(frozen=True)
+class CrossLayerEqualization(Pass):
+    """Give the channels between two convolutions one range: Conv1 -> ReLU -> Conv2 becomes Conv1 / s -> ReLU -> Conv2 * s.
+
+    before: Conv(W1, c1) -> ReLU(6) -> Conv(W2)
+    after:  Conv(W1 / s, c1 / s - t) -> max(., -t), min(., 6 / s - t) -> Conv(W2 * s, c2 + t sum W2)
+    f(s x) = s f(x) for ReLU, LeakyReLU and none (Nagel et al. 2019, arXiv:1906.04721, section 4.1); ReLU6 keeps its bound, 6 / s.
+    by=weights: s = sqrt(r1 r2) / r2 with r1, r2 the largest weights of the channel in W1 and W2 (eq. 11).
+    by=activations: in front of a depthwise convolution s = max|x_c|, which its per-channel weight scales absorb, so that one
+    scale a tensor is as good as one a channel; else s = max|x_c|^alpha / max|W2_c|^(1 - alpha) (SmoothQuant).
+    center: t = half of each channel's range, exact in front of convolutions without padding; symmetric codes regain the sign
+    bit that ReLU leaves unused.  Refused: other activations, outputs with several readers, grouped convolutions.
+    """
+
+    name = "equalize"
+    kind = Kind.EQUIVALENT
+    requires = frozenset({Fact.CANONICAL, Fact.BN_FOLDED, Fact.PADS_FOLDED})
+    by: Annotated[Literal["activations", "weights"], "which ranges are made equal"] = "activations"
+    alpha: Annotated[float, "how much of a dense layer's range moves into its weights, in [0, 1]"] = 0.5
+    center: Annotated[bool, "take half of the range out of ReLU outputs where that is exact"] = True
+
+    def __post_init__(self) -> None:
+        self.check_range("alpha", 0.0, 1.0)
+
+    def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:
+        """Per-channel extremes in front of each second convolution."""
+        return [_probe(c) for c in find_conv_chains(model.graph) if self.by == "activations" or self.center]
+
+    def may_change(self, model: Model, ctx: PassContext) -> Iterable[str]:
+        """Outputs of the first convolutions and of the activations."""
+        return (name for c in find_conv_chains(model.graph) for name in _names(c))
+
+    def apply(self, model: Model, ctx: PassContext) -> PassResult:
+        """Equalize every pair; remark on the others."""
+        maps: dict[str, AffineMap] = {}
+        changed: set[str] = set()
+        matches = find_conv_chains(model.graph)
+        for refusal in matches.refused:
+            ctx.missed(str(refusal.node.name), refusal.reason)
+        for chain in matches:
+            reason = _refusal(chain) or ctx.excluded(str(chain.first.name)) or ctx.excluded(str(chain.second.name))
+            if reason:
+                ctx.missed(str(chain.first.name), reason)
+            else:
+                self._one(model.graph, chain, ctx, maps, changed)
+        return PassResult(bool(maps), maps, frozenset(changed - set(maps)))
+
+    def _one(self, graph: ir.Graph, chain: ConvChain, ctx: PassContext, maps: dict[str, AffineMap], changed: set[str]) -> None:
+        channels = _weight(chain.first).shape[0]
+        stat = ctx.stats.get(_probe(chain))
+        if stat is not None and (not isinstance(stat, MinMaxStat) or stat.lo.shape != (channels,)):
+            ctx.missed(str(chain.first.name), "the measured channels do not match its weight")
+            return
+        s = self._scales(chain, stat)
+        t = _centre(chain, stat, s) if self.center and isinstance(stat, MinMaxStat) else np.zeros(channels)
+        spread = float(s.max() / s.min())
+        if spread < _PAYS and not t.any():
+            ctx.missed(str(chain.first.name), "its channels have like ranges", spread=round(spread, 2))
+            return
+        moved = set(_names(chain))
+        out = _fold(graph, chain, s, t)
+        maps[str(out.name)] = AffineMap(s, t * s)
+        changed |= moved
+        ctx.applied(
+            str(chain.first.name),
+            f"equalized into {chain.second.name}" + (", centred" if t.any() else ""),
+            s_min=float(s.min()),
+            s_max=float(s.max()),
+        )
+
+    def _scales(self, chain: ConvChain, stat: object) -> F64:
+        r1, r2 = np.abs(_rows(chain.first)).max(1), np.abs(_columns(chain.second)).max(1)
+        if self.by == "weights" or not isinstance(stat, MinMaxStat):
+            return _clean(np.sqrt(r1 * r2), r2)
+        top = np.maximum(-stat.lo, stat.hi)
+        if _depthwise(chain.second):
+            return _clean(top, np.ones_like(top))
+        return _clean(np.maximum(top, 0) ** self.alpha, np.maximum(r2, 0) ** (1 - self.alpha))
+
+
+def _clean(numerator: F64, denominator: F64) -> F64:
+    """The ratio with geometric mean 1, dead channels left alone, inside [2^-10, 2^10]."""
+    alive = (numerator > 1e-8 * numerator.max(initial=0.0)) & (denominator > 1e-8 * denominator.max(initial=0.0))
+    if not alive.any():
+        return np.ones_like(numerator)
+    s = np.where(alive, numerator, 1.0) / np.where(alive, denominator, 1.0)
+    s /= np.exp(np.log(s[alive]).mean())
+    return np.where(alive, np.exp2(np.rint(np.clip(np.log2(s), -10, 10) * _STEPS) / _STEPS), 1.0)
+
+
+def _centre(chain: ConvChain, stat: MinMaxStat, s: F64) -> F64:
+    """Half of each channel's range after the division by s, where the second convolution pads nothing."""
+    bounded = chain.activation is None or chain.activation.kind in ("relu", "relu6")
+    if not bounded or _pads(chain.second):
+        return np.zeros_like(s)
+    return (stat.lo + stat.hi) / 2 / s
+
+
+def _probe(chain: ConvChain) -> Probe:
+    value = chain.second.inputs[0]
+    assert value is not None
+    return Probe(str(value.name), MinMax(1))
+
+
+def _names(chain: ConvChain) -> Iterable[str]:
+    yield from (str(v.name) for v in chain.first.outputs)
+    if chain.activation is not None:
+        yield from (str(v.name) for n in chain.activation.nodes for v in n.outputs)
+
+
+def _refusal(chain: ConvChain) -> str | None:
+    if not is_op(chain.first, "Conv") or not is_op(chain.second, "Conv"):
+        return "a transposed convolution is part of the pair"
+    if chain.batch_norm is not None:
+        return "a BatchNormalization stands in between: run fold-bn"
+    if chain.activation is not None and chain.activation.kind not in _HOMOGENEOUS:
+        return f"{chain.activation.kind} is not positively homogeneous"
+    if chain.activation is not None and len(chain.activation.nodes) != 1:
+        return "its activation is spread over several nodes"
+    if int_attr(chain.second, "group", 1) > 1 and not _depthwise(chain.second):
+        return "the second convolution is grouped"
+    if len(chain.first.inputs) > 2 and chain.first.inputs[2] is not None and const_array(chain.first.inputs[2]) is None:
+        return "its bias is not constant"
+    return None
+
+
+def _depthwise(node: ir.Node) -> bool:
+    weight = _weight(node)
+    return int_attr(node, "group", 1) == weight.shape[0] and weight.shape[1] == 1
+
+
+def _pads(node: ir.Node) -> bool:
+    return any(ints_attr(node, "pads") or ()) or str_attr(node, "auto_pad", "NOTSET").startswith("SAME")
+
+
+def _weight(node: ir.Node) -> NDArray:
+    weight = const_array(node.inputs[1])
+    assert weight is not None
+    return weight
+
+
+def _rows(node: ir.Node) -> F64:
+    weight = _weight(node).astype(np.float64)
+    return weight.reshape(len(weight), -1)
+
+
+def _columns(node: ir.Node) -> F64:
+    """The weight by input channel, [channels, rest]."""
+    weight = _weight(node).astype(np.float64)
+    return weight.reshape(len(weight), -1) if _depthwise(node) else np.moveaxis(weight, 1, 0).reshape(weight.shape[1], -1)
+
+
+def _fold(graph: ir.Graph, chain: ConvChain, s: F64, t: F64) -> ir.Value:
+    """Rewrite the pair; returns the tensor between the activation and the second convolution."""
+    first, second = chain.first, chain.second
+    weight = _weight(first).astype(np.float64)
+    set_constant(first, 1, weight / s.reshape(-1, *(1,) * (weight.ndim - 1)))
+    bias = const_array(input_at(first, 2))
+    _set_bias(graph, first, (0.0 if bias is None else bias.astype(np.float64)) / s - t)
+    columns = _columns(second) * s[:, None]
+    shift = columns.sum(1) * t if _depthwise(second) else t @ _by_output(second, columns)
+    shape = _weight(second).shape
+    stretched = columns if _depthwise(second) else np.moveaxis(columns.reshape(shape[1], shape[0], *shape[2:]), 0, 1)
+    set_constant(second, 1, stretched.reshape(shape))
+    if t.any():
+        old = const_array(input_at(second, 2))
+        _set_bias(graph, second, (0.0 if old is None else old.astype(np.float64)) + shift)
+    return _bounded(graph, chain, s, t)
+
+
+def _by_output(node: ir.Node, columns: F64) -> F64:
+    shape = _weight(node).shape
+    return columns.reshape(shape[1], shape[0], -1).sum(2)
+
+
+def _set_bias(graph: ir.Graph, node: ir.Node, bias: F64) -> None:
+    if const_array(input_at(node, 2)) is not None:
+        set_constant(node, 2, bias)
+    elif bias.any():
+        dtype = _weight(node).dtype
+        node.resize_inputs(3)
+        node.replace_input_with(2, add_constant(graph, f"{node.name}_bias", bias.astype(dtype)))
+
+
+def _bounded(graph: ir.Graph, chain: ConvChain, s: F64, t: F64) -> ir.Value:
+    """The activation with bounds of each channel: max(z, -t) for ReLU, and min(z, 6 / s - t) for ReLU6."""
+    value = chain.second.inputs[0]
+    assert value is not None
+    act = chain.activation
+    if act is None or act.kind == "leaky-relu" or (act.kind == "relu" and not t.any()):
+        return value
+    node, source = act.node, act.input
+    top = 6.0 if len(node.inputs) < 3 else const_scalar(node.inputs[2])
+    bounds = [("Max", -t)] + ([("Min", (top or 6.0) / s - t)] if act.kind == "relu6" else [])
+    made: list[ir.Node] = []
+    dtype, shape = _weight(chain.first).dtype, (1, -1, *(1,) * (_weight(chain.first).ndim - 2))
+    for op, bound in bounds:
+        if op == "Max" and not t.any():
+            made.append(new_node(graph, "Relu", [source], name=f"{node.name}_low", like=value))
+        else:
+            constant = add_constant(graph, f"{node.name}_{op.lower()}", bound.reshape(shape).astype(dtype))
+            made.append(new_node(graph, op, [source, constant], name=f"{node.name}_{op.lower()}", like=value))
+        source = made[-1].outputs[0]
+    graph.insert_before(node, made)
+    replace_value(graph, value, source)
+    limits = [v for v in node.inputs[1:] if v is not None]
+    graph.remove(node, safe=True)
+    for limit in limits:
+        drop_if_unused(graph, limit)
+    return source

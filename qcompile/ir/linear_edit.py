@@ -1,0 +1,89 @@
+"""Verbs that fold a map of channels into linear layers and constants; all arithmetic in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qcompile.ir.edit import add_constant, new_node, set_constant, splice_after
+from qcompile.ir.match_linear import Linear, match_linear
+from qcompile.ir.ops import const_array
+
+F64 = NDArray[np.float64]
+
+
+def fresh(linear: Linear) -> Linear:
+    """The linear as it is now: an earlier fold may have replaced its weight or added a bias."""
+    now = match_linear(linear.node)
+    assert isinstance(now, Linear)
+    return now
+
+
+def weight_of(linear: Linear) -> F64:
+    """The weight as [in, out, rest] in float64, rest the kernel's elements (1 for a matrix)."""
+    weight = const_array(fresh(linear).weight)
+    assert weight is not None
+    moved = np.moveaxis(weight.astype(np.float64), (linear.in_axis, linear.out_axis), (0, 1))
+    return moved.reshape(*moved.shape[:2], -1)
+
+
+def map_outputs(linear: Linear, m: F64) -> None:
+    """y' = y m: W' = W m and b' = b m for m [out, out]."""
+    linear = fresh(linear)
+    weight = const_array(linear.weight)
+    assert weight is not None
+    set_constant(linear.node, linear.weight_slot, _map_axis(weight, m, linear.out_axis))
+    bias = const_array(linear.bias)
+    if bias is not None and linear.bias_node is not None and linear.bias_slot is not None:
+        set_constant(linear.bias_node, linear.bias_slot, like(bias, bias.astype(np.float64).reshape(-1) @ m))
+
+
+def map_inputs(linear: Linear, m: F64) -> None:
+    """W' = m W for m [in, in]: undoes x' = x m^-1."""
+    linear = fresh(linear)
+    weight = const_array(linear.weight)
+    assert weight is not None
+    set_constant(linear.node, linear.weight_slot, _map_axis(weight, m.T, linear.in_axis))
+
+
+def map_constant(node: ir.Node, slot: int, axis: int, m: F64) -> None:
+    """c' = c m along `axis` (counted from the right) of the constant at `slot` (spread first where it is broadcast)."""
+    array = const_array(node.inputs[slot])
+    assert array is not None
+    wide = array.astype(np.float64).reshape((1,) * max(0, -axis - array.ndim) + array.shape)
+    if wide.shape[axis] != len(m):
+        wide = np.repeat(wide, len(m), axis)
+    set_constant(node, slot, _map_axis(wide, m, wide.ndim + axis))
+
+
+def _map_axis(array: NDArray[Any], m: F64, axis: int) -> F64:
+    return np.moveaxis(np.moveaxis(array.astype(np.float64), axis, -1) @ m, -1, axis)
+
+
+def like(old: NDArray[Any], new: F64) -> F64:
+    """`new` in the shape of `old` where the sizes agree."""
+    return new.reshape(old.shape) if old.size == new.size else new
+
+
+def add_to_bias(graph: ir.Graph, linear: Linear, extra: F64) -> None:
+    """b' = b + extra [out]; a bias is made where there is none."""
+    bias = const_array(linear.bias)
+    if bias is not None and linear.bias_node is not None and linear.bias_slot is not None:
+        wide = np.broadcast_to(bias.astype(np.float64).reshape(-1), extra.shape) + extra
+        set_constant(linear.bias_node, linear.bias_slot, like(bias, wide))
+        return
+    weight = linear.weight.dtype
+    dtype = weight.numpy() if weight is not None else np.dtype(np.float32)
+    if linear.kind == "matmul" and linear.output.shape is not None:
+        # A bias of the output's rank keeps ONNX Runtime from turning MatMul + Add into a Gemm (see bias-rank).
+        extra = extra.reshape((1,) * (len(linear.output.shape) - 1) + (-1,))
+    constant = add_constant(graph, f"{linear.node.name}_bias", extra.astype(dtype))
+    if linear.kind == "matmul":
+        add = new_node(graph, "Add", [linear.output, constant], name=f"{linear.node.name}_bias_add", like=linear.output)
+        splice_after(graph, linear.output, add)
+        return
+    linear.node.resize_inputs(3)
+    linear.node.replace_input_with(2, constant)
