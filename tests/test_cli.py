@@ -214,9 +214,9 @@ def test_check(int8: Path, capsys: Capture) -> None:
     assert made["target"] == "ort" and not made["errors"], "the target is taken from the model"
     code, out, _ = call(capsys, "check", int8, "--target", "trt", "--json")
     errors = json.loads(out)["errors"]
-    assert code == 1 and set(errors[0]) == {"rule", "node", "message", "fix"}
+    assert code == 1 and set(errors[0]) == {"rule", "node", "message", "fix", "fixable"}
     code, out, _ = call(capsys, "check", int8, "--target", "trt")
-    assert code == 1 and "error QC-TRT-001" in out and "fix:" in out
+    assert code == 1 and "error QC-TRT-001 zero point" in out and "what to do:" in out
 
 
 def test_inspect(int8: Path, capsys: Capture) -> None:

@@ -1,4 +1,4 @@
-"""Write docs/passes/: one page a pass, made from the pass's docstring and options.
+"""Write docs/passes/ (one page a pass, from its docstring and options) and docs/guide/rules.md (the rules of `check`).
 
 python tools/make_docs.py            write the pages
 python tools/make_docs.py --check    fail if a page is missing or differs
@@ -11,8 +11,14 @@ from pathlib import Path
 
 from qcompile.pipeline import registry
 from qcompile.pipeline.describe import PassHelp, describe_pass
+from qcompile.target.accepted import ACCEPTED
+from qcompile.target.findings import Rule
+from qcompile.target.rules import ORT_RULES, TRT_RULES
 
-FOLDER = Path(__file__).parents[1] / "docs" / "passes"
+DOCS = Path(__file__).parents[1] / "docs"
+RULES_PAGE = "guide/rules.md"
+RULES_NOTE = "<!-- made by tools/make_docs.py from qcompile/target: change it there -->\n"
+EFFECTS = {"refused": "no engine", "float": "runs in float", "wrong": "wrong numbers", "notice": "builds"}
 NOTE = "<!-- made by tools/make_docs.py from the pass's docstring: change it there -->\n"
 
 
@@ -46,24 +52,59 @@ def index(passes: list[PassHelp]) -> str:
     return "\n".join([NOTE, "# Passes\n", kinds, "| pass | kind | what |", "| --- | --- | --- |", *rows]) + "\n"
 
 
+def rules_page() -> str:
+    """Every rule of the checker, and what people ask about that is no rule."""
+    intro = (
+        "`qcompile check` applies these rules. An *error* is refused by the backend, runs in float although it is quantized,\n"
+        "or computes something else; a *warning* is about speed, accuracy or other versions. `--fix -o FIXED.onnx` can repair\n"
+        "the rules marked so; `--sarif FILE` writes the findings for code scanning.\n\n"
+        "The TensorRT rules were measured with TensorRT for RTX 1.7.1 (built, not run): the tests build a graph for each row\n"
+        "of the behaviour matrix and some hundred generated ones, and compare what the kernels read with what the rules say.\n"
+    )
+    accepted = [f"| {a.name} | {a.outcome} | {a.reason} |" for a in ACCEPTED]
+    what = "Forms that people ask about and that no rule reports; each is built by the tests too.\n"
+    parts = [RULES_NOTE, "# The rules of `qcompile check`\n", intro, "## TensorRT (`--target trt`, `--target rtx`)\n"]
+    parts += [rules_table(TRT_RULES), "## ONNX Runtime (`--target ort`)\n", rules_table(ORT_RULES), "## No rule\n", what]
+    return "\n".join([*parts, "| form | runs as | why there is no rule |", "| --- | --- | --- |", *accepted]) + "\n"
+
+
+def rules_table(rules: tuple[Rule, ...]) -> str:
+    """One row a rule."""
+    head = "| rule | level | what is wrong | otherwise | what to do | `--fix` |\n| --- | --- | --- | --- | --- | --- |\n"
+    return head + "".join(rule_row(r) for r in sorted(rules, key=lambda r: r.id))
+
+
+def rule_row(r: Rule) -> str:
+    """Id and title, severity, the check's documentation, the effect, the fix, and whether it is mechanical."""
+    fixable = "yes" if r.repair is not None else ""
+    return f"| {r.id} {r.title} | {r.severity} | {r.summary} | {EFFECTS[r.effect]} | {r.fix} | {fixable} |\n"
+
+
 def pages() -> dict[str, str]:
-    """File name -> text."""
+    """File name below docs/ -> text."""
     passes = [describe_pass(name) for name in registry.names() if name in registry.BUILTIN]
-    return {f"{p.name}.md": page(p) for p in passes} | {"README.md": index(passes)}
+    made = {f"passes/{p.name}.md": page(p) for p in passes}
+    return made | {"passes/README.md": index(passes), RULES_PAGE: rules_page()}
+
+
+def present() -> dict[str, str]:
+    """The pages that are there now."""
+    files = [*(DOCS / "passes").glob("*.md"), DOCS / RULES_PAGE]
+    return {str(f.relative_to(DOCS)): f.read_text(encoding="utf-8") for f in files if f.is_file()}
 
 
 def main() -> int:
     """Write or check the pages; the number of stale ones decides the exit code of a check."""
     wanted = pages()
-    have = {f.name: f.read_text(encoding="utf-8") for f in FOLDER.glob("*.md")}
+    have = present()
     stale = sorted(name for name in wanted.keys() | have.keys() if wanted.get(name) != have.get(name))
     if "--check" in sys.argv[1:]:
         if stale:
-            print(f"docs/passes is out of date ({', '.join(stale)}); run: make docs", file=sys.stderr)
+            print(f"docs/ is out of date ({', '.join(stale)}); run: make docs", file=sys.stderr)
         return int(bool(stale))
-    FOLDER.mkdir(parents=True, exist_ok=True)
     for name in stale:
-        target = FOLDER / name
+        target = DOCS / name
+        target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(wanted[name], encoding="utf-8") if name in wanted else target.unlink()
     return 0
 

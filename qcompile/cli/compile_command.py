@@ -11,7 +11,7 @@ from qcompile.cli.output import print_json
 from qcompile.cli.progress import Reporter, reporter
 from qcompile.cli.views import calibration_line, show_engine, show_plan, show_result, sweeps_line
 from qcompile.compile import DEFAULT_SAMPLES, SCHEMES, TARGETS, Job, Options, Result, describe_plan, prepare, run, write_report
-from qcompile.engine import DEFAULT_GPU, EngineResult, gpu_list, make_engine, profile_from, require_engine
+from qcompile.engine import DEFAULT_GPU, EngineResult, gpu_list, make_engine, profiles_from, require_engine
 from qcompile.errors import UsageError
 from qcompile.guards import require_place
 from qcompile.inspection import model_bytes
@@ -94,7 +94,8 @@ def compile_command(  # one argument an option: click's way
 def _check_engine(job: Job, engine: Path, gpus: tuple[str, ...]) -> None:
     if job.scheme.simulated:
         raise UsageError(f"no engine computes in {job.scheme.name}, it is only simulated; drop --engine, or choose --scheme w8a8")
-    require_engine(job.target.name, engine, gpus)
+    codes = [t.name for t in (job.scheme.weight, job.scheme.activation) if t is not None]
+    require_engine(job.target.name, engine, gpus, codes)
 
 
 def _run(
@@ -106,12 +107,12 @@ def _run(
     report: Path | None,
     remarks: Path | None,
 ) -> tuple[Result, EngineResult | None]:
-    shapes = profile_from(profile)
+    shapes = profiles_from([] if profile is None else [profile])
     result = run(job, progress)
     write_report(result, report, remarks)
     if engine is None:
         return result, None
-    return result, make_engine(result.output, engine, target=result.target, gpus=gpus, profile=shapes, note=progress.note)
+    return result, make_engine(result.output, engine, target=result.target, gpus=gpus, profiles=shapes, note=progress.note)
 
 
 def _plan_document(job: Job) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from qcompile.report import PassReport
 
 WORST_LAYERS = 12
 FLOAT_NODES = 8
-EXAMPLES = 2
 
 
 def show_plan(job: Job) -> None:
@@ -171,15 +170,11 @@ def _bench_row(m: dict[str, Any], r: dict[str, Any]) -> tuple[str, ...]:
     return m["path"], f"{m['median_ms']:.3f}", f"{m['min_ms']:.3f}", f"{r['median']:.2f}x", f"{r['min']:.2f}x"
 
 
-def show_findings(document: dict[str, Any]) -> None:
-    """Findings grouped by rule, with the fix."""
-    findings = [("error", f) for f in document["errors"]] + [("warning", f) for f in document["warnings"]]
-    groups: dict[tuple[str, str, str], list[str]] = {}
-    for severity, f in findings:
-        groups.setdefault((severity, f["rule"], f["fix"]), []).append(f"{f['node'] or '(model)'}: {f['message']}")
-    for (severity, rule, fix), messages in groups.items():
-        print_text(f"{severity} {rule} ({len(messages)}x)", *(f"  {m}" for m in messages[:EXAMPLES]))
-        if len(messages) > EXAMPLES:
-            print_text(f"  ... and {len(messages) - EXAMPLES} more (all of them: --json)")
-        print_text(f"  fix: {fix}")
-    print_text(f"{len(document['errors'])} errors, {len(document['warnings'])} warnings for target {document['target']}")
+def show_engine_bench(document: dict[str, Any]) -> None:
+    """Latencies on the GPU, ratios to the first engine, and the distance from the reference."""
+    rows = [_bench_row(m, r) for m, r in zip(document["models"], document["ratios"], strict=True)]
+    print_table(["engine", "median ms", "min ms", "by median", "by min"], rows, right=(1, 2, 3, 4))
+    print_text(f"{document['backend']} on {document['gpu']}, {document['runs']} runs an engine, interleaved, without transfers")
+    for c in document["compared"]:
+        figures = f"SQNR {number(c['sqnr_db'], unit=' dB')}, cosine {c['cosine']:.6f}, largest error {c['relative_error']:.1e}"
+        print_text(f"{c['path']} against {c['reference']} on ONNX Runtime: {figures}")

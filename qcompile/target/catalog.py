@@ -5,15 +5,21 @@ from __future__ import annotations
 from qcompile.quant.qtype import FLOAT4E2M1, FLOAT8E4M3FN, INT4, INT8, UINT8
 from qcompile.target.target import OpRule, Target
 
-_TENSORRT_SCHEMES = ("w8a8", "fp16", "fp8", "w4a16", "w6a6", "w4a8", "w4a4")
+_TENSORRT_SCHEMES = ("w8a8", "fp16", "bf16", "fp8", "w4a16", "nvfp4", "mxfp8", "w6a6", "w4a8", "w4a4")
 _ORT_SCHEMES = ("w8a8", "fp16", "w6a6", "w4a8", "w4a4", "w4a16")
-_CAPABILITIES = ((INT8.name, 80), (FLOAT8E4M3FN.name, 89), (FLOAT4E2M1.name, 120))
+_CAPABILITIES = ((INT8.name, 75), (INT4.name, 80), ("bfloat16", 80), (FLOAT8E4M3FN.name, 89))  # and fp4: Blackwell
 _LOW = (INT8, FLOAT8E4M3FN, FLOAT4E2M1)
 
 _OPS = (OpRule("Conv", 0), OpRule("ConvTranspose", 1, low_kernel=False), OpRule("MatMul", "last"), OpRule("Gemm", "trans_b"))
 
 
-def _tensorrt(name: str, title: str, gpus: tuple[str, ...] = ()) -> Target:
+_MXFP8 = (
+    "TensorRT-RTX 1.7 dequantizes MXFP8 operands and multiplies in float: a smaller file, no faster engine;"
+    " --scheme fp8 and nvfp4 are multiplied in 8 and 4 bit"
+)
+
+
+def _tensorrt(name: str, title: str, fp4: int, gpus: tuple[str, ...] = (), caveats: tuple[tuple[str, str], ...] = ()) -> Target:
     return Target(
         name,
         title,
@@ -25,16 +31,23 @@ def _tensorrt(name: str, title: str, gpus: tuple[str, ...] = ()) -> Target:
         activations=_LOW,
         weights=(*_LOW, INT4),
         ops=_OPS,
-        capabilities=_CAPABILITIES,
+        capabilities=(*_CAPABILITIES, (FLOAT4E2M1.name, fp4)),
         gpus=gpus,
+        caveats=caveats,
     )
 
 
 TARGETS: dict[str, Target] = {
     t.name: t
     for t in (
-        _tensorrt("trt", "TensorRT 10.12+ and 11, strongly typed"),
-        _tensorrt("rtx", "TensorRT for RTX", gpus=("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")),
+        _tensorrt("trt", "TensorRT 10.12+ and 11, strongly typed", fp4=100),
+        _tensorrt(
+            "rtx",
+            "TensorRT for RTX",
+            fp4=120,
+            gpus=("sm75", "sm80", "sm86", "sm89", "sm120", "sm121"),
+            caveats=(("mxfp8", _MXFP8),),
+        ),
         Target(
             "ort",
             "ONNX Runtime, CPU and CUDA providers",

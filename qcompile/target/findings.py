@@ -15,6 +15,7 @@ from qcompile.target.target import Target
 from qcompile.target.view import DEQUANTIZE_OPS, QUANTIZE_OPS, WEIGHTED_OPS, GraphView, attribute
 
 Severity = Literal["error", "warning"]
+Effect = Literal["refused", "float", "wrong", "notice"]
 Hits = Iterator[tuple[str, str]]
 
 
@@ -37,7 +38,8 @@ class Finding:
 class Operand:
     """A quantized input of a weighted operator: the slot, its DequantizeLinear, the code type, and where it comes from.
 
-    `axis_here` is the per-channel axis seen by the operator (None: per tensor, blocked, or not traceable).
+    `axis_here` is the per-channel or blocked axis seen by the operator (None: per tensor, or not traceable);
+    `block` is the block size, 0 without blocks; `one_scale`: the scale is a list of one number instead of a number.
     """
 
     slot: int
@@ -47,6 +49,8 @@ class Operand:
     per_axis: bool
     axis_here: int | None
     rank: int | None
+    block: int = 0
+    one_scale: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,17 @@ class Site:
     def weight(self) -> Operand | None:
         """The quantized constant operand, if there is one."""
         return next((o for o in self.operands if o.constant), None)
+
+    def transposed(self, slot: int) -> bool:
+        """Whether a Gemm turns the operand in `slot` around."""
+        return bool(attribute(self.node, ("transA", "transB")[slot], 0))
+
+    def reduction_axis(self, operand: Operand) -> int | None:
+        """The axis of a MatMul or Gemm operand that is summed over; None for other operators or an unknown rank."""
+        if self.node.op_type not in ("MatMul", "Gemm") or operand.rank is None:
+            return None
+        last = (operand.slot == 0) != self.transposed(operand.slot)
+        return max(operand.rank - (1 if last else 2), 0)
 
 
 @dataclass
@@ -95,17 +110,30 @@ class Context:
 
 
 Check = Callable[[Context], Hits]
+Repair = Callable[[Context], None]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A stable id, a short title, how bad it is, what to do, and the check that yields (node, message)."""
+    """A stable id, a short title, how bad it is, what to do, and the check that yields (node, message).
+
+    `effect`: the engine is "refused"; it builds but the node runs in "float"; it computes something else, where it
+    builds ("wrong"); or a "notice" about speed, accuracy or other versions.  `repair`, where the fix is mechanical,
+    changes the context's model in place.
+    """
 
     id: str
     title: str
     severity: Severity
     fix: str
     check: Check
+    effect: Effect = "notice"
+    repair: Repair | None = None
+
+    @property
+    def summary(self) -> str:
+        """The check's first line of documentation."""
+        return (self.check.__doc__ or self.title).partition("\n")[0].strip()
 
     def findings(self, context: Context) -> list[Finding]:
         """The rule's findings on one model."""
@@ -123,11 +151,13 @@ def _operand(view: GraphView, node: NodeProto, slot: int) -> Operand | None:
     dq = view.dequantizer(node.input[slot])
     if dq is None:
         return None
-    scale_rank = view.ranks.get(dq.input[1], 0)
-    per_axis = scale_rank == 1 and _length(view, dq.input[1]) > 1 and not attribute(dq, "block_size", 0)
+    block = int(attribute(dq, "block_size", 0))
+    vector = view.ranks.get(dq.input[1], 0) == 1 and not block
+    per_axis = vector and _length(view, dq.input[1]) > 1
     rank = view.ranks.get(dq.input[0])
-    axis = view.axis_after(node.input[slot], _axis(dq, rank)) if per_axis else None
-    return Operand(slot, dq, view.low_type(dq), view.is_constant(dq.input[0]), per_axis, axis, rank)
+    axis = view.axis_after(node.input[slot], _axis(dq, rank)) if per_axis or block else None
+    one = vector and not per_axis
+    return Operand(slot, dq, view.low_type(dq), view.is_constant(dq.input[0]), per_axis, axis, rank, block, one)
 
 
 def _length(view: GraphView, name: str) -> int:

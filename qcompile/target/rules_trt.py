@@ -8,9 +8,11 @@ from collections.abc import Iterator
 import numpy as np
 from onnx import NodeProto, TensorProto
 
-from qcompile.target.findings import Context, Hits, Site, scale_of
+from qcompile.target.findings import Context, Hits, Operand, Site, scale_of
+from qcompile.target.rules_common import wrong_weight_axis
 from qcompile.target.view import DEQUANTIZE_OPS, MOVEMENT_OPS, QUANTIZE_OPS, attribute
 
+FLOAT_CODES = frozenset({"float8e4m3fn", "float4e2m1", "float8e5m2"})
 SUPPORTED_CODES = frozenset({"int8", "float8e4m3fn", "int4", "float4e2m1"})
 INTEGER_OPS = frozenset(
     [
@@ -28,34 +30,62 @@ INTEGER_OPS = frozenset(
         "Unique",
     ]
 )
-COMPUTE_CODES = frozenset({"int8", "float8e4m3fn"})
+COMPUTE_CODES = frozenset({"int8", "float8e4m3fn", "float4e2m1"})
+HALF_TYPES = frozenset({TensorProto.FLOAT16, TensorProto.BFLOAT16})
 KNOWN_DOMAINS = frozenset({"", "ai.onnx", "trt"})
 SCORE_PATH = frozenset(["Mul", "Div", "Add", "Sub", "Where", "Cast", "Reshape", "Identity"])
 
 
 def zero_point_not_zero(c: Context) -> Hits:
     """Only symmetric quantization exists."""
-    for node in c.quantizers:
-        codes = c.view.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else None
-        if codes is not None and np.any(codes.astype(np.float32) != 0):
+    for node in _moved(c):
+        if c.code_type(node) not in FLOAT_CODES:
             yield node.name, f"the zero point {node.input[2]!r} is not 0"
 
 
+def float_zero_point(c: Context) -> Hits:
+    """fp8 and fp4 have no zero point; the builder takes one that is not 0 without a word."""
+    for node in _moved(c):
+        if c.code_type(node) in FLOAT_CODES:
+            yield node.name, f"the zero point {node.input[2]!r} of {c.code_type(node)} codes is not 0"
+
+
+def _moved(c: Context) -> Iterator[NodeProto]:
+    for node in c.quantizers:
+        zero = c.view.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else None
+        if zero is not None and np.any(zero.astype(np.float32) != 0):
+            yield node
+
+
 def unsupported_codes(c: Context) -> Hits:
-    """A code type that the parser refuses (uint8, uint4, int16, float8e5m2) or whose meaning is not established (uint8)."""
+    """A code type that the parser refuses: uint8 weights, uint4, int16, uint16, float8e5m2."""
     for node in c.quantizers:
         kind = c.code_type(node)
-        if kind is not None and kind not in SUPPORTED_CODES and kind != "int32":
+        if kind is not None and kind not in SUPPORTED_CODES and kind != "int32" and not _uint8_activation(c, node):
             yield node.name, f"{node.op_type} with {kind} codes is not supported"
+
+
+def uint8_activation(c: Context) -> Hits:
+    """uint8 activations build (zero point 0), but what becomes of codes above 127 is not established."""
+    for node in c.quantizers:
+        if _uint8_activation(c, node):
+            yield node.name, "uint8 activation codes: the engine reads them as int8, so codes above 127 have no known meaning"
+
+
+def _uint8_activation(c: Context, node: NodeProto) -> bool:
+    """Whether the codes are uint8 by zero point or by default; named by `output_dtype` they are refused."""
+    pair = [node, c.view.producer.get(node.input[0])]
+    named = any(n is not None and attribute(n, "output_dtype", 0) == TensorProto.UINT8 for n in pair)
+    return c.code_type(node) == "uint8" and not c.view.is_constant(node.input[0]) and not named
 
 
 def scale_type(c: Context) -> Hits:
     """A float32 scale in a float16 network: everything after the DequantizeLinear becomes float32."""
     types = {n.name: _scale_type(c, n) for n in c.quantizers}
-    if TensorProto.FLOAT16 not in types.values() and not _half_network(c):
+    if not HALF_TYPES & set(types.values()) and not half_network(c):
         return
     for node in c.quantizers:
-        if types[node.name] == TensorProto.FLOAT:
+        if types[node.name] == TensorProto.FLOAT and not _two_level(c, node):
             yield node.name, "a float32 scale in a float16 network: what follows is computed in float32"
 
 
@@ -64,39 +94,64 @@ def _scale_type(c: Context, node: NodeProto) -> int:
     return 0 if proto is None else proto.data_type
 
 
-def _half_network(c: Context) -> bool:
-    """Whether the float constants, scales aside, are mostly float16."""
+def _two_level(c: Context, node: NodeProto) -> bool:
+    """Whether the node makes or reads block scales, or reads fp4 codes: its outer scale is float32 by definition."""
+    users = c.view.consumers.get(node.output[0], [])
+    return c.code_type(node) == "float4e2m1" or any(n.op_type in DEQUANTIZE_OPS and slot == 1 for n, slot in users)
+
+
+def half_network(c: Context) -> bool:
+    """Whether the inputs and float constants, scales aside, are mostly float16 or bfloat16."""
     scales = {n.input[1] for n in c.quantizers}
-    tensors = Counter(t.data_type for t in c.view.model.graph.initializer if t.name not in scales)
-    return tensors[TensorProto.FLOAT16] > tensors[TensorProto.FLOAT]
+    graph = c.view.model.graph
+    tensors = Counter(t.data_type for t in graph.initializer if t.name not in scales)
+    tensors.update(v.type.tensor_type.elem_type for v in graph.input)
+    return sum(tensors[t] for t in HALF_TYPES) > tensors[TensorProto.FLOAT]
 
 
 def float32_rest(c: Context) -> Hits:
     """All scales are float32: the layers between the quantized ones run in float32."""
-    if c.quantizers and not _half_network(c) and all(_scale_type(c, n) == TensorProto.FLOAT for n in c.quantizers):
+    if c.quantizers and not half_network(c) and all(_scale_type(c, n) == TensorProto.FLOAT for n in c.quantizers):
         yield "", "the scales are float32, so the rest of the network runs in float32 (often slower than plain float16)"
 
 
 def one_operand_only(c: Context) -> Hits:
     """The activation is quantized but the other operand is not: a float kernel, and Q/DQ to pay for."""
-    attention = {n.name for block in _attention(c) for n in block[1:]}
+    attention = {n.name for block in attention_blocks(c) for n in block[1:]}
     for site in c.sites:
         if len(site.operands) == 1 and site.activations and site.node.name not in attention:
             yield site.node.name, f"only the operand in slot {site.operands[0].slot} is quantized, so the kernel stays float"
 
 
 def operand_types_differ(c: Context) -> Hits:
-    """int8 against fp8 is an internal builder error; int8 against int4 weights has no kernel."""
+    """The two operands have unequal code types (int8 by per-channel int4 in a GEMM is the exception)."""
     for site in c.sites:
         kinds = {o.type_name for o in site.operands}
-        if len(site.operands) == 2 and len(kinds) == 2 and kinds <= SUPPORTED_CODES and not _unpacked_int4(site):
+        if len(site.operands) < 2 or not kinds <= SUPPORTED_CODES or not _fused(c, site):
+            continue
+        if kinds == {"int4"} and site.node.op_type in ("Conv", "ConvTranspose"):
+            yield site.node.name, "no convolution reads int4 on both sides"
+        if len(kinds) == 2 and not _unpacked_int4(site) and not _float_deconvolution(site, kinds):
             yield site.node.name, f"the operands are {' and '.join(sorted(str(k) for k in kinds))}; they must be of one type"
 
 
+def _fused(c: Context, site: Site) -> bool:
+    """Whether the builder tries one kernel for both operands: their scales must fit it, else each is dequantized apart."""
+    bad_scale = any(
+        (o.per_axis and not _along_rows(site, o)) or (o.one_scale and site.node.op_type == "Conv") for o in site.activations
+    )
+    return not bad_scale and site.node.name not in (name for name, _ in wrong_weight_axis(c))
+
+
+def _float_deconvolution(site: Site, kinds: set[str | None]) -> bool:
+    """ConvTranspose is float anyway: int8 with anything builds, fp8 with int4 does not."""
+    return site.node.op_type == "ConvTranspose" and "int8" in kinds
+
+
 def _unpacked_int4(site: Site) -> bool:
-    """int8 activations with int4 per-channel or blocked weights: the builder unpacks the weight and runs an int8 GEMM."""
+    """int8 with int4, the weight per channel: the builder unpacks the int4 side and runs an int8 GEMM."""
     weight = site.weight
-    finer = weight is not None and (weight.per_axis or bool(attribute(weight.dq, "block_size", 0)))
+    finer = weight is not None and (weight.per_axis or bool(weight.block))
     return site.node.op_type in ("MatMul", "Gemm") and finer and {o.type_name for o in site.operands} == {"int8", "int4"}
 
 
@@ -114,10 +169,9 @@ def unblocked_int4(c: Context) -> Hits:
         weight = site.weight
         if weight is None or site.activations:
             continue
-        block = int(attribute(weight.dq, "block_size", 0))
-        if weight.type_name == "int4" and not block:
+        if weight.type_name == "int4" and not weight.block:
             yield site.node.name, "the int4 weight has no blocks, so it is dequantized outside the GEMM"
-        if weight.type_name == "int8" and block:
+        if weight.type_name == "int8" and weight.block:
             yield site.node.name, "blocked int8 weights are dequantized to float outside the GEMM"
 
 
@@ -139,33 +193,33 @@ def contrib_domain(c: Context) -> Hits:
 def quantized_scores(c: Context) -> Hits:
     """Q/DQ between the scores and the softmax breaks the fused attention kernel."""
     for softmax in c.view.of_type("Softmax"):
-        dq = _behind(c, softmax.input[0], DEQUANTIZE_OPS)
-        if dq is not None and _scores_matmul(c, dq.input[0]) is not None:
+        dq = quantizer_behind(c, softmax.input[0], DEQUANTIZE_OPS)
+        if dq is not None and scores_matmul(c, dq.input[0]) is not None:
             yield softmax.name, f"the attention scores are quantized ({dq.name}), which breaks the fused attention kernel"
 
 
 def partial_attention(c: Context) -> Hits:
     """Of q, k, softmax output and v some are quantized and some are not."""
-    for softmax, scores, values in _attention(c):
+    for softmax, scores, values in attention_blocks(c):
         inputs = {"q": scores.input[0], "k": scores.input[1], "softmax": values.input[0], "v": values.input[1]}
         done = [k for k, name in inputs.items() if _quantized(c, name)]
         if 0 < len(done) < 4:
             yield softmax.name, f"of q, k, softmax and v only {', '.join(done)} are quantized, which breaks the fused kernel"
 
 
-def _attention(c: Context) -> Iterator[tuple[NodeProto, NodeProto, NodeProto]]:
+def attention_blocks(c: Context) -> Iterator[tuple[NodeProto, NodeProto, NodeProto]]:
     """(softmax, scores MatMul, values MatMul) of each attention block."""
     for softmax in c.view.of_type("Softmax"):
-        scores, values = _scores_matmul(c, softmax.input[0]), _values_matmul(c, softmax.output[0])
+        scores, values = scores_matmul(c, softmax.input[0]), _values_matmul(c, softmax.output[0])
         if scores is not None and values is not None:
             yield softmax, scores, values
 
 
 def _quantized(c: Context, name: str) -> bool:
-    return _behind(c, name, DEQUANTIZE_OPS) is not None
+    return quantizer_behind(c, name, DEQUANTIZE_OPS) is not None
 
 
-def _behind(c: Context, name: str, wanted: frozenset[str]) -> NodeProto | None:
+def quantizer_behind(c: Context, name: str, wanted: frozenset[str]) -> NodeProto | None:
     """The producer of one of the `wanted` types behind `name`, through data movement and scalar arithmetic."""
     for node in _chain(c, name):
         if node.op_type in wanted:
@@ -183,7 +237,7 @@ def _chain(c: Context, name: str) -> Iterator[NodeProto]:
         node = next((n for n in nexts if n is not None), None)
 
 
-def _scores_matmul(c: Context, name: str) -> NodeProto | None:
+def scores_matmul(c: Context, name: str) -> NodeProto | None:
     for node in _chain(c, name):
         if node.op_type == "MatMul":
             return None if any(c.view.is_constant(x) for x in node.input) else node
@@ -241,7 +295,7 @@ def deconvolution(c: Context) -> Hits:
 def constant_codes(c: Context) -> Hits:
     """Codes stored as a constant must go straight into a DequantizeLinear."""
     for tensor in c.view.model.graph.initializer:
-        if tensor.data_type not in (TensorProto.INT8, TensorProto.INT4, TensorProto.FLOAT8E4M3FN):
+        if tensor.data_type not in (TensorProto.INT8, TensorProto.INT4, TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT4E2M1):
             continue
         for node, slot in c.view.consumers.get(tensor.name, []):
             if node.op_type not in QUANTIZE_OPS | DEQUANTIZE_OPS:
@@ -259,14 +313,32 @@ def softmax_scale(c: Context) -> Hits:
                 yield q.name, f"the scale of the softmax output is larger than {limit:.5f}, which covers all of 0..1"
 
 
-def gpu_types(c: Context) -> Hits:
-    """A code type without kernels on one of the GPUs, or a GPU that the backend cannot compile for."""
-    kinds = Counter(k for n in c.quantizers if (k := c.code_type(n)) is not None)
-    for gpu in c.gpus:
-        if c.target.gpus and gpu not in c.target.gpus:
-            yield "", f"{c.target.name} cannot compile for {gpu} (it has {', '.join(c.target.gpus)})"
-            continue
-        number = int(gpu.removeprefix("sm")) if gpu.removeprefix("sm").isdigit() else 0
-        for kind in kinds:
-            if number and number < c.target.capability(kind):
-                yield "", f"{kind} needs sm{c.target.capability(kind)} or newer, {gpu} has no such kernels"
+def per_channel_activation(c: Context) -> Hits:
+    """Several scales on one activation: a convolution, or a GEMM along its reduction axis, runs in float."""
+    for site, operand in _finer_activations(c):
+        if not _along_rows(site, operand):
+            yield site.node.name, f"the activation in slot {operand.slot} has per-channel scales ({operand.dq.name})"
+
+
+def per_row_activation(c: Context) -> Hits:
+    """One scale per row (or column) of a GEMM's activation: RTX runs it, but it is documented for weights only."""
+    for site, operand in _finer_activations(c):
+        if _along_rows(site, operand):
+            yield site.node.name, f"the activation in slot {operand.slot} has a scale per row ({operand.dq.name}), not one in all"
+
+
+def _finer_activations(c: Context) -> Iterator[tuple[Site, Operand]]:
+    return ((site, o) for site in c.sites for o in site.activations if o.per_axis)
+
+
+def _along_rows(site: Site, operand: Operand) -> bool:
+    reduction = site.reduction_axis(operand)
+    return None not in (reduction, operand.axis_here) and operand.axis_here != reduction
+
+
+def int4_activation(c: Context) -> Hits:
+    """INT4 is documented for weights only; RTX compiles an int4 GEMM, other TensorRT versions may not."""
+    for site in c.sites:
+        for operand in site.activations:
+            if operand.type_name == "int4":
+                yield site.node.name, f"the activation in slot {operand.slot} is int4, which is documented for weights only"

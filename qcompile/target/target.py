@@ -9,6 +9,8 @@ from qcompile.quant.qtype import QType
 from qcompile.quant.spec import Scheme
 
 _OPSET = {"INT8": 19, "UINT8": 13, "FLOAT8E4M3FN": 19, "INT4": 21, "UINT4": 21, "FLOAT4E2M1": 23}
+_BODY_OPSET = {"float32": 1, "float16": 17, "bfloat16": 22}  # LayerNormalization; Conv and pooling in bfloat16
+_BLOCK_OPSET = 21
 _FLOAT32_SCALE_OPSET = {"INT8": 13, "UINT8": 13}
 
 
@@ -38,7 +40,8 @@ class Target:
     `schemes` it can run; `half_body`: the float rest and the scales are float16; `symmetric`: zero points must be 0;
     `activations` and `weights` are the code types it computes with; `ops` says how each operator is quantized;
     `bias_float`: biases stay floating point; `capabilities` maps a code type to the lowest compute capability
-    (89 = sm89); `gpus` lists the targets that can be compiled for (empty: any); `max_opset` is the newest that loads.
+    (89 = sm89); `gpus` lists the targets that can be compiled for (empty: any); `max_opset` is the newest that loads;
+    `caveats` maps a scheme to what its user must know.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Target:
     bias_float: bool = True
     capabilities: tuple[tuple[str, int], ...] = ()
     gpus: tuple[str, ...] = ()
+    caveats: tuple[tuple[str, str], ...] = ()
 
     def require(self, scheme: Scheme) -> None:
         """Raises UsageError: the target cannot run the scheme."""
@@ -61,13 +65,15 @@ class Target:
             raise UsageError(f"target {self.name!r} has no scheme {scheme.name!r} (it has: {', '.join(self.schemes)})")
 
     def body(self, scheme: Scheme) -> str:
-        """The type of what is not quantized: float16 or float32."""
-        return "float16" if self.half_body or scheme.body == "float16" else "float32"
+        """The type of what is not quantized: float16, bfloat16 or float32."""
+        return "float16" if self.half_body and scheme.body == "float32" else scheme.body
 
     def opset(self, scheme: Scheme) -> int:
-        """The lowest opset that the scheme needs here (19 where scales are float16, 21 for int4, 23 for fp4)."""
+        """The lowest opset that the scheme needs here: 19 where scales are float16, 21 for int4 and blocks, 23 for fp4, and what
+        the type of the float rest needs."""
         types: list[QType] = [t for t in (scheme.weight, scheme.activation) if t is not None]
-        return max([self.min_opset, *(self.type_opset(t.storage) for t in types)])
+        blocks = _BLOCK_OPSET if scheme.block_size is not None else 0
+        return max([self.min_opset, blocks, _BODY_OPSET[self.body(scheme)], *(self.type_opset(t.storage) for t in types)])
 
     def type_opset(self, storage: str) -> int:
         """The lowest opset in which codes of the ONNX type `storage` can be (de)quantized with this target's scales."""

@@ -33,8 +33,12 @@ MOVEMENT_OPS = frozenset(
     ]
 )
 QUANTIZE_OPS = frozenset({"QuantizeLinear"})
-DEQUANTIZE_OPS = frozenset({"DequantizeLinear"})
+DEQUANTIZE_OPS = frozenset({"DequantizeLinear", "TRT_MXFP8DequantizeLinear"})
 WEIGHTED_OPS = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm"})
+DYNAMIC_QUANTIZE_OPS: dict[str, tuple[int, int]] = {  # types of the codes and of the block scales
+    "TRT_FP4DynamicQuantize": (TensorProto.FLOAT4E2M1, TensorProto.FLOAT8E4M3FN),
+    "TRT_MXFP8DynamicQuantize": (TensorProto.FLOAT8E4M3FN, TensorProto.UINT8),
+}
 LOW_TYPES: dict[int, str] = {
     TensorProto.INT8: "int8",
     TensorProto.UINT8: "uint8",
@@ -105,7 +109,9 @@ class GraphView:
         graph = self._inferred.graph
         infos = [*graph.value_info, *graph.input, *graph.output]
         found = {v.name: v.type.tensor_type.elem_type for v in infos}
-        return found | {t.name: t.data_type for t in graph.initializer}
+        found |= {t.name: t.data_type for t in graph.initializer}
+        dynamic = (n for n in self.nodes if n.op_type in DYNAMIC_QUANTIZE_OPS)
+        return found | {x: t for n in dynamic for x, t in zip(n.output, DYNAMIC_QUANTIZE_OPS[n.op_type], strict=True)}
 
     @cached_property
     def ranks(self) -> dict[str, int]:
@@ -116,11 +122,17 @@ class GraphView:
         return found | {t.name: len(t.dims) for t in graph.initializer}
 
     @cached_property
-    def static_names(self) -> frozenset[str]:
-        """Tensors whose every axis has a known size."""
+    def dims(self) -> dict[str, tuple[int, ...]]:
+        """Tensor name -> size of each axis, 0 where it is not fixed; as far as the rank is known."""
         graph = self._inferred.graph
         infos = [v for v in (*graph.value_info, *graph.input, *graph.output) if v.type.tensor_type.HasField("shape")]
-        return frozenset(v.name for v in infos if all(d.dim_value > 0 for d in v.type.tensor_type.shape.dim))
+        found = {v.name: tuple(d.dim_value for d in v.type.tensor_type.shape.dim) for v in infos}
+        return found | {t.name: tuple(t.dims) for t in graph.initializer}
+
+    @cached_property
+    def static_names(self) -> frozenset[str]:
+        """Tensors whose every axis has a known size."""
+        return frozenset(name for name, dims in self.dims.items() if all(d > 0 for d in dims))
 
     @cached_property
     def _inferred(self) -> onnx.ModelProto:
@@ -173,8 +185,14 @@ class GraphView:
         return name
 
     def dequantizer(self, name: str) -> NodeProto | None:
-        """The DequantizeLinear that `name` comes from through data movement, if any."""
+        """The DequantizeLinear that `name` comes from through data movement, if any.
+
+        Behind a Concat it is the first one, provided that every input comes from one.
+        """
         node = self.producer.get(self.origin(name))
+        if node is not None and node.op_type == "Concat":
+            sources = [self.dequantizer(x) for x in node.input]
+            return sources[0] if sources and all(s is not None for s in sources) else None
         return node if node is not None and node.op_type in DEQUANTIZE_OPS else None
 
     def low_type(self, dq: NodeProto) -> str | None:

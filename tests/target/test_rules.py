@@ -10,8 +10,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from qcompile.errors import ModelError, UsageError
+from qcompile.target.accepted import ACCEPTED
 from qcompile.target.catalog import TARGETS
 from qcompile.target.rules import RULES, check
+from tests.target import formats
 from tests.target.graphs import AttentionForm, Form, attention, single
 from tests.target.matrix import ATTENTION, SINGLE
 
@@ -24,12 +26,26 @@ def rules(model: onnx.ModelProto, target: str = "rtx", gpus: tuple[str, ...] = (
 
 @pytest.mark.parametrize("row", SINGLE, ids=lambda r: r.name)
 def test_operator_rows(row) -> None:
-    assert rules(single(row.form), gpus=(row.gpu,)) == row.rules
+    assert rules(row.model(), gpus=(row.gpu,)) == row.rules
 
 
 @pytest.mark.parametrize("row", ATTENTION, ids=lambda r: r.name)
 def test_attention_rows(row) -> None:
     assert rules(attention(row.form)) == row.rules
+
+
+def test_accepted_forms_are_rows_without_errors() -> None:
+    rows = {r.name: r for r in SINGLE}
+    runs_as = {
+        "int8": ("low", "int8"),
+        "fp8": ("low", "float8e4m3fn"),
+        "fp4": ("low", "float4e2m1"),
+        "packed int4": ("packed", "int8"),
+    }
+    for a in ACCEPTED:
+        row = rows[a.name]
+        assert (row.outcome, row.low) == runs_as[a.outcome]
+        assert not [f for f in check(row.model(), "rtx", [row.gpu]) if f.severity == "error"]
 
 
 def test_ids_are_unique_and_fixes_are_given() -> None:
@@ -77,9 +93,7 @@ def test_unsupported_operators(op: str, domain: str, rule: str) -> None:
 
 
 def test_trt_domain_is_known() -> None:
-    model = single(CONV)
-    model.graph.node.append(helper.make_node("TRT_FP4DynamicQuantize", ["y", "x_s"], ["z", "zs"], name="n_z", domain="trt"))
-    assert rules(model) == set()
+    assert rules(formats.nvfp4(), gpus=("sm120",)) == set()
 
 
 def test_codes_must_meet_a_dequantizer() -> None:

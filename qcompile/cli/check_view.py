@@ -1,0 +1,54 @@
+"""The findings of the rule checker for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qcompile.checking import Checked
+from qcompile.cli.output import print_text
+from qcompile.target.findings import Finding, Rule
+from qcompile.target.rules import RULES
+
+EXAMPLES = 2
+
+
+def show_findings(checked: Checked) -> None:
+    """Findings grouped by rule: id and title, the nodes with the reason, and what to do."""
+    rules = {rule.id: rule for rule in RULES[checked.target]}
+    for rule_id, found in _by_rule(checked.findings).items():
+        rule = rules[rule_id]
+        print_text(f"{rule.severity} {rule.id} {rule.title} ({len(found)}x)", *_examples(found))
+        print_text(f"  what to do: {rule.fix}", *_about_fix(rule, checked))
+    if checked.output is not None:
+        _show_fixed(checked, rules)
+    errors = sum(f.severity == "error" for f in checked.findings)
+    print_text(f"{errors} errors, {len(checked.findings) - errors} warnings for target {checked.target}")
+
+
+def _by_rule(findings: Sequence[Finding]) -> dict[str, list[Finding]]:
+    groups: dict[str, list[Finding]] = {}
+    for f in findings:
+        groups.setdefault(f.rule, []).append(f)
+    return groups
+
+
+def _examples(found: Sequence[Finding]) -> list[str]:
+    lines = [f"  {f.node or '(model)'}: {f.message}" for f in found[:EXAMPLES]]
+    more = len(found) - EXAMPLES
+    return [*lines, f"  ... and {more} more (all of them: --json)"] if more > 0 else lines
+
+
+def _about_fix(rule: Rule, checked: Checked) -> list[str]:
+    """Whether --fix would do it, or why it did not."""
+    if checked.output is None:
+        return ["  --fix can do this"] if rule.repair is not None else []
+    return [
+        "  not fixed: the fix does not apply here" if rule.repair is not None else "  not fixed: this needs a decision of yours"
+    ]
+
+
+def _show_fixed(checked: Checked, rules: dict[str, Rule]) -> None:
+    for rule_id, found in _by_rule(checked.fixed).items():
+        nodes = ", ".join(f.node or "(model)" for f in found[:EXAMPLES])
+        print_text(f"fixed {rule_id} {rules[rule_id].title} ({len(found)}x): {nodes}{', ...' if len(found) > EXAMPLES else ''}")
+    print_text(f"output       {checked.output}")
