@@ -9,7 +9,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qcompile.ir.ops import const_array, int_attr, is_data_movement, is_op
+from qcompile.ir.ops import const_array, const_scalar, input_at, int_attr, is_data_movement, is_op
+from qcompile.quant.minifloat import e8m0_values
 
 _KEEPS = frozenset(
     {
@@ -19,14 +20,16 @@ _KEEPS = frozenset(
         "Neg",
         "Abs",
         "Cast",
-        "Clip",
         "Dropout",
         "Identity",
         "MaxPool",
         "AveragePool",
         "GlobalAveragePool",
     }
-) | {"ReduceMean", "ReduceMax", "ReduceMin", "QuantizeLinear", "DequantizeLinear"}
+) | {"ReduceMean", "ReduceMax", "ReduceMin"}
+_QUANTIZERS = frozenset({
+    "QuantizeLinear", "DequantizeLinear", "TRT_FP4DynamicQuantize", "TRT_MXFP8DynamicQuantize", "TRT_MXFP8DequantizeLinear",
+})  # fmt: skip
 _UNIT = frozenset({"Softmax", "Sigmoid", "Tanh", "Erf", "HardSigmoid", "Sin", "Cos"})
 _ROUNDING = 1.02
 
@@ -54,20 +57,38 @@ def _of(value: ir.Value | None, known: dict[str, float]) -> float:
 
 
 def weight_array(value: ir.Value | None) -> NDArray | None:
-    """A constant, also one behind a DequantizeLinear (per tensor or per axis), as it is computed with."""
+    """A constant, also one behind a DequantizeLinear (its own scale may be behind one too), as it is computed with."""
     array = const_array(value)
     producer = value.producer() if value is not None else None
-    if array is not None or producer is None or not is_op(producer, "DequantizeLinear") or "block_size" in producer.attributes:
+    if array is not None or producer is None or not is_quantizer(producer):
         return array
-    codes, scale = const_array(producer.inputs[0]), const_array(producer.inputs[1])
+    codes, scale = const_array(producer.inputs[0]), weight_array(input_at(producer, 1))
     if codes is None or scale is None:
         return None
-    axis = producer.attributes["axis"].as_int() if "axis" in producer.attributes else 1
-    shape = [-1 if i == axis % max(codes.ndim, 1) else 1 for i in range(codes.ndim)] if scale.ndim else []
-    return codes.astype(np.float32) * scale.astype(np.float32).reshape(shape)
+    if producer.op_type == "TRT_MXFP8DequantizeLinear":
+        scale = e8m0_values(scale)
+    return codes.astype(np.float32) * _spread(scale.astype(np.float32), codes, producer)
+
+
+def _spread(scale: NDArray, codes: NDArray, node: ir.Node) -> NDArray:
+    """The scales shaped to broadcast against the codes."""
+    if not scale.ndim:
+        return scale
+    axis = int_attr(node, "axis", 1) % codes.ndim
+    if block := int_attr(node, "block_size", 0):
+        return np.repeat(scale, block, axis=axis).take(np.arange(codes.shape[axis]), axis=axis)
+    return scale.reshape([-1 if i == axis else 1 for i in range(codes.ndim)])
+
+
+def is_quantizer(node: ir.Node | None) -> bool:
+    """Whether `node` quantizes or dequantizes, as ONNX or as TensorRT names it."""
+    return node is not None and node.domain in ("", "trt") and node.op_type in _QUANTIZERS
 
 
 def _bound(node: ir.Node, of: Callable[[ir.Value | None], float]) -> float:
+    if is_quantizer(node):
+        weight = weight_array(node.outputs[0])
+        return of(node.inputs[0]) * _ROUNDING if weight is None else float(np.abs(weight).max(initial=0.0))
     if node.domain not in ("", "ai.onnx") or not node.inputs:
         return math.inf
     if node.op_type in _UNIT:
@@ -76,6 +97,8 @@ def _bound(node: ir.Node, of: Callable[[ir.Value | None], float]) -> float:
         inputs = node.inputs if is_op(node, "Concat", "Pad") else node.inputs[:1]
         return max(of(v) for v in inputs) * _ROUNDING
     match node.op_type:
+        case "Clip":
+            return clip_bound(node, of(node.inputs[0]))
         case "Add" | "Sub" | "Sum":
             return sum(of(v) for v in node.inputs)
         case "Mul":
@@ -92,6 +115,14 @@ def _bound(node: ir.Node, of: Callable[[ir.Value | None], float]) -> float:
             return _layer(node, of)
         case _:
             return math.inf
+
+
+def clip_bound(node: ir.Node, bound: float = math.inf) -> float:
+    """The largest magnitude behind a Clip of values up to `bound`; limits that are not constant limit nothing."""
+    low, high = (const_scalar(input_at(node, slot)) for slot in (1, 2))
+    if low is not None and high is not None:
+        return max(abs(low), abs(high))
+    return max(bound, abs(low or 0.0), abs(high or 0.0))
 
 
 def _product(a: float, b: float) -> float:
@@ -138,6 +169,6 @@ def _attention(node: ir.Node, of: Callable[[ir.Value | None], float]) -> float:
 def _source(value: ir.Value | None, *op_types: str) -> ir.Node | None:
     """The node of one of these types that makes `value`, behind Q/DQ and casts."""
     producer = value.producer() if value is not None else None
-    while producer is not None and is_op(producer, "QuantizeLinear", "DequantizeLinear", "Cast", "Identity", "Dropout"):
+    while producer is not None and (is_quantizer(producer) or is_op(producer, "Cast", "Identity", "Dropout")):
         producer = producer.inputs[0].producer() if producer.inputs[0] is not None else None
     return producer if is_op(producer, *op_types) else None

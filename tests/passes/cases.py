@@ -18,6 +18,7 @@ from qcompile.calib.data import Dataset
 from qcompile.calib.observers import Probe, Stat
 from qcompile.calib.readers import ArrayReader
 from qcompile.calib.sweep import sweep
+from qcompile.emulate.runnable import runnable
 from qcompile.ir.model import Model
 from qcompile.ir.tensors import map_tensors
 from qcompile.pipeline import registry
@@ -127,7 +128,7 @@ def pipeline(text: str, model: Model, arrays: Feeds, ctx: PassContext) -> tuple[
 def outputs(model: Model, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
     """All outputs in ONNX Runtime: optimizations off, Q/DQ as they stand."""
     session = make_session(
-        model.to_proto().SerializeToString(), optimize="off", qdq_fusion=False, threads=1, use=["CPUExecutionProvider"]
+        runnable(model).to_proto().SerializeToString(), optimize="off", qdq_fusion=False, threads=1, use=["CPUExecutionProvider"]
     )
     batch = _fixed(model)
     if batch is None:

@@ -101,6 +101,32 @@ def linear() -> Model:
     )
 
 
+def chain() -> Model:
+    """LayerNorm in primitive operators."""
+    rng = np.random.default_rng(2)
+    constants = {"g": rng.standard_normal(16).astype(np.float32), "b": rng.standard_normal(16).astype(np.float32)}
+    constants |= {"two": np.float32(2), "eps": np.float32(1e-5)}
+    nodes = [
+        node("ReduceMean", ["x"], ["m"], name="mean", axes=[-1]),
+        node("Sub", ["x", "m"], ["d"], name="centre"),
+        node("Pow", ["d", "two"], ["p"], name="square"),
+        node("ReduceMean", ["p"], ["v"], name="variance", axes=[-1]),
+        node("Add", ["v", "eps"], ["e"], name="epsilon"),
+        node("Sqrt", ["e"], ["r"], name="root"),
+        node("Div", ["d", "r"], ["n"], name="normalise"),
+        node("Mul", ["n", "g"], ["s"], name="gamma"),
+        node("Add", ["s", "b"], ["y"], name="beta"),
+    ]
+    return built(nodes, ["N", 5, 16], constants)
+
+
+def wide() -> Model:
+    """One Gemm with a transposed weight."""
+    rng = np.random.default_rng(1)
+    constants = {"w": rng.standard_normal((16, 32)).astype(np.float32), "b": rng.standard_normal(16).astype(np.float32)}
+    return built([node("Gemm", ["x", "w", "b"], ["y"], name="fc", transB=1)], ["N", 32], constants)
+
+
 def untidy() -> Model:
     """Identity, Dropout, a neutral Add, a zero Pad and a shape that can be computed."""
     constants = {"w": np.ones((16, 16), np.float32), "zero": np.float32(0), "pads": np.zeros(6, np.int64), "two": np.float32(2)}
@@ -146,5 +172,11 @@ GOLDENS = (
     Golden("insert-qdq-ort", "canonicalize,annotate,rtn,insert-qdq", linear, "ort"),
     Golden("insert-qdq-6bit", "canonicalize,opset,annotate,rtn,insert-qdq", linear, scheme="w6a6"),
     Golden("insert-qdq-int4", "canonicalize,opset,annotate,rtn,insert-qdq", linear, scheme="w4a16"),
+    Golden("fuse-norm", "canonicalize,fuse-norm", chain, scheme="fp16"),
+    Golden("annotate-nvfp4", "canonicalize,annotate", block, scheme="nvfp4"),
+    Golden("insert-qdq-nvfp4", "canonicalize,opset,annotate,rtn,insert-qdq", wide, scheme="nvfp4", shape=(4, 32)),
+    Golden("insert-qdq-mxfp8", "canonicalize,opset,annotate,rtn,insert-qdq", wide, scheme="mxfp8", shape=(4, 32)),
     Golden("fp16", "canonicalize,fp16", linear, scheme="fp16"),
+    Golden("fp16-island", "canonicalize,fp16", chain, scheme="fp16"),
+    Golden("bf16", "canonicalize,bf16", linear, scheme="bf16"),
 )

@@ -10,6 +10,7 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
+from qcompile.emulate.runnable import runnable
 from qcompile.ir.decisions import decisions
 from qcompile.ir.model import Model
 from qcompile.ir.ops import const_array, is_op
@@ -199,13 +200,16 @@ LOWERED = [
     ("trt", "fp16"),
     ("rtx", "fp8"),
     ("trt", "w4a16"),
+    ("trt", "nvfp4"),
+    ("rtx", "nvfp4"),
+    ("trt", "mxfp8"),
     ("rtx", "w6a6"),
     ("ort", "w8a8"),
     ("ort", "w4a4"),
     ("ort", "w4a16"),
     ("ort", "fp16"),
 ]
-LOWEST_SQNR_DB = {"w8a8": 15.0, "fp16": 40.0, "fp8": 10.0, "w4a16": 8.0, "w6a6": 5.0, "w4a4": -3.0}
+LOWEST_SQNR_DB = {"w8a8": 15.0, "fp16": 40.0, "fp8": 10.0, "w4a16": 8.0, "nvfp4": 3.0, "mxfp8": 10.0, "w6a6": 5.0, "w4a4": -3.0}
 
 
 @pytest.mark.parametrize("name", ["timm_vit_dy23", "hf_bert_shared_ts14", "hybrid_ts17", "stem"])
@@ -215,7 +219,7 @@ def test_lowered_models_are_legal_and_load(target: str, scheme: str, name: str) 
     model, _ = pipeline("", fixture(name), arrays, context(target, scheme))
     errors = [f for f in check(model.to_proto(), target) if f.severity == "error"]
     assert not errors
-    data = model.to_proto().SerializeToString()
+    data = runnable(model).to_proto().SerializeToString()
     for level in ("off", "basic", "all"):
         make_session(data, optimize=level, qdq_fusion=target == "ort", threads=1)  # type: ignore[arg-type]
     assert interface(model) == interface(fixture(name))

@@ -1,0 +1,1 @@
+"""Graphs that ONNX Runtime cannot run, as exactly equal graphs of standard operators that it can."""
