@@ -14,6 +14,7 @@ from qcompile.errors import ModelError
 from qcompile.ir.decisions import Decision, clear_decisions, decisions, value_at
 from qcompile.ir.edit import add_constant, drop_if_unused, insert_after, new_node, redirect, swap_output
 from qcompile.ir.model import Model
+from qcompile.passes._block_formats import block_activation, block_weight
 from qcompile.passes._log_codes import log_chain
 from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
 from qcompile.quant.affine import quantize
@@ -21,6 +22,11 @@ from qcompile.quant.qtype import INT8, QType
 from qcompile.quant.spec import PerAxis, PerBlock, PerTensor, QParams
 
 Use = tuple[ir.Node, int, Decision]
+_BODIES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
+_ROUNDING = {  # numpy type, half the distance of neighbours, smallest number, smallest with a useful precision
+    ir.DataType.FLOAT16: (np.dtype(np.float16), 2.0**-11, 2.0**-24, 2.0**-20),
+    ir.DataType.BFLOAT16: (np.dtype(ml_dtypes.bfloat16), 2.0**-8, 2.0**-126, 0.0),
+}
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,8 @@ class InsertQdq(Pass):
     before: MatMul(x, W) with decisions on both inputs
     after:  MatMul(DQ(Q(x, s, 0)), DQ(codes(W), s_w[axis], 0));  Q(x) = clip(round(x / s) + z) (ONNX QuantizeLinear)
     A width that the format cannot store (6 bit in int8) is simulated: Clip to the range before Q.
+    NVFP4: W behind DQ(fp4, DQ(fp8 block scales, s_t)); x through trt::TRT_FP4DynamicQuantize and the same two DQ.
+    MXFP8: trt::TRT_MXFP8DynamicQuantize and trt::TRT_MXFP8DequantizeLinear.
     """
 
     name = "insert-qdq"
@@ -39,10 +47,10 @@ class InsertQdq(Pass):
 
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
         """Raises ModelError: uses of one tensor disagree on its quantizer, or a decision has no scale."""
-        half = ctx.target.body(ctx.scheme) == "float16"
+        body = _BODIES[ctx.target.body(ctx.scheme)]
         groups = _group(model.graph, ctx)
         for uses in groups.values():
-            _materialise(model.graph, uses, half, ctx)
+            _materialise(model.graph, uses, body, ctx)
         clear_decisions(model.graph)
         return PassResult(bool(groups))
 
@@ -66,28 +74,37 @@ def _group(graph: ir.Graph, ctx: PassContext) -> dict[tuple[str, str], list[Use]
     return groups
 
 
-def _materialise(graph: ir.Graph, uses: list[Use], half: bool, ctx: PassContext) -> None:
+def _materialise(graph: ir.Graph, uses: list[Use], body: ir.DataType, ctx: PassContext) -> None:
     node, slot, decision = uses[0]
     value = value_at(node, slot)
-    params = round_scale(decision.qparams, decision.spec.qtype) if half and decision.qparams else decision.qparams
+    params = decision.qparams
     assert params is not None
+    if body != ir.DataType.FLOAT and decision.spec.block_format is None:
+        params = round_scale(params, body)
     if value.const_value is not None:
-        dq = _weight(graph, value, decision, params)
-        insert_after(graph, value, dq)
-        redirect(value, dq.outputs[0], [(n, i) for n, i, _ in uses])
+        made = _weight(graph, value, decision, params)
+        insert_after(graph, value, *made)
+        redirect(value, made[-1].outputs[0], [(n, i) for n, i, _ in uses])
         drop_if_unused(graph, value)
     else:
         _activation(graph, value, uses, decision, params)
     scale = float(np.mean(params.scale))
     kind = "weight" if value.const_value is not None else "activation"
-    ctx.applied(str(node.name), f"{kind} {value.name} in {decision.spec.qtype.name}", scale=scale, uses=len(uses))
+    form = decision.spec.block_format or decision.spec.qtype.name
+    ctx.applied(str(node.name), f"{kind} {value.name} in {form}", scale=scale, uses=len(uses))
 
 
-def round_scale(params: QParams, qtype: QType) -> QParams:
-    """Scales rounded up to float16, so that codes are computed with the very scale that the engine sees."""
-    half = params.scale.astype(np.float16)
-    half = np.where(half.astype(np.float64) < params.scale * (1 - 2**-11), np.nextafter(half, np.float16(np.inf)), half)
-    return QParams(np.maximum(half.astype(np.float64), 2.0**-24), params.zero_point)
+def round_scale(params: QParams, body: ir.DataType) -> QParams:
+    """Scales rounded up to the type of the float rest, so that codes are computed with the very scale that the engine sees.
+
+    A quantizer whose scales all lie below float16's useful range keeps them; `fp16` leaves it in float32.
+    """
+    dtype, ulp, least, useful = _ROUNDING[body]
+    if params.scale.max(initial=0.0) < useful:
+        return params
+    half = params.scale.astype(dtype)
+    half = np.where(half.astype(np.float64) < params.scale * (1 - ulp), np.nextafter(half, dtype.type(np.inf)), half)
+    return QParams(np.maximum(half.astype(np.float64), least), params.zero_point)
 
 
 def _axis_attributes(decision: Decision) -> dict[str, int]:
@@ -116,22 +133,20 @@ def _constants(graph: ir.Graph, stem: str, params: QParams, qtype: QType, dtype:
     return scale, zero
 
 
-def _weight(graph: ir.Graph, value: ir.Value, decision: Decision, params: QParams) -> ir.Node:
+def _weight(graph: ir.Graph, value: ir.Value, decision: Decision, params: QParams) -> list[ir.Node]:
     assert value.const_value is not None
+    if decision.spec.block_format is not None:
+        graph.opset_imports.setdefault("trt", 1)
+        return block_weight(graph, value, decision, params)
     qtype = decision.spec.qtype
     array = value.const_value.numpy()
     codes: NDArray = np.asarray(quantize(array, params, qtype, decision.spec.granularity)).astype(_codes_dtype(qtype))
     stored = add_constant(graph, f"{value.name}_quantized", codes, _storage(qtype))
     dtype = array.dtype if array.dtype.kind == "f" or array.dtype == ml_dtypes.bfloat16 else np.dtype(np.float32)
     scale, zero = _constants(graph, str(value.name), params, qtype, dtype)
-    return new_node(
-        graph,
-        "DequantizeLinear",
-        [stored, scale, zero],
-        name=f"{value.name}_DequantizeLinear",
-        like=value,
-        attributes=_axis_attributes(decision),
-    )
+    name = f"{value.name}_DequantizeLinear"
+    attributes = _axis_attributes(decision)
+    return [new_node(graph, "DequantizeLinear", [stored, scale, zero], name=name, like=value, attributes=attributes)]
 
 
 def _activation(graph: ir.Graph, value: ir.Value, uses: list[Use], decision: Decision, params: QParams) -> None:
@@ -147,6 +162,8 @@ def _activation(graph: ir.Graph, value: ir.Value, uses: list[Use], decision: Dec
 def _chain(graph: ir.Graph, value: ir.Value, decision: Decision, params: QParams) -> list[ir.Node]:
     """[Clip ->] QuantizeLinear -> DequantizeLinear reading `value`."""
     qtype, stem = decision.spec.qtype, str(value.name)
+    if decision.spec.block_format is not None:
+        return block_activation(graph, value, decision, params)
     dtype = np.dtype(value.dtype.numpy()) if value.dtype is not None else np.dtype(np.float32)
     if qtype.family == "log":
         return log_chain(graph, value, params, qtype, dtype)

@@ -16,6 +16,7 @@ from qcompile.ir.model import Model
 from qcompile.ir.ops import activation_channel_axis, const_array, input_channel_axis
 from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
 from qcompile.quant.affine import fake_quant, qparams_from_range
+from qcompile.quant.minifloat import mxfp8_qparams, nvfp4_qparams, nvfp4_search
 from qcompile.quant.ranges import weight_mse_scale
 from qcompile.quant.spec import PerAxis, PerBlock, PerTensor, QParams, QuantSpec
 
@@ -27,6 +28,7 @@ class RoundToNearest(Pass):
     """Round weights to the nearest code; below 8 bit, clip each channel where the layer's output error is least.
 
     scale_c = max |W_c| / qmax (min-max), or argmin_s sum_k E[x_k^2] (W_ck - Q_s(W_ck))^2 over s <= max|W_c| / qmax.
+    NVFP4 searches each block's E4M3 scale from 0.7 to 1.6 of min-max's; MXFP8's are the powers of two that cover.
     before: a decision without a scale     after: the decision with its scale; the weight itself is rounded at insert-qdq
     The searched scale is kept only where the layer's output error on calibration rows is not above min-max's.
     """
@@ -57,6 +59,8 @@ class RoundToNearest(Pass):
         return PassResult(changed)
 
     def _searches(self, spec: QuantSpec) -> bool:
+        if spec.block_format == "mxfp8":
+            return False
         return self.clip == "search" or (self.clip == "auto" and spec.qtype.bits < 8)
 
     def _fit(self, node: ir.Node, slot: int, d: Decision, ctx: PassContext) -> QParams:
@@ -79,6 +83,8 @@ class RoundToNearest(Pass):
 
     def _search(self, node: ir.Node, slot: int, weight: NDArray[np.float32], spec: QuantSpec, ctx: PassContext) -> QParams:
         energy = _energy(node, slot, weight, ctx)
+        if spec.block_format == "nvfp4" and isinstance(spec.granularity, PerBlock):
+            return nvfp4_search(weight, spec.granularity.axis, energy)
         scale = weight_mse_scale(weight, spec.qtype, spec.granularity, energy)
         return QParams(scale, np.zeros(scale.shape, np.int64))
 
@@ -111,7 +117,9 @@ def _data(node: ir.Node, slot: int) -> ir.Value | None:
 
 
 def minmax_qparams(weight: NDArray[np.float32], spec: QuantSpec) -> QParams:
-    """Largest magnitude of each slice of the granularity over qmax; zero point 0."""
+    """Largest magnitude of each slice of the granularity over qmax, in a scale of the block format; zero point 0."""
+    if spec.block_format is not None and isinstance(spec.granularity, PerBlock):
+        return (nvfp4_qparams if spec.block_format == "nvfp4" else mxfp8_qparams)(weight, spec.granularity.axis)
     match spec.granularity:
         case PerTensor():
             top = np.asarray(np.abs(weight).max())

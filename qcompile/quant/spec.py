@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from qcompile.quant.qtype import FLOAT8E4M3FN, INT4, INT8, QType, simulated_int
+from qcompile.quant.qtype import FLOAT4E2M1, FLOAT8E4M3FN, INT4, INT8, QType, simulated_int
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class PerBlock:
 
 Granularity = PerTensor | PerAxis | PerBlock
 RangeMethod = Literal["minmax", "percentile", "mse"]
+BlockFormat = Literal["nvfp4", "mxfp8"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,16 @@ class QuantSpec:
     symmetric: bool = True
     method: RangeMethod = "minmax"
 
+    @property
+    def block_format(self) -> BlockFormat | None:
+        """Blocks of a small float have scales of a small float too: E4M3 (NVFP4) or E8M0 (MXFP8).
+
+        Activations in such a format are dynamic: their block scales are computed at run time.
+        """
+        if self.qtype.family != "float" or not isinstance(self.granularity, PerBlock):
+            return None
+        return "nvfp4" if self.qtype == FLOAT4E2M1 else "mxfp8"
+
     def with_granularity(self, granularity: Granularity) -> QuantSpec:
         """The same spec at another granularity."""
         return replace(self, granularity=granularity)
@@ -54,21 +65,29 @@ class QuantSpec:
 
 @dataclass(frozen=True, eq=False)
 class QParams:
-    """x ~ (code - zero_point) * scale.  `scale` float64 > 0 and `zero_point` int64 of equal shape."""
+    """x ~ (code - zero_point) * scale.  `scale` float64 > 0 and `zero_point` int64 of equal shape.
+
+    `tensor_scale` (NVFP4): the block scales are E4M3 numbers times this.
+    """
 
     scale: NDArray[np.float64]
     zero_point: NDArray[np.int64]
+    tensor_scale: float | None = None
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """A preset: the types of weights and activations, and of the float rest."""
+    """A preset: the types of weights and activations, and of the float rest.
+
+    `fallback`: the type, per tensor and per channel, of what blocks do not fit (convolutions, attention, odd lengths).
+    """
 
     name: str
     weight: QType | None
     activation: QType | None
-    body: Literal["float32", "float16"] = "float32"
+    body: Literal["float32", "float16", "bfloat16"] = "float32"
     block_size: int | None = None
+    fallback: QType | None = None
 
     @property
     def simulated(self) -> bool:
@@ -82,9 +101,12 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("w8a8", INT8, INT8),
         Scheme("fp8", FLOAT8E4M3FN, FLOAT8E4M3FN),
         Scheme("fp16", None, None, body="float16"),
+        Scheme("bf16", None, None, body="bfloat16"),
         Scheme("w6a6", simulated_int(6), simulated_int(6)),
         Scheme("w4a8", simulated_int(4), INT8),
         Scheme("w4a4", simulated_int(4), simulated_int(4)),
         Scheme("w4a16", INT4, None, block_size=128),
+        Scheme("nvfp4", FLOAT4E2M1, FLOAT4E2M1, block_size=16, fallback=FLOAT8E4M3FN),
+        Scheme("mxfp8", FLOAT8E4M3FN, FLOAT8E4M3FN, block_size=32, fallback=FLOAT8E4M3FN),
     )
 }
