@@ -5,89 +5,31 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from qcompile import __version__
-from qcompile.calib.data import Dataset, find_beside, load_data
-from qcompile.errors import DataError, GateError, InputError, ModelError, UsageError
-from qcompile.guards import require_numbers, require_sane, unmatched
+from qcompile.calib.memory import MemoryPlan
+from qcompile.calib.memory import plan as plan_memory
+from qcompile.calib.sweep import batch_size
+from qcompile.calibration import Calibration, open_calibration, open_data
+from qcompile.errors import GateError, InputError, ModelError, UsageError
+from qcompile.guards import unmatched
 from qcompile.ir.atomic import write_atomic
 from qcompile.ir.model import Model
 from qcompile.ir.text import print_model
-from qcompile.pipeline import registry
-from qcompile.pipeline.base import Fact, Pass, PassContext
-from qcompile.pipeline.planner import Plan, complete
-from qcompile.pipeline.runner import Failure, Runner, VerifyMode
-from qcompile.pipeline.spec import format_pipeline, near
-from qcompile.providers import SweepStatistics, comparator
-from qcompile.quant.spec import SCHEMES, Scheme
+from qcompile.job import DEFAULT_SAMPLES, Job, Options, Progress, Silent, describe_plan, first_line, held_facts, prepare
+from qcompile.pipeline.runner import Failure, Runner
+from qcompile.quant.spec import SCHEMES
 from qcompile.report import SCHEMA_VERSION, PassReport, Remark, json_text
 from qcompile.target.catalog import TARGETS
-from qcompile.target.target import Target
 
-DEFAULT_SAMPLES = 128
-
-
-class Progress(Protocol):
-    """Who is told how far the work is."""
-
-    def on_pass(self, spec: str, index: int, total: int) -> None: ...
-    def on_done(self, report: PassReport) -> None: ...
-    def on_sweep(self, done: int, total: int) -> None: ...
-    def note(self, message: str) -> None: ...
-
-
-class Silent:
-    """Tells nobody."""
-
-    def on_pass(self, spec: str, index: int, total: int) -> None: ...
-    def on_done(self, report: PassReport) -> None: ...
-    def on_sweep(self, done: int, total: int) -> None: ...
-    def note(self, message: str) -> None: ...
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a compilation is asked to do; the fields are the command line's options."""
-
-    passes: str | None = None
-    target: str | None = None
-    scheme: str | None = None
-    calib: str | None = None
-    samples: int | None = None
-    preprocess: str | None = None
-    output: str | Path | None = None
-    verify: VerifyMode = "each"
-    keep_float: tuple[str, ...] = ()
-    only: tuple[str, ...] = ()
-    exact: bool = False
-    strict: bool = False
-    seed: int = 0
-    threads: int | None = None
-    min_sqnr: float | None = None
-    print_after: bool = False
-
-
-@dataclass(frozen=True)
-class Job:
-    """A compilation that is ready to run: everything resolved, nothing done."""
-
-    model: Model
-    options: Options
-    target: Target
-    scheme: Scheme
-    plan: Plan
-    output: Path
-    data_source: str | None
-
-    @property
-    def pipeline(self) -> str:
-        """The completed pipeline as its canonical string."""
-        return format_pipeline(self.plan.passes)
+__all__ = [
+    "DEFAULT_SAMPLES", "SCHEMES", "TARGETS", "Job", "Options", "Progress", "Result", "Silent", "compile", "describe_plan",
+    "first_line", "prepare", "run", "write_report",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -103,6 +45,7 @@ class Result:
     samples: int
     calibration: str
     notes: tuple[str, ...] = ()
+    selectors: Mapping[str, Sequence[str]] = field(default_factory=dict[str, Sequence[str]])
     model: Model | None = field(default=None, repr=False)
 
     @property
@@ -128,38 +71,9 @@ class Result:
             "sweeps": self.sweeps,
             "sqnr_db": self.sqnr_db,
             "notes": list(self.notes),
+            "selectors": {option: list(texts) for option, texts in self.selectors.items()},
             "passes": [p.to_json() for p in self.passes],
         }
-
-
-def prepare(path: str | Path, options: Options) -> Job:
-    """Load the model, resolve conventions beside it, and complete the pipeline.
-
-    Raises:
-        ModelError, UsageError: the model or an option cannot be used.
-    """
-    model = Model.load(path)
-    options = _with_sidecar(Path(path), options)
-    require_sane(options.samples, options.seed, (*options.keep_float, *options.only))
-    if options.min_sqnr is not None and options.verify == "off":
-        raise UsageError("--min-sqnr needs a comparison with the float model; drop --verify off")
-    target, scheme = _target(options.target or "trt"), _scheme(options.scheme or "w8a8")
-    target.require(scheme)
-    text = options.passes if options.passes is not None else registry.default_preset(target.name, scheme.name)
-    plan = complete(registry.parse(text), target, scheme, exact=options.exact, held=_facts(model))
-    if not plan.passes and not options.exact:
-        raise ModelError(
-            f"{path} already went through the whole pipeline for {target.name} and {scheme.name}; start from the float model"
-        )
-    output = Path(options.output) if options.output else Path(f"{Path(path).stem}.{target.name}-{scheme.name}.onnx")
-    if output.exists() and output.resolve() == Path(path).resolve():
-        raise UsageError(f"the output {output} is the input; choose another name with -o")
-    if output.is_dir():
-        raise UsageError(f"the output {output} is a folder; name a file with -o")
-    if not output.parent.is_dir():
-        raise UsageError(f"the folder of the output {output} does not exist; create it first, or choose another with -o")
-    require_numbers(model, path)
-    return Job(model, options, target, scheme, plan, output, options.calib or find_beside(path))
 
 
 def compile(path: str | Path, options: Options | None = None, *, progress: Progress | None = None, **named: Any) -> Result:
@@ -177,29 +91,26 @@ def compile(path: str | Path, options: Options | None = None, *, progress: Progr
 
 def run(job: Job, progress: Progress) -> Result:
     """Run a prepared job and save its output."""
-    notes = unmatched(job.model, (*job.options.keep_float, *job.options.only))
-    for note in notes:
-        progress.note(f"warning: {note}")
-    data = _data(job, progress)
-    statistics = SweepStatistics(data, job.options.threads, progress=progress.on_sweep) if data is not None else None
-    compare = (
-        comparator(data, job.model.inputs(), job.options.seed, job.options.threads)
-        if data is not None and job.options.verify != "off"
-        else None
-    )
+    notes = unmatched(job.model, job.options.selectors)
+    notes += [text for scheme, text in job.target.caveats if scheme == job.scheme.name]
+    _warned(notes, progress)
+    calibration = open_calibration(job, progress)
+    notes += _warned(calibration.warnings if calibration is not None else (), progress)
     runner = Runner(
-        statistics,
-        compare,
+        None if calibration is None else calibration.statistics,
+        None if calibration is None else calibration.comparator(job),
         job.options.verify,
         job.options.strict,
         on_pass=progress.on_pass,
         on_done=lambda report, model: _done(report, model, job, progress),
         on_failure=lambda f: _reproduce(f, job),
+        known={} if calibration is None else calibration.known,
     )
-    ctx = PassContext(job.scheme, job.target, seed=job.options.seed, keep_float=job.options.keep_float, only=job.options.only)
+    ctx = job.context()
     digest = job.model.digest()
     model, reports = runner.run(job.model, job.plan.passes, ctx, strict_for=[not i for i in job.plan.inserted])
-    _describe(model, job, data, digest)
+    notes += _warned(calibration.range_warnings if calibration is not None else (), progress)
+    _describe(model, job, calibration, digest)
     _check_matched(job, reports, model)
     result = Result(
         job.output,
@@ -207,15 +118,22 @@ def run(job: Job, progress: Progress) -> Result:
         job.target.name,
         job.scheme.name,
         tuple(reports),
-        statistics.sweeps if statistics else 0,
-        len(data) if data is not None else 0,
-        data.source if data is not None else "none",
+        calibration.sweeps if calibration is not None else 0,
+        calibration.samples if calibration is not None else 0,
+        calibration.source if calibration is not None else "none",
         notes=tuple(notes),
+        selectors=job.options.selectors,
         model=model,
     )
     _gate(result, job.options.min_sqnr)
     model.save(job.output)
     return result
+
+
+def _warned(warnings: Sequence[str], progress: Progress) -> list[str]:
+    for text in warnings:
+        progress.note(f"warning: {text}")
+    return list(warnings)
 
 
 def _gate(result: Result, minimum: float | None) -> None:
@@ -232,81 +150,24 @@ def _done(report: PassReport, model: Model, job: Job, progress: Progress) -> Non
         progress.note(f"after {report.spec}:\n{print_model(model)}")
 
 
-def _with_sidecar(path: Path, options: Options) -> Options:
-    """Fill what the command line left open from model.qcompile.toml beside the model."""
-    sidecar = path.with_name(f"{path.stem}.qcompile.toml")
-    if not sidecar.is_file():
-        return options
-    try:
-        given = tomllib.loads(sidecar.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise UsageError(f"{sidecar} is not valid TOML ({e}); correct it") from e
-    known = {"passes", "target", "scheme", "preprocess", "calib", "samples"}
-    for key in given:
-        if key not in known:
-            raise UsageError(f"{sidecar} has an unknown key {key!r}{near(key, known)} (it may hold: {', '.join(sorted(known))})")
-    values = {k: getattr(options, k) for k in options.__dataclass_fields__}
-    for key, value in given.items():
-        _require_type(sidecar, key, value)
-        if values[key] in (None, DEFAULT_SAMPLES):
-            values[key] = str(sidecar.parent / value) if key == "calib" else value
-    return Options(**values)
+def planned_memory(job: Job) -> MemoryPlan | None:
+    """The first sweep's memory plan; None without data or where no pass reads statistics.
+
+    Raises:
+        UsageError: `mem_limit` is below what a single probe needs.
+    """
+    data = open_data(job) if job.data_source is not None and job.options.stats is None else None
+    model, ctx = job.model.clone(), job.context()
+    for p in job.plan.passes if data is not None else ():
+        probes = list(dict.fromkeys(p.probes(model, ctx)))
+        if probes and data is not None:
+            return plan_memory(model, data, probes, batch_size(model, len(data)), job.options.mem_limit)
+        p.apply(model, ctx)
+    return None
 
 
-def _require_type(sidecar: Path, key: str, value: object) -> None:
-    kind, words = (int, "a whole number") if key == "samples" else (str, "a string")
-    if type(value) is not kind:
-        raise UsageError(f"{sidecar}: {key} cannot be {value!r}; it takes {words}")
-
-
-def _target(name: str) -> Target:
-    if name not in TARGETS:
-        raise UsageError(f"unknown target {name!r}{near(name, TARGETS)} (targets: {', '.join(TARGETS)})")
-    return TARGETS[name]
-
-
-def _scheme(name: str) -> Scheme:
-    if name not in SCHEMES:
-        raise UsageError(f"unknown scheme {name!r}{near(name, SCHEMES)} (schemes: {', '.join(SCHEMES)})")
-    return SCHEMES[name]
-
-
-def _facts(model: Model) -> frozenset[Fact]:
-    """Facts that a half-run pipeline left in the file."""
-    text = model.metadata.get("qcompile.facts", "[]")
-    try:
-        held = json.loads(text)
-    except json.JSONDecodeError as e:
-        raise ModelError(
-            f"the model's metadata entry qcompile.facts is not JSON ({text[:40]!r}); remove it or start from the float model"
-        ) from e
-    return frozenset(fact for fact in Fact if isinstance(held, list) and fact.value in held)
-
-
-def _data(job: Job, progress: Progress) -> Dataset | None:
-    if job.data_source is None:
-        if job.options.exact or not _wants_data(job):
-            return None
-        raise DataError(
-            "no calibration data: give some with --calib, or put"
-            f" {job.model.path.stem if job.model.path else 'model'}.calib.npz beside the model"
-            " (arrays named as the model's inputs, first axis = samples); --calib random is for trying things out"
-        )
-    asked = job.options.samples
-    data = load_data(job.data_source, job.model.inputs(), job.options.preprocess, asked, job.options.seed)
-    data = data if asked is not None else data.take(DEFAULT_SAMPLES)
-    progress.note(f"calibrating on {len(data)} samples of {data.source}")
-    return data
-
-
-def _wants_data(job: Job) -> bool:
-    return (
-        job.scheme.activation is not None or job.scheme.body == "float16" or any(p.kind.value == "fit" for p in job.plan.passes)
-    )
-
-
-def _describe(model: Model, job: Job, data: Dataset | None, digest: str) -> None:
-    facts = set(_facts(job.model))
+def _describe(model: Model, job: Job, calibration: Calibration | None, digest: str) -> None:
+    facts = set(held_facts(job.model))
     for p in job.plan.passes:
         facts = (facts - p.invalidates) | p.establishes
     model.metadata.update(
@@ -319,16 +180,11 @@ def _describe(model: Model, job: Job, data: Dataset | None, digest: str) -> None
             "qcompile.facts": json.dumps(sorted(f.value for f in facts)),
         }
     )
-    if data is not None:
-        note = {"samples": len(data), "fingerprint": data.fingerprint(), "random": bool(getattr(data, "random", False))}
+    if calibration is not None:
+        note = {"samples": calibration.samples, "fingerprint": calibration.fingerprint, "random": calibration.random}
         model.metadata["qcompile.calibration"] = json.dumps(note)
-        model.metadata["qcompile.shapes"] = json.dumps(_shapes(data))
+        model.metadata["qcompile.shapes"] = json.dumps(calibration.shapes, sort_keys=True)
     model.ir.producer_name, model.ir.producer_version = "qcompile", __version__
-
-
-def _shapes(data: Dataset) -> dict[str, list[int]]:
-    feed = next(iter(data.take(1).batches(1)))
-    return {name: list(array.shape) for name, array in feed.items()}
 
 
 def _check_matched(job: Job, reports: Sequence[PassReport], model: Model) -> None:
@@ -366,11 +222,12 @@ def _reproduce(failure: Failure, job: Job) -> str:
         "--scheme",
         job.scheme.name,
     ]
-    words += ["--calib", job.data_source] if job.data_source else []
+    words += ["--stats", str(job.options.stats)] if job.options.stats else []
+    words += ["--calib", job.data_source] if job.data_source and (job.options.calib or not job.options.stats) else []
     words += ["--samples", str(job.options.samples)] if job.options.samples else []
     words += ["--preprocess", job.options.preprocess] if job.options.preprocess else []
-    words += [w for p in job.options.keep_float for w in ("--keep-float", p)]
-    words += [w for p in job.options.only for w in ("--only", p)]
+    for option, texts in job.options.selectors.items():
+        words += [w for text in texts for w in (f"--{option.replace('_', '-')}", text)]
     words += ["--seed", str(job.options.seed)] if job.options.seed else []
     return f"\n  reproduce: {shlex.join(words)}"
 
@@ -382,13 +239,3 @@ def write_report(result: Result, report: str | Path | None, remarks: str | Path 
     if remarks is not None:
         document = {"schema_version": SCHEMA_VERSION, "remarks": [r.to_json() for r in result.remarks]}
         write_atomic(Path(remarks), json_text(document) + "\n")
-
-
-def describe_plan(job: Job) -> list[tuple[str, str, bool]]:
-    """(spec, help, inserted) of every pass that would run."""
-    return [(format_pipeline([p]), first_line(p), i) for p, i in zip(job.plan.passes, job.plan.inserted, strict=True)]
-
-
-def first_line(p: Pass | type[Pass]) -> str:
-    """A pass's help."""
-    return (p.__doc__ or "").strip().splitlines()[0]

@@ -12,9 +12,12 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from qcompile.calib.data import Dataset, fixed_batch
+from qcompile.calib.serving import MAPPED
+from qcompile.emulate.runnable import runnable
 from qcompile.errors import DataError, ModelError
 from qcompile.ir.model import Model
-from qcompile.layers import layer_errors
+from qcompile.ir.spill import is_large
+from qcompile.layers import layer_errors, simulate
 from qcompile.report import SCHEMA_VERSION
 from qcompile.runtime.feeds import run_padded
 from qcompile.runtime.metrics import Distance, ErrorTally, LabelTally, LogitTally
@@ -48,8 +51,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Compare `candidate` with `reference` on `data`.
 
-    Both run on ONNX Runtime with full optimization, as deployed; a candidate that ONNX Runtime refuses to fuse is
-    simulated (`candidate.simulated`).  Metrics are of the first output; the others are listed under `outputs`.
+    Both run on ONNX Runtime with full optimization, as deployed; a candidate that ONNX Runtime refuses to fuse, or whose
+    formats it lacks (FP4, MXFP8), is simulated (`candidate.simulated`).  Metrics are of the first output; the others are
+    listed under `outputs`.
 
     Args:
         per_layer: also compare the intermediate tensors that both graphs name (Q/DQ fusion off, first 16 samples).
@@ -70,7 +74,7 @@ def evaluate(
     if not len(data):
         raise DataError("there are no samples to evaluate on; give more data")
     models = Model.load(reference), Model.load(candidate)
-    sessions, simulated = _sessions(Path(reference), Path(candidate), threads)
+    sessions, simulated = _sessions(models, Path(reference), Path(candidate), threads)
     tallies = _run(sessions, data, _fixed(*models), progress)
     result = _summary(Path(reference), Path(candidate), tallies, simulated, len(data))
     if per_layer:
@@ -83,14 +87,23 @@ def _fixed(reference: Model, candidate: Model) -> int | None:
 
 
 def _sessions(
-    reference: Path, candidate: Path, threads: int | None
+    models: tuple[Model, Model], reference: Path, candidate: Path, threads: int | None
 ) -> tuple[tuple[ort.InferenceSession, ort.InferenceSession], bool]:
-    """Both sessions, and whether the candidate's Q/DQ pairs are simulated because ONNX Runtime fails to fuse them."""
-    first = make_session(reference, threads=threads)
+    """Both sessions, and whether the candidate's Q/DQ pairs are simulated because ONNX Runtime fails to run or to fuse them."""
+    first, _ = _session(models[0], reference, threads)
+    second, simulated = _session(models[1], candidate, threads)
+    return (first, second), simulated
+
+
+def _session(model: Model, path: Path, threads: int | None) -> tuple[ort.InferenceSession, bool]:
+    """A session, and whether it simulates."""
+    ready = runnable(model)
+    if ready is not model:
+        return simulate(ready, threads), True
     try:
-        return (first, make_session(candidate, threads=threads)), False
+        return make_session(path, threads=threads, **(MAPPED if is_large(model.graph) else {})), False
     except ModelError:
-        return (first, make_session(candidate, threads=threads, qdq_fusion=False)), True
+        return simulate(model, threads), True
 
 
 def _run(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +10,11 @@ import onnx_ir as ir
 
 from qcompile.errors import ModelError, UsageError
 from qcompile.ir.model import Model
-from qcompile.pipeline.base import matches
+from qcompile.ir.select import require_selector, selected
 
 
-def require_sane(samples: int | None, seed: int, patterns: Sequence[str]) -> None:
-    """Numbers in range, regular expressions that compile.
+def require_sane(samples: int | None, seed: int, selectors: Sequence[str]) -> None:
+    """Numbers in range, selectors of a known form.
 
     Raises:
         UsageError: naming the option.
@@ -24,11 +23,8 @@ def require_sane(samples: int | None, seed: int, patterns: Sequence[str]) -> Non
         raise UsageError(f"samples is {samples}; give at least 1")
     if seed < 0:
         raise UsageError(f"seed is {seed}; give 0 or more")
-    for pattern in patterns:
-        try:
-            re.compile(pattern[3:] if pattern.startswith("re:") else "")
-        except re.error as e:
-            raise UsageError(f"pattern {pattern!r} is not a regular expression ({e}); correct it") from e
+    for selector in selectors:
+        require_selector(selector)
 
 
 def require_numbers(model: Model, path: str | Path) -> None:
@@ -56,8 +52,12 @@ def require_place(out: Path | None, what: str, taken: Sequence[Path]) -> None:
         raise UsageError(f"{what} {out} would overwrite {clash.name}; choose another name")
 
 
-def unmatched(model: Model, patterns: Sequence[str]) -> list[str]:
-    """A note for every --keep-float or --only pattern that names no node of the source model."""
-    names = [str(n.name) for n in model.graph]
-    missing = [p for p in patterns if not any(matches(p, n) for n in names)]
-    return [f"pattern {p!r} matches no node of the model; look at the names with: polygraphy inspect model" for p in missing]
+def unmatched(model: Model, selectors: Mapping[str, Sequence[str]]) -> list[str]:
+    """A note for every --keep-float, --only or --quantize selector that chooses no node of the source model."""
+    missing = [
+        f"--{option.replace('_', '-')} {text}"
+        for option, texts in selectors.items()
+        for text in texts
+        if not selected(text, model.graph)
+    ]
+    return [f"{text} selects no node of the model; look at the names with: polygraphy inspect model" for text in missing]

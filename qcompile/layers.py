@@ -10,12 +10,14 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from qcompile.calib.data import Dataset, fixed_batch
+from qcompile.calib.serving import open_session
+from qcompile.emulate.runnable import runnable
 from qcompile.errors import ModelError
 from qcompile.ir.model import Model
 from qcompile.ir.ops import is_data_movement
 from qcompile.runtime.feeds import run_padded
 from qcompile.runtime.metrics import ChannelTally, Distance
-from qcompile.runtime.session import batch_length, make_session
+from qcompile.runtime.session import batch_length
 
 SAMPLES = 16
 RESCALED_GAIN_DB = 10.0
@@ -112,7 +114,21 @@ def _exposed(model: Model, layers: dict[str, _Layer], threads: int | None) -> or
     copy = model.clone()
     present = {v.name for v in copy.graph.outputs}
     copy.graph.outputs.extend(v for n in copy.graph for v in n.outputs if v.name in layers and v.name not in present)
-    return make_session(copy.to_proto().SerializeToString(), qdq_fusion=False, threads=threads)
+    return simulate(runnable(copy), threads)
+
+
+def simulate(model: Model, threads: int | None = None) -> ort.InferenceSession:
+    """A session that computes Q/DQ pairs as they stand.
+
+    ONNX Runtime 1.31 reads a Clip in front of fp8 codes as integer quantization even so; then without optimizations.
+
+    Raises:
+        ModelError: ONNX Runtime cannot load the model.
+    """
+    try:
+        return open_session(model, qdq_fusion=False, threads=threads)
+    except ModelError:
+        return open_session(model, qdq_fusion=False, optimize="off", threads=threads)
 
 
 def _float_outputs(sessions: list[ort.InferenceSession], layers: dict[str, _Layer]) -> list[str]:

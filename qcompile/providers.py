@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qcompile.calib.blocks import block_bytes, blocked_sweep
 from qcompile.calib.data import Dataset, fixed_batch
 from qcompile.calib.observers import Probe, Stat
+from qcompile.calib.serving import open_session
 from qcompile.calib.sweep import sweep
+from qcompile.emulate.runnable import runnable
 from qcompile.errors import DataError
 from qcompile.ir.model import InputInfo, Model
 from qcompile.pipeline.base import Comparison
 from qcompile.runtime.metrics import decibel
-from qcompile.runtime.session import batch_length, make_session
+from qcompile.runtime.session import batch_length
 
 VERIFY_SAMPLES = 8
 
@@ -30,11 +34,23 @@ class SweepStatistics:
     batch: int | None = None
     progress: Callable[[int, int], None] | None = None
     sweeps: int = 0
+    mem_limit: int | None = None
 
     def collect(self, model: Model, probes: Sequence[Probe]) -> dict[Probe, Stat]:
-        """Run `model` over the data once and reduce every probed tensor."""
+        """Run `model` over the data once and reduce every probed tensor; in blocks where its weights exceed half the memory."""
         self.sweeps += 1
-        return sweep(model, self.data, probes, batch=self.batch, threads=self.threads, progress=self.progress)
+        ready = runnable(model)
+        limit = block_bytes(ready, self.mem_limit)
+        run = sweep if limit is None else partial(blocked_sweep, limit=limit)
+        return run(
+            ready,
+            self.data,
+            probes,
+            batch=self.batch,
+            threads=self.threads,
+            progress=self.progress,
+            mem_limit=self.mem_limit,
+        )
 
 
 @dataclass
@@ -46,7 +62,7 @@ class OrtComparator:
 
     def outputs(self, model: Model) -> list[list[NDArray[Any]]]:
         """All outputs for every feed."""
-        session = make_session(model.to_proto().SerializeToString(), optimize="off", qdq_fusion=False, threads=self.threads)
+        session = open_session(runnable(model), optimize="off", qdq_fusion=False, threads=self.threads)
         return [[np.asarray(y) for y in session.run(None, feed)] for feed in self.feeds]
 
     def compare(self, reference: list[list[NDArray[Any]]], candidate: list[list[NDArray[Any]]]) -> Comparison:

@@ -8,12 +8,13 @@ the batches, their order and the machines were.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qcompile.calib.stat import Stat
+from qcompile.calib.counting import count_codes
+from qcompile.calib.stat import Stat, by_head
 
 F64 = NDArray[np.float64]
 
@@ -46,6 +47,16 @@ class HistogramStat(Stat):
         """How many values were observed."""
         return int(self.counts.sum())
 
+    def coarsened(self, exponent: int) -> Self:
+        """The same values in bins of width 2^exponent, which is not below this one's; exact."""
+        shift = exponent - self.exponent
+        if shift == 0 or not len(self.counts):
+            return self
+        index = np.arange(self.start, self.start + len(self.counts)) >> shift
+        counts = np.zeros(int(index[-1] - index[0]) + 1, np.int64)
+        np.add.at(counts, index - index[0], self.counts)
+        return replace(self, exponent=exponent, start=int(index[0]), counts=counts)
+
     def merge(self, other: Self) -> Self:
         """Both, at the coarser of the widths that their joint range needs; exact."""
         if not len(self.counts):
@@ -53,15 +64,11 @@ class HistogramStat(Stat):
         if not len(other.counts):
             return self
         lo, hi = np.minimum(self.lo, other.lo), np.maximum(self.hi, other.hi)
-        exponent = _exponent(float(lo), float(hi), self.bins)
-        start, length = _span(float(lo), float(hi), exponent)
+        exponent = bin_exponent(float(lo), float(hi), self.bins)
+        start, length = bin_span(float(lo), float(hi), exponent)
         counts = np.zeros(length, np.int64)
-        for part in (self, other):
-            if part.exponent == exponent:
-                counts[part.start - start : part.start - start + len(part.counts)] += part.counts
-                continue
-            index = (np.arange(part.start, part.start + len(part.counts)) >> (exponent - part.exponent)) - start
-            np.add.at(counts, index, part.counts)
+        for part in (self.coarsened(exponent), other.coarsened(exponent)):
+            counts[part.start - start : part.start - start + len(part.counts)] += part.counts
         return replace(self, exponent=exponent, start=start, counts=counts, lo=lo, hi=hi)
 
 
@@ -69,7 +76,8 @@ class HistogramStat(Stat):
 class Histogram:
     """Counts over at most `bins` (>= 2) bins of a power-of-two width; at least about bins / 2 cover the range."""
 
-    bins: int = 2048
+    kind: ClassVar[str] = "histogram"
+    bins: int = 4096
 
     def empty(self) -> HistogramStat:
         return HistogramStat(self.bins, _ZERO_EXPONENT, 0, np.zeros(0, np.int64), np.asarray(np.inf), np.asarray(-np.inf))
@@ -78,16 +86,84 @@ class Histogram:
         if not array.size:
             return self.empty()
         lo, hi = float(array.min()), float(array.max())
-        exponent = _exponent(lo, hi, self.bins)
-        start, length = _span(lo, hi, exponent)
+        exponent = bin_exponent(lo, hi, self.bins)
+        start, length = bin_span(lo, hi, exponent)
         counts = np.zeros(length, np.int64)
         flat = array.reshape(-1)
         for i in range(0, flat.size, _CHUNK):
-            counts += np.bincount(_indices(flat[i : i + _CHUNK], exponent, start), minlength=length)
+            counts += count_codes(_codes(flat[i : i + _CHUNK], exponent), start, length)
         return HistogramStat(self.bins, exponent, start, counts, np.asarray(lo), np.asarray(hi))
 
+    def of_codes(self, codes: NDArray[np.int32], exponent: int, lo: float, hi: float) -> HistogramStat:
+        """The statistic of values in [lo, hi] from their `codes` floor(x / 2^exponent), counted elsewhere or here.
 
-def _exponent(lo: float, hi: float, bins: int) -> int:
+        `exponent` may be finer than the histogram's, up to 2^16 bins, and no coarser than that of all data together.
+        """
+        if lo == hi == 0.0:
+            return HistogramStat(self.bins, _ZERO_EXPONENT, 0, np.array([codes.size], np.int64), np.asarray(lo), np.asarray(hi))
+        start, length = bin_span(lo, hi, exponent)
+        counts = count_codes(codes, start, length)
+        stat = HistogramStat(self.bins, exponent, start, counts, np.asarray(lo), np.asarray(hi))
+        return stat.coarsened(max(exponent, bin_exponent(lo, hi, self.bins)))
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelHistogramsStat(Stat):
+    """One histogram for each channel (or head); none before any data."""
+
+    channels: tuple[HistogramStat, ...]
+
+    @property
+    def lo(self) -> F64:
+        """Smallest value of each channel, [C]."""
+        return np.array([float(c.lo) for c in self.channels])
+
+    @property
+    def hi(self) -> F64:
+        """Largest value of each channel, [C]."""
+        return np.array([float(c.hi) for c in self.channels])
+
+    def merge(self, other: Self) -> Self:
+        """Channel by channel."""
+        if not self.channels or not other.channels:
+            return self if self.channels else other
+        return replace(self, channels=tuple(a.merge(b) for a, b in zip(self.channels, other.channels, strict=True)))
+
+    def to_arrays(self) -> dict[str, NDArray[Any]]:
+        lengths = np.array([len(c.counts) for c in self.channels], np.int64)
+        numbers = np.array([(c.bins, c.exponent, c.start) for c in self.channels], np.int64).reshape(-1, 3)
+        counts = np.concatenate([c.counts for c in self.channels]) if self.channels else np.zeros(0, np.int64)
+        return {"lengths": lengths, "numbers": numbers, "counts": counts, "lo": self.lo, "hi": self.hi}
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, NDArray[Any]]) -> Self:
+        counts = np.split(arrays["counts"], np.cumsum(arrays["lengths"])[:-1]) if len(arrays["lengths"]) else []
+        rows = zip(arrays["numbers"].tolist(), counts, arrays["lo"], arrays["hi"], strict=True)
+        return cls(tuple(HistogramStat(b, e, s, part, np.asarray(lo), np.asarray(hi)) for (b, e, s), part, lo, hi in rows))
+
+
+@dataclass(frozen=True)
+class ChannelHistograms:
+    """A histogram of each channel of `axis`, or of each of `heads` equal groups of its channels."""
+
+    kind: ClassVar[str] = "channel-histograms"
+    axis: int = -1
+    bins: int = 4096
+    heads: int | None = None
+
+    def empty(self) -> ChannelHistogramsStat:
+        return ChannelHistogramsStat(())
+
+    def observe(self, array: NDArray[Any], first_sample_index: int = 0, samples: int | None = None) -> ChannelHistogramsStat:
+        if not array.size:
+            return self.empty()
+        channels = by_head(np.moveaxis(array, self.axis, -1), self.heads)
+        one = Histogram(self.bins)
+        groups = range(channels.shape[-2])
+        return ChannelHistogramsStat(tuple(one.observe(np.ascontiguousarray(channels[..., c, :])) for c in groups))
+
+
+def bin_exponent(lo: float, hi: float, bins: int) -> int:
     """The smallest e so that bins of width 2^e cover [lo, hi] with at most `bins` of them.
 
     Grows with the range (so that merging never needs to refine) and keeps |index| below 2^24.
@@ -98,22 +174,20 @@ def _exponent(lo: float, hi: float, bins: int) -> int:
     exponent = max(int(np.frexp(top)[1]) - _INDEX_BITS, _ZERO_EXPONENT)
     if hi > lo:
         exponent = max(exponent, int(np.frexp((hi - lo) / bins)[1]) - 1)
-    while _span(lo, hi, exponent)[1] > bins:
+    while bin_span(lo, hi, exponent)[1] > bins:
         exponent += 1
     return exponent
 
 
-def _span(lo: float, hi: float, exponent: int) -> tuple[int, int]:
+def bin_span(lo: float, hi: float, exponent: int) -> tuple[int, int]:
     """Index of the first bin and number of bins that cover [lo, hi]."""
     first, last = (int(np.floor(np.ldexp(end, -exponent))) for end in (lo, hi))
     return first, last - first + 1
 
 
-def _indices(x: NDArray[Any], exponent: int, start: int) -> NDArray[np.int32]:
-    """Bin of each value, counted from `start`; scaling by a power of two is exact (in float32 only upwards: subnormals
-    would vanish), and so is the subtraction of integers below 2^24."""
+def _codes(x: NDArray[Any], exponent: int) -> NDArray[np.int32]:
+    """Bin index of each value; scaling by a power of two is exact (in float32 only upwards: subnormals would vanish)."""
     exact = x.dtype == np.float32 and -120 < exponent <= 0
     scaled = x * np.float32(2.0**-exponent) if exact else np.ldexp(x.astype(np.float64), -exponent)
     np.floor(scaled, out=scaled)
-    scaled -= start
     return scaled.astype(np.int32)

@@ -11,6 +11,7 @@ from qcompile.calib.data import load_data
 from qcompile.cli.audit_command import audit_command
 from qcompile.cli.bench_command import bench_command
 from qcompile.cli.build_command import build_command
+from qcompile.cli.calibrate_command import calibrate_command, merge_command
 from qcompile.cli.catalog import show_inspection, show_pass, show_passes
 from qcompile.cli.check_command import check_command
 from qcompile.cli.deploy_command import deploy_command
@@ -96,4 +97,6 @@ COMMANDS = (
     deploy_command,
     inspect_command,
     passes_command,
+    calibrate_command,
+    merge_command,
 )

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from qcompile.cli.options import Size
 from qcompile.cli.output import print_json
 from qcompile.cli.progress import Reporter, reporter
 from qcompile.cli.views import calibration_line, show_engine, show_plan, show_result, sweeps_line
@@ -19,6 +20,7 @@ from qcompile.report import SCHEMA_VERSION
 
 DELIVERED = [s for s in SCHEMES if any(s in t.schemes for t in TARGETS.values())]
 _DATA_HELP = "npz, folder, pictures, file.py:function, polygraphy JSON or 'random'; default: MODEL.calib.npz beside MODEL."
+SELECTORS = "a name (glob), re:REGEX, op:TYPE or region:FROM..TO"
 _TARGET_HELP = "; ".join(f"{t.name}: {t.title}" for t in TARGETS.values())
 
 
@@ -28,6 +30,7 @@ _TARGET_HELP = "; ".join(f"{t.name}: {t.title}" for t in TARGETS.values())
 @click.option("--target", type=click.Choice(list(TARGETS)), help=f"Default trt. {_TARGET_HELP}.")
 @click.option("--scheme", type=click.Choice(DELIVERED), help="Default w8a8. Which target takes which: docs/guide/targets.md.")
 @click.option("--calib", metavar="DATA", help=_DATA_HELP)
+@click.option("--stats", type=click.Path(path_type=Path), metavar="FILE", help="What qcompile calibrate gathered: no sweep.")
 @click.option("--samples", type=click.IntRange(1), help=f"Spread evenly over DATA; default: at most {DEFAULT_SAMPLES}.")
 @click.option("--preprocess", metavar="SPEC", help="For pictures: a preset or a TOML file.")
 @click.option(
@@ -41,8 +44,11 @@ _TARGET_HELP = "; ".join(f"{t.name}: {t.title}" for t in TARGETS.values())
 )
 @click.option("--profile", metavar="SHAPES", help="Of the engine, e.g. 'x:1x3x32x32,8x3x32x32,32x3x32x32' (min, opt, max).")
 @click.option("--verify", type=click.Choice(["each", "end", "off"]), default="each", show_default=True, help="Compare outputs.")
-@click.option("--keep-float", multiple=True, metavar="PATTERN", help="Nodes (globs, or re:REGEX) that stay float; repeatable.")
-@click.option("--only", multiple=True, metavar="PATTERN", help="Quantize only these nodes; repeatable.")
+@click.option("--keep-float", multiple=True, metavar="SELECTOR", help=f"Leave these nodes in float: {SELECTORS}. Repeatable.")
+@click.option("--only", multiple=True, metavar="SELECTOR", help="Quantize only these nodes; repeatable.")
+@click.option(
+    "--quantize", multiple=True, metavar="SELECTOR", help="Quantize these too, although the default leaves them in float."
+)
 @click.option("--min-sqnr", type=float, metavar="DB", help="Fail (exit 1) if the output's SQNR is lower.")
 @click.option("--report", type=click.Path(path_type=Path), metavar="OUT.json", help="Write everything that happened.")
 @click.option("--remarks", type=click.Path(path_type=Path), metavar="OUT.json", help="Write what happened at every site.")
@@ -50,6 +56,7 @@ _TARGET_HELP = "; ".join(f"{t.name}: {t.title}" for t in TARGETS.values())
 @click.option("--exact", is_flag=True, help="Run exactly these passes, insert none.")
 @click.option("--strict", is_flag=True, help="Fail (exit 1) if one of your passes changes nothing.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of everything random.")
+@click.option("--mem-limit", type=Size(), metavar="SIZE", help="Of calibration, e.g. 4GiB; more sweeps where one is too large.")
 @click.option("--threads", type=click.IntRange(1), help="ONNX Runtime threads; default: all cores.")
 @click.option("--print-after", is_flag=True, help="Print the graph after every pass, on standard error.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, nothing else, on standard output.")

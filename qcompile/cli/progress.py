@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from types import TracebackType
 
 from rich.console import Console
@@ -10,6 +11,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from qcompile.report import PassReport
+
+EVERY_SECONDS = 10
 
 
 def tally(report: PassReport) -> str:
@@ -26,6 +29,7 @@ class Reporter:
 
     def __init__(self) -> None:
         self._index = self._total = 0
+        self._told = time.monotonic()
 
     def __enter__(self) -> Reporter:
         return self
@@ -41,7 +45,10 @@ class Reporter:
         self.note(f"[{self._index}/{self._total}] {report.spec}: {tally(report)}, {report.seconds:.1f} s")
 
     def on_sweep(self, done: int, total: int) -> None:
-        """Samples (or runs) done within the current step."""
+        """Samples (or runs) done within the current step: a line now and then."""
+        if time.monotonic() - self._told > EVERY_SECONDS:
+            self._told = time.monotonic()
+            self.note(f"{done} of {total} samples")
 
     def note(self, message: str) -> None:
         """One line for the user."""

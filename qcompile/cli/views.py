@@ -8,7 +8,7 @@ from typing import Any
 
 from qcompile.cli.output import flops, megabytes, number, percent, print_table, print_text
 from qcompile.cli.progress import tally
-from qcompile.compile import DEFAULT_SAMPLES, Job, Result, describe_plan
+from qcompile.compile import DEFAULT_SAMPLES, Job, Result, describe_plan, planned_memory
 from qcompile.engine import EngineResult
 from qcompile.pipeline.describe import statistics_readers
 from qcompile.report import PassReport
@@ -31,11 +31,23 @@ def sweeps_line(job: Job) -> str:
     readers = statistics_readers(job.plan.passes)
     if not readers:
         return "none"
-    return f"at most {len(readers)} ({', '.join(readers)}); passes share one where nothing between them moves their tensors"
+    shared = "passes share one where nothing between them moves their tensors"
+    return f"at most {len(readers)} ({', '.join(readers)}); {shared}{_memory(job)}"
+
+
+def _memory(job: Job) -> str:
+    """How `--mem-limit` tiles the first sweep."""
+    if job.options.mem_limit is None or (plan := planned_memory(job)) is None:
+        return ""
+    runs = f"{len(plan.sweeps)} run{'s' * (len(plan.sweeps) > 1)} over the data at batch {plan.batch}"
+    sizes = ", ".join(megabytes(s.predicted_bytes) for s in plan.sweeps)
+    return f"; the first takes {runs}, predicted memory {sizes} (limit {megabytes(job.options.mem_limit)})"
 
 
 def calibration_line(job: Job) -> str:
     """Which data, how many samples, and whether convention chose it."""
+    if job.options.stats is not None:
+        return f"statistics from {job.options.stats}"
     if job.data_source is None:
         return "none found"
     how = " (found beside the model; --calib chooses other data)" if job.options.calib is None else ""
@@ -76,7 +88,7 @@ def _show_missed(result: Result) -> None:
 def _used(job: Job, result: Result) -> str:
     if not result.samples:
         return "none"
-    how = ", found beside the model" if job.options.calib is None else ""
+    how = ", found beside the model" if job.options.calib is None and job.options.stats is None else ""
     return f"{result.samples} samples of {result.calibration}{how}"
 
 

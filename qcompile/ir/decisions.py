@@ -78,6 +78,8 @@ def _dump(d: Decision) -> str:
     if d.qparams is not None:
         scale, zero_point = d.qparams.scale, d.qparams.zero_point
         doc |= {"shape": list(scale.shape), "scale": _pack(scale, "<f8"), "zero_point": _pack(zero_point, "<i8")}
+        doc |= {} if d.qparams.tensor_scale is None else {"tensor_scale": d.qparams.tensor_scale}
+        doc |= {"curve": d.qparams.curve} if d.qparams.curve else {}
     return json.dumps(doc, separators=(",", ":"))
 
 
@@ -87,7 +89,8 @@ def _load(text: str) -> Decision:
     if "scale" not in doc:
         return Decision(spec, doc["id"])
     shape = doc["shape"]
-    return Decision(spec, doc["id"], QParams(_unpack(doc["scale"], "<f8", shape), _unpack(doc["zero_point"], "<i8", shape)))
+    scale, zero_point = _unpack(doc["scale"], "<f8", shape), _unpack(doc["zero_point"], "<i8", shape)
+    return Decision(spec, doc["id"], QParams(scale, zero_point, doc.get("tensor_scale"), tuple(doc.get("curve", ()))))
 
 
 def _pack(array: NDArray[Any], dtype: str) -> str:

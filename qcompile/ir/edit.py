@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from qcompile.ir.model import Model
+from qcompile.ir.spill import constant_tensor
 
 
 def fresh_name(graph: ir.Graph, stem: str) -> str:
@@ -36,10 +37,10 @@ def _value_names(graph: ir.Graph) -> Iterable[str]:
 
 
 def add_constant(graph: ir.Graph, stem: str, array: NDArray[Any], dtype: ir.DataType | None = None) -> ir.Value:
-    """Register a new initializer under a fresh name."""
+    """Register a new initializer under a fresh name; a large model's weights go to a scratch file."""
     name = fresh_name(graph, stem)
-    tensor = ir.Tensor(np.ascontiguousarray(array) if array.ndim else array, dtype=dtype, name=name)
-    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+    tensor = constant_tensor(graph, np.ascontiguousarray(array) if array.ndim else array, name, dtype)
+    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor)
     graph.register_initializer(value)
     return value
 
@@ -79,9 +80,10 @@ def new_node(
     like: ir.Value | None = None,
     attributes: dict[str, Any] | None = None,
     outputs: int = 1,
+    domain: str = "",
 ) -> ir.Node:
     """A node outside of the order yet; its outputs get fresh names and, if given, the type and shape of `like`."""
-    node = ir.node(op_type, list(inputs), attributes or {}, num_outputs=outputs, name=fresh_name(graph, name))
+    node = ir.node(op_type, list(inputs), attributes or {}, domain=domain, num_outputs=outputs, name=fresh_name(graph, name))
     for i, out in enumerate(node.outputs):
         out.name = fresh_name(graph, f"{name}_out" if outputs == 1 else f"{name}_out{i}")
         if like is not None:

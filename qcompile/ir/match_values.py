@@ -69,18 +69,19 @@ def match_v_projection(attention: Attention) -> VProjection | Refusal:
 
 def _other_readers(traced: Trace, attention: Attention, used: NDArray[np.int64]) -> Iterator[str]:
     for value, layout in traced.outputs:
-        if _overlaps(layout, used):
+        if overlaps(layout, used):
             yield f"v is the graph output {value.name}"
     for arrival in traced.arrivals:
         at_values = arrival.node is attention.pv and arrival.slot == attention.values.slot
-        if not at_values and _overlaps(arrival.layout, used):
+        if not at_values and overlaps(arrival.layout, used):
             yield f"v also feeds {label(arrival.node)}"
     for lost in traced.lost:
-        if _overlaps(lost.layout, used):
+        if overlaps(lost.layout, used):
             yield lost.reason
 
 
-def _overlaps(layout: Layout, used: NDArray[np.int64]) -> bool:
+def overlaps(layout: Layout, used: NDArray[np.int64]) -> bool:
+    """Whether a value laid out so may hold one of the channels `used`."""
     numbers = all_columns(layout)
     return numbers is None or bool(np.isin(numbers, used).any())
 

@@ -13,10 +13,13 @@ import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass
 
 from qcompile.errors import ModelError
-from qcompile.ir.atomic import write_atomic
-from qcompile.ir.tensors import external_tensors, map_tensors, named_tensors, read_in, relocated
+from qcompile.ir.atomic import atomic_file, write_atomic
+from qcompile.ir.spill import is_large
+from qcompile.ir.stream import write_model
+from qcompile.ir.tensors import data_chunks, external_tensors, map_tensors, named_tensors, read_in, relocated
 
 EXTERNAL_BYTES = 1_500_000_000
+READ_BYTES = 1 << 14  # shape inference reads no shape from another file
 ORT_MAX_OPSET = 26
 
 
@@ -53,7 +56,7 @@ class Model:
 
     @classmethod
     def load(cls, path: str | Path) -> Model:
-        """Read an ONNX file; external weights are mapped, not read.
+        """Read an ONNX file; external weights above 16 KiB are mapped, not read.
 
         Raises:
             ModelError: no such file, not ONNX, external data missing, truncated or outside the model's folder.
@@ -64,6 +67,7 @@ class Model:
         loaded = _parse(path)
         _short_domain(loaded)
         _check_external(loaded, path)
+        map_tensors(loaded, lambda t: read_in(t) if t.nbytes <= READ_BYTES else t)
         _check_graph(loaded, path)
         model = cls(loaded, path)
         model.name_nodes()
@@ -133,6 +137,10 @@ class Model:
         try:
             if self.weight_bytes() > EXTERNAL_BYTES:
                 return _save_external(self, path)
+            if is_large(self.graph):
+                with atomic_file(path) as file:
+                    write_model(self.ir, file)
+                return path
             write_atomic(path, self.to_proto().SerializeToString(deterministic=True))
         except OSError as e:
             raise ModelError(f"cannot write {path}: {e.strerror or e}; free some space or choose another place with -o") from e
@@ -148,7 +156,8 @@ def digest_of(model: Model) -> str:
     h = hashlib.sha256(proto.SerializeToString(deterministic=True))
     for name, tensor in named_tensors(model.ir):
         h.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-        h.update(tensor.tobytes())
+        for piece in data_chunks(tensor):
+            h.update(piece)
     return h.hexdigest()
 
 

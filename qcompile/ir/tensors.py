@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
+
+_PIECE = 1 << 20
 
 
 def named_tensors(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
@@ -44,6 +50,27 @@ def relocated(tensor: ir.ExternalTensor, location: str) -> ir.ExternalTensor:
     """The same external tensor in another file, not looked for until it is read."""
     where = (location, tensor.offset, tensor.length, tensor.dtype)
     return ir.ExternalTensor(*where, shape=tensor.shape, name=str(tensor.name), doc_string=tensor.doc_string)
+
+
+def placed(tensor: ir.ExternalTensor, folder: Path) -> ir.ExternalTensor:
+    """The same external tensor, its file given relative to `folder` (which holds it, perhaps deep inside)."""
+    location = Path(os.path.realpath(tensor.path)).relative_to(folder).as_posix()
+    where = (location, tensor.offset, tensor.length, tensor.dtype)
+    return ir.ExternalTensor(*where, shape=tensor.shape, name=str(tensor.name), base_dir=str(folder))
+
+
+def data_chunks(tensor: ir.TensorProtocol) -> Iterator[bytes | memoryview]:
+    """The bytes of `tensor` as ONNX stores them, in order; no copy of them all is made where none is needed."""
+    if not isinstance(tensor, ir.ExternalTensor):
+        plain = isinstance(tensor, ir.Tensor) and tensor.dtype.bitwidth >= 8 and sys.byteorder == "little"
+        yield np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data if plain else tensor.tobytes()
+        return
+    left = tensor.length or int(tensor.nbytes)
+    with open(tensor.path, "rb") as file:
+        file.seek(tensor.offset or 0)
+        while left and (piece := file.read(min(left, _PIECE))):
+            yield piece
+            left -= len(piece)
 
 
 def _initializers(model: ir.Model) -> Iterator[ir.Value]:
