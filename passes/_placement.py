@@ -18,6 +18,7 @@ class Site:
     """One input (slot >= 0) or output (~i) to quantize; its range is that of the tensor `like` if given.
 
     `carried`: measured per channel and by sampled rows, which follow the folds of earlier passes.
+    `bounds`: a range that is known without measuring.  `follows`: takes over the decision of another use of the tensor.
     """
 
     node: ir.Node
@@ -25,6 +26,8 @@ class Site:
     spec: QuantSpec
     like: ir.Value | None = None
     carried: bool = False
+    bounds: tuple[float, float] | None = None
+    follows: Site | None = None
 
     @property
     def measured(self) -> str:
@@ -44,19 +47,32 @@ class Site:
 
 @dataclass
 class Placement:
-    """Sites to quantize, and (node, reason) for compute that stays in float."""
+    """Sites to quantize, (node, reason) for compute that stays in float, and (node, remark) for what differs from the scheme."""
 
     sites: list[Site] = field(default_factory=list[Site])
     missed: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    notes: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
 
     def add(self, node: ir.Node, slot: int, spec: QuantSpec, like: ir.Value | None = None, *, carried: bool = False) -> None:
         """Quantize `slot` of `node`, once."""
         if all(s.node is not node or s.slot != slot for s in self.sites[-64:]):
             self.sites.append(Site(node, slot, spec, like, carried))
 
+    def known(self, node: ir.Node, slot: int, spec: QuantSpec, bounds: tuple[float, float]) -> None:
+        """Quantize `slot` of `node` over a range that is known."""
+        self.sites.append(Site(node, slot, spec, bounds=bounds))
+
+    def follow(self, node: ir.Node, slot: int, leader: Site) -> None:
+        """Let `slot` of `node` read what `leader` reads."""
+        self.sites.append(Site(node, slot, leader.spec, follows=leader))
+
     def miss(self, node: ir.Node, reason: str) -> None:
         """Leave `node` in float."""
         self.missed.append((str(node.name), reason))
+
+    def note(self, node: ir.Node, reason: str) -> None:
+        """Quantize `node` otherwise than the scheme says."""
+        self.notes.append((str(node.name), reason))
 
 
 def weight_spec(node: ir.Node, slot: int, scheme: Scheme) -> QuantSpec:
@@ -71,7 +87,7 @@ def weight_spec(node: ir.Node, slot: int, scheme: Scheme) -> QuantSpec:
 
 def activation_spec(ctx: PassContext) -> QuantSpec:
     """Per tensor: signed and symmetric where zero points must be 0, else unsigned with a zero point."""
-    qtype = ctx.scheme.activation
+    qtype = ctx.scheme.fallback or ctx.scheme.activation
     assert qtype is not None
     if ctx.target.symmetric or qtype.family == "float":
         return QuantSpec(qtype)

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from qcompile.ir.model import Model
 from qcompile.ir.ops import const_array, const_value, is_compute, is_data_movement, is_op, weight_slot
 from qcompile.passes._placement import Placement, activation_spec, weight_spec
-from qcompile.pipeline.base import PassContext
+from qcompile.pipeline.base import PassContext, kept_float
 from qcompile.quant.spec import QuantSpec
 
 _GEMM_SHARE = 0.5
@@ -48,9 +48,11 @@ def place(model: Model, ctx: PassContext) -> Placement:
 def _compute(state: _Ort, node: ir.Node, with_gemms: bool) -> None:
     slot = weight_slot(node)
     if slot is None:
-        state.out.miss(node, "a product of two activations is faster in float on the CPU provider")
+        _product(state, node)
         return
-    reason = state.ctx.excluded(str(node.name)) or _refusal(node, slot, with_gemms)
+    reason = state.ctx.excluded(node) or kept_float(node) or _impossible(node, slot)
+    if not reason and state.ctx.forced(node) is None:
+        reason = _refusal(node, with_gemms)
     if reason:
         state.out.miss(node, reason)
         return
@@ -60,7 +62,18 @@ def _compute(state: _Ort, node: ir.Node, with_gemms: bool) -> None:
         _output(state, node)
 
 
-def _refusal(node: ir.Node, slot: int, with_gemms: bool) -> str | None:
+def _product(state: _Ort, node: ir.Node) -> None:
+    reason = state.ctx.excluded(node)
+    if not reason and state.ctx.forced(node) is None:
+        reason = "a product of two activations is faster in float on the CPU provider"
+    if reason:
+        state.out.miss(node, reason)
+        return
+    state.out.add(node, 0, state.spec)
+    state.out.add(node, 1, state.spec)
+
+
+def _impossible(node: ir.Node, slot: int) -> str | None:
     weight = const_value(node.inputs[slot])
     if is_op(node, "ConvTranspose"):
         return "the CPU provider has no integer deconvolution"
@@ -68,6 +81,11 @@ def _refusal(node: ir.Node, slot: int, with_gemms: bool) -> str | None:
         return "its weight is not float32"
     if is_op(node, "MatMul") and (slot != 1 or len(weight.shape) != 2):
         return "its constant operand is not a 2-D right-hand weight"
+    return None
+
+
+def _refusal(node: ir.Node, with_gemms: bool) -> str | None:
+    """Why the default leaves the layer in float; --quantize overrides."""
     if is_op(node, "Conv") and _to_tokens(node.outputs[0]):
         return "a patch embedding: an integer kernel would need its output quantized, which costs accuracy and gains nothing"
     if _is_flat(node) and (not with_gemms or _is_head(node)):
@@ -135,14 +153,14 @@ def _output(state: _Ort, node: ir.Node) -> None:
         return
     owner = value.producer()
     assert owner is not None
-    state.out.add(owner, ~value.index() if value.index() is not None else ~0, state.spec)
+    state.out.add(owner, ~(value.index() or 0), state.spec)
     state.conv_values.add(str(value.name))
 
 
 def _residual(state: _Ort, node: ir.Node) -> None:
     """A residual add of a conv net: both operands come from quantized convolutions or adds."""
     names = [str(v.name) for v in node.inputs if v is not None]
-    if len(names) != 2 or any(name not in state.conv_values for name in names) or state.ctx.excluded(str(node.name)):
+    if len(names) != 2 or any(name not in state.conv_values for name in names) or state.ctx.excluded(node):
         return
     state.out.add(node, 0, state.spec)
     state.out.add(node, 1, state.spec)

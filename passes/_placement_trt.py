@@ -1,4 +1,8 @@
-"""Where TensorRT wants Q/DQ: all inputs of weighted layers, attention on all four tensors or on none."""
+"""Where TensorRT wants Q/DQ: all inputs of weighted layers, attention on all four tensors or on none.
+
+What the default leaves in float and --quantize may ask for is in `_placement_defaults`; residual adds and Concat in
+`_placement_joins`.
+"""
 
 from __future__ import annotations
 
@@ -6,32 +10,44 @@ import onnx_ir as ir
 
 from qcompile.ir.match_scores import Scores, find_scores, find_values
 from qcompile.ir.model import Model
-from qcompile.ir.ops import activation_channel_axis, const_value, is_compute, is_op, weight_slot
+from qcompile.ir.ops import activation_channel_axis, const_value, is_compute, is_op, static_shape, weight_slot
 from qcompile.passes._placement import Placement, activation_spec, weight_spec
-from qcompile.pipeline.base import PassContext
+from qcompile.passes._placement_blocks import in_blocks, scaled_blocks
+from qcompile.passes._placement_branches import range_branches
+from qcompile.passes._placement_defaults import attention_refusal, default_refusal, final_heads, is_native
+from qcompile.passes._placement_joins import share_concat_ranges, share_residuals
+from qcompile.pipeline.base import PassContext, kept_float
 from qcompile.quant.spec import PerBlock
 
+_PROBABILITY = (0.0, 1.0)
 _BLOCKS = (128, 64, 32, 16)
 
 
-def place(model: Model, ctx: PassContext, attention: str) -> Placement:
-    """Sites for TensorRT (inputs only: no Q on outputs, biases, norms, scores or residual adds)."""
-    out = Placement()
+def place(model: Model, ctx: PassContext, attention: str, shared_residuals: bool) -> Placement:
+    """Sites for TensorRT (inputs only: no Q on outputs, biases, norms or scores)."""
+    out, heads = Placement(), final_heads(model.graph)
     for node in model.graph:
         slot = weight_slot(node) if is_compute(node) else None
         if slot is not None:
-            _weighted(out, node, slot, ctx)
+            _weighted(out, node, slot, ctx, heads)
     if ctx.scheme.activation is not None:
         for softmax in model.graph:
             if is_op(softmax, "Softmax"):
                 _attention(out, softmax, ctx, attention)
+        range_branches(out, model.graph, ctx)
+        if is_native(ctx):
+            share_concat_ranges(out, model.graph)
+            share_residuals(out, model.graph, ctx, shared_residuals)
     return out
 
 
-def _weighted(out: Placement, node: ir.Node, slot: int, ctx: PassContext) -> None:
-    reason = ctx.excluded(str(node.name)) or _refusal(node, slot)
+def _weighted(out: Placement, node: ir.Node, slot: int, ctx: PassContext, heads: frozenset[ir.Node]) -> None:
+    reason = ctx.excluded(node) or kept_float(node) or _impossible(node, slot, ctx) or _unasked(node, slot, ctx, heads)
     if reason:
         out.miss(node, reason)
+        return
+    if ctx.scheme.fallback is not None:
+        scaled_blocks(out, node, slot, ctx)
         return
     spec = weight_spec(node, slot, ctx.scheme)
     if isinstance(spec.granularity, PerBlock):
@@ -49,22 +65,29 @@ def _weighted(out: Placement, node: ir.Node, slot: int, ctx: PassContext) -> Non
 
 
 def _block(node: ir.Node, slot: int, granularity: PerBlock) -> int | None:
-    value = node.inputs[slot]
-    assert value is not None and value.shape is not None
-    length = int(value.shape[granularity.axis])
+    length = (static_shape(node.inputs[slot]) or ())[granularity.axis]
+    assert length is not None
     return next((b for b in _BLOCKS if b <= granularity.size and length % b == 0), None)
 
 
-def _refusal(node: ir.Node, slot: int) -> str | None:
-    if is_op(node, "ConvTranspose"):
-        return "TensorRT has no low-precision deconvolution kernel"
+def _unasked(node: ir.Node, slot: int, ctx: PassContext, heads: frozenset[ir.Node]) -> str | None:
+    if ctx.forced(node) is not None:
+        return None
+    reason = default_refusal(node, slot, ctx, heads)
+    return None if reason is None else f"{reason} (--quantize {node.name} overrides)"
+
+
+def _impossible(node: ir.Node, slot: int, ctx: PassContext) -> str | None:
+    reason, forced = _unfit(node, slot), ctx.forced(node)
+    return reason if reason is None or forced is None else f"{reason}, so --quantize {forced} cannot be met"
+
+
+def _unfit(node: ir.Node, slot: int) -> str | None:
     weight = const_value(node.inputs[slot])
     if weight is None or weight.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE):
         return "its weight is not floating point"
     if is_op(node, "MatMul") and (len(weight.shape) != 2 or slot != 1):
         return "its constant operand is not a 2-D right-hand weight"
-    if is_op(node, "Gemm", "MatMul") and min(int(d) for d in weight.shape) < 16:
-        return f"a {'x'.join(str(d) for d in weight.shape)} matrix is too small for a tensor-core kernel"
     if is_op(node, "Gemm") and activation_channel_axis(node) == 0:
         return "its activation is transposed"
     return None
@@ -76,18 +99,31 @@ def _attention(out: Placement, softmax: ir.Node, ctx: PassContext, attention: st
     if not isinstance(scores, Scores) or values is None:
         return
     products = (scores.matmul, values.matmul)
-    reason = next((r for n in products if (r := ctx.excluded(str(n.name)))), None)
-    if attention == "none":
-        reason = "attention left in float on request"
+    reason = next((r for n in products if (r := ctx.excluded(n))), None)
+    if not reason and in_blocks(out, products):
+        reason = f"an input of it is in {ctx.scheme.name} blocks, and a tensor has one quantizer"
+    if not reason and not any(ctx.forced(n) for n in products):
+        reason = _left_alone(scores, ctx, attention)
     if reason:
         for node in products:
             out.miss(node, reason)
         return
+    if ctx.scheme.fallback is not None:
+        for node in products:
+            out.note(node, f"{ctx.scheme.fallback.name} instead of {ctx.scheme.name}: attention multiplies 4-D activations")
     source = _projected(values.matmul.inputs[values.slot])
     out.add(values.matmul, values.slot, activation_spec(ctx), source, carried=source is not None)
+    if is_native(ctx) and not values.changed:
+        out.known(values.matmul, 1 - values.slot, activation_spec(ctx), _PROBABILITY)
     for node in products:
         out.add(node, 0, activation_spec(ctx))
         out.add(node, 1, activation_spec(ctx))
+
+
+def _left_alone(scores: Scores, ctx: PassContext, attention: str) -> str | None:
+    if attention == "none":
+        return "attention left in float on request"
+    return attention_refusal(scores, ctx) if attention == "auto" else None
 
 
 def _projected(value: ir.Value | None) -> ir.Value | None:

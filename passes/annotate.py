@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import numpy as np
 
-from qcompile.calib.observers import Histogram, HistogramStat, MinMax, MinMaxStat, Probe, Rows, RowsStat, Stat
-from qcompile.ir.decisions import Decision, clear_decisions, decide
+from qcompile.calib.observers import Probe
+from qcompile.ir.decisions import Decision, clear_decisions, decide, decision
 from qcompile.ir.model import Model
-from qcompile.passes import _placement_ort, _placement_trt
+from qcompile.ir.select import selected
+from qcompile.passes import _placement_integer, _placement_ort, _placement_trt
 from qcompile.passes._placement import Placement, Site
-from qcompile.pipeline.base import FOLD_ROWS, Fact, Kind, Pass, PassContext, PassResult, input_folded, quantized_forms
-from qcompile.quant import ranges
+from qcompile.passes._ranges import choose, range_probes, readers_of
+from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult, quantized_forms
 from qcompile.quant.affine import qparams_from_range
-from qcompile.quant.spec import QParams, Scheme
+from qcompile.quant.minifloat import nvfp4_tensor_scale
+from qcompile.quant.spec import QParams, QuantSpec, Scheme
 from qcompile.target.target import Target
 
+Readers = Mapping[str, Sequence[np.ndarray]]
+
 _TENSORRT = ("trt", "rtx")
+_HEADROOM = 2.0  # 16-bit codes have a bit to spare for what calibration did not see
 
 
 @dataclass(frozen=True)
@@ -27,15 +32,25 @@ class Annotate(Pass):
     """Decide which tensors are quantized, in which type and over which range, for the target and scheme.
 
     before: MatMul(x, W)     after: the same graph; MatMul carries the decisions {x: int8 per tensor, W: int8 per column}
-    Activation ranges: min-max, percentile (99.99) or the least squared error over a power-of-two histogram.
+    Activation ranges: min-max, percentile (99.99), entropy (KL divergence, as TensorRT's calibrator) or the least squared
+    error, all from one power-of-two histogram; search takes for each tensor the candidate with the least error of the
+    linear layers that read it, on sampled rows (of the values themselves where a convolution reads them).
     """
 
     name = "annotate"
     kind = Kind.ANNOTATE
     requires = frozenset({Fact.CANONICAL, Fact.PADS_FOLDED, Fact.BN_FOLDED})
     establishes = frozenset({Fact.DECIDED})
-    range_: Annotated[Literal["auto", "minmax", "percentile", "mse"], "how activation ranges are chosen"] = "auto"
-    attention: Annotated[Literal["all", "none"], "quantize the two products of attention, or leave them in float"] = "all"
+    range_: Annotated[
+        Literal["auto", "minmax", "percentile", "entropy", "mse", "search"], "how activation ranges are chosen"
+    ] = "auto"
+    attention: Annotated[
+        Literal["auto", "all", "none"], "quantize the two products of attention (auto: where the fused kernel survives it)"
+    ] = "auto"
+    residual: Annotated[
+        Literal["float", "shared"],
+        "what the skip connections of convolutions read (TensorRT): float, or the DQ of the next convolution",
+    ] = "float"
 
     def required(self, target: Target, scheme: Scheme) -> frozenset[Fact]:
         """The forms that quantization needs."""
@@ -43,72 +58,101 @@ class Annotate(Pass):
 
     def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:
         """One statistic for each activation."""
-        return dict.fromkeys(p for s in self._place(model, ctx).sites if not s.is_weight for p in self._probes(s, ctx))
+        sites = self._place(model, ctx).sites
+        readers = readers_of(sites)
+        return dict.fromkeys(p for s in sites if not s.is_weight for p in self._probes(s, ctx, readers))
 
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
         """Write the decisions; earlier ones are replaced."""
         clear_decisions(model.graph)
         placement = self._place(model, ctx)
+        readers = readers_of(placement.sites)
         for site in placement.sites:
-            self._decide(site, ctx)
+            self._decide(site, ctx, readers)
         for node, reason in placement.missed:
             ctx.missed(node, reason)
+        for node, reason in placement.notes:
+            ctx.note(node, reason)
+        _remark_idle(model, placement, ctx)
         return PassResult(bool(placement.sites))
 
     def _place(self, model: Model, ctx: PassContext) -> Placement:
         if ctx.scheme.weight is None:
             return Placement()
+        if ctx.target.name == "integer":
+            return _placement_integer.place(model, ctx)
         if ctx.target.name in _TENSORRT or ctx.scheme.simulated or ctx.scheme.activation is None:
-            return _placement_trt.place(model, ctx, self.attention)
+            return _placement_trt.place(model, ctx, self.attention, self.residual == "shared")
         return _placement_ort.place(model, ctx)
 
     def _method(self, site: Site, ctx: PassContext) -> str:
+        if site.spec.qtype.bits > 8:
+            return "minmax"
         if self.range_ != "auto":
             return self.range_
         return "minmax" if site.spec.qtype.family == "float" else "mse"
 
-    def _probes(self, site: Site, ctx: PassContext) -> list[Probe]:
-        """A folded input's statistics followed the fold; anything else is observed."""
-        if site.carried or (input_folded(site.node) and site.slot >= 0):
-            return [Probe(site.measured, MinMax(-1)), Probe(site.measured, Rows(FOLD_ROWS))]
-        return [Probe(site.measured, MinMax() if self._method(site, ctx) == "minmax" else Histogram())]
+    def _probes(self, site: Site, ctx: PassContext, readers: Readers) -> list[Probe]:
+        """MXFP8 needs no statistics."""
+        if site.spec.block_format == "mxfp8" or site.bounds is not None or site.follows is not None:
+            return []
+        return range_probes(site, self._method(site, ctx), readers.get(site.measured, ()))
 
-    def _decide(self, site: Site, ctx: PassContext) -> None:
+    def _decide(self, site: Site, ctx: PassContext, readers: Readers) -> None:
         name = str(site.value.name)
+        if site.follows is not None:
+            _follow(site, site.follows, ctx)
+            return
         if site.is_weight:
             axis = str(site.spec.granularity)
             decide(site.node, site.slot, Decision(site.spec, f"{name}:{axis}"))
             ctx.applied(str(site.node.name), f"weight {name} in {site.spec.qtype.name}")
             return
-        lo, hi = self._range(site, ctx)
-        params = qparams_from_range(lo, hi, site.spec.qtype, site.spec.symmetric)
+        if site.spec.block_format == "mxfp8":
+            decide(site.node, site.slot, Decision(site.spec, f"{name}:mxfp8", QParams(np.ones(()), np.zeros((), np.int64))))
+            ctx.applied(str(site.node.name), f"activation {name} in mxfp8, all scales found at run time")
+            return
+        lo, hi, method = self._range(site, ctx, readers)
+        params = _params(site.spec, lo, hi)
         decide(site.node, site.slot, Decision(site.spec, _quantizer(name, params), params))
-        ctx.applied(
-            str(site.node.name), f"activation {name} in {site.spec.qtype.name}", lo=float(np.min(lo)), hi=float(np.max(hi))
-        )
+        numbers = {"lo": float(np.min(lo)), "hi": float(np.max(hi)), "range": method}
+        ctx.applied(str(site.node.name), f"activation {name} in {site.spec.qtype.name}", **numbers)
 
-    def _range(self, site: Site, ctx: PassContext) -> tuple[np.ndarray, np.ndarray]:
-        stat = _joined([ctx.stats[p] for p in self._probes(site, ctx)])
-        match self._method(site, ctx):
-            case "percentile":
-                assert isinstance(stat, HistogramStat)
-                return ranges.percentile(stat, 99.99, site.spec.symmetric)
-            case "mse":
-                assert isinstance(stat, HistogramStat)
-                return ranges.mse(stat, site.spec.qtype, site.spec.symmetric)
-            case _:
-                return ranges.minmax(stat)  # type: ignore[arg-type]
+    def _range(self, site: Site, ctx: PassContext, readers: Readers) -> tuple[np.ndarray, np.ndarray, str]:
+        """(lo, hi, how it was found)."""
+        if site.bounds is not None:
+            return np.asarray(site.bounds[0]), np.asarray(site.bounds[1]), "known"
+        stats = [ctx.stats[p] for p in self._probes(site, ctx, readers)]
+        found = choose(self._method(site, ctx), site.spec, stats, readers.get(site.measured, ()))
+        room = _HEADROOM if site.spec.qtype.bits > 8 else 1.0
+        return found.lo * room, found.hi * room, found.method
 
 
-def _joined(stats: list[Stat]) -> Stat:
-    """One statistic: exact extremes over a histogram of the sampled rows, where a fold left these two."""
-    if len(stats) == 1:
-        return stats[0]
-    extremes, rows = stats
-    assert isinstance(extremes, MinMaxStat) and isinstance(rows, RowsStat)
-    return replace(Histogram().observe(rows.rows), lo=np.asarray(extremes.lo.min()), hi=np.asarray(extremes.hi.max()))
+def _follow(site: Site, leader: Site, ctx: PassContext) -> None:
+    """The same quantizer for another reader of the tensor."""
+    led = decision(leader.node, leader.slot)
+    assert led is not None
+    decide(site.node, site.slot, led)
+    ctx.applied(str(site.node.name), f"residual {site.value.name} shares the quantizer of {leader.node.name}")
+
+
+def _remark_idle(model: Model, placement: Placement, ctx: PassContext) -> None:
+    """Selectors that choose no node that could be quantized: misspelt, or folded away by an earlier pass."""
+    names = {str(s.node.name) for s in placement.sites} | {name for name, _ in placement.missed}
+    for selector in dict.fromkeys((*ctx.keep_float, *ctx.only, *ctx.quantize)):
+        if not any(n.name in names for n in selected(selector, model.graph)):
+            ctx.missed("", f"selector {selector!r} chooses no node that could be quantized here")
+
+
+def _params(spec: QuantSpec, lo: np.ndarray, hi: np.ndarray) -> QParams:
+    """The scale that covers [lo, hi]; for NVFP4 its tensor scale, the block scales are found at run time."""
+    if spec.block_format == "nvfp4":
+        scale = nvfp4_tensor_scale(float(np.maximum(-np.min(lo), np.max(hi))))
+        return QParams(np.asarray(scale), np.zeros((), np.int64), scale)
+    return qparams_from_range(lo, hi, spec.qtype, spec.symmetric)
 
 
 def _quantizer(name: str, params: QParams) -> str:
     """Equal uses of one tensor share this id."""
-    return f"{name}:{float(params.scale):.9g}:{int(params.zero_point)}"
+    block = "" if params.tensor_scale is None else ":nvfp4"
+    return f"{name}:{float(params.scale):.9g}:{int(params.zero_point)}{block}"

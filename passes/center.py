@@ -11,15 +11,23 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompile.calib.observers import MinMax, MinMaxStat, Probe
-from qcompile.ir.linear_edit import add_to_bias, map_outputs, weight_of
+from qcompile.ir.linear_edit import add_to_bias, fresh, map_outputs, weight_of
 from qcompile.ir.match import Attention, Linear, VProjection, find_attentions, find_v_projections
+from qcompile.ir.match_attention import trace_linear
+from qcompile.ir.match_core import label
+from qcompile.ir.match_heads import Projection
+from qcompile.ir.match_scores import Scores, find_scores
+from qcompile.ir.match_trace import is_scaling
+from qcompile.ir.match_values import overlaps
 from qcompile.ir.model import Model
+from qcompile.ir.ops import const_array
 from qcompile.passes._affine_fold import Folded, FoldSite, fold, hidden_sites, norm_sites
 from qcompile.pipeline.base import AffineMap, Fact, Kind, Pass, PassContext, PassResult, quantized_forms
 from qcompile.quant.spec import Scheme
 from qcompile.target.target import Target
 
 F64 = NDArray[np.float64]
+_MASKED = -1e3  # a score that a Where puts in place of masked ones: its probability is 0 with and without the shift
 _PAYS = 0.9  # a shift that lowers the largest magnitude by less than 10 % is not worth touching weights
 
 
@@ -31,9 +39,12 @@ class Center(Pass):
     before: P V W_o + c_o              after: P (V - v0) W_o + (c_o + v0 W_o), since the rows of P sum to 1
     before: LayerNorm(g, b) -> W, c    after: LayerNorm(g, b - t) -> W, c + t W
     balance: q_d / r_d and k_d r_d, r_d = sqrt(max|q_d| / max|k_d|) in each head channel, leaves q . k as it is.
-    gelu: a Sub behind GELU, undone in the bias of the next linear (one more pointwise operator).
+    gelu: a Sub behind GELU, undone in the bias of the next linear (one more pointwise operator); behind the Mul of `smooth`
+    it finds no site, smooth{shift} does both in one.
+    Exact in float on every target, without a new node but for gelu.
     Zero points of asymmetric codes do the same for free, so this pays where zero points must be 0.
-    Refused: K behind a rotary embedding or a norm, V that something else reads.
+    Refused: K behind a rotary embedding or a norm, K or V that something else reads (a cache), scores that a Tanh, a Clip or
+    a product changes before the softmax.
     """
 
     name = "center"
@@ -42,7 +53,7 @@ class Center(Pass):
     k: Annotated[bool, "centre the keys"] = True
     v: Annotated[bool, "centre the values"] = True
     norm: Annotated[bool, "centre the outputs of LayerNorms"] = True
-    balance: Annotated[bool, "give q and k equal ranges in each channel"] = True
+    balance: Annotated[bool, "give q and k equal ranges in each channel"] = False
     gelu: Annotated[bool, "centre the hidden layer of MLPs by a Sub"] = False
 
     def required(self, target: Target, scheme: Scheme) -> frozenset[Fact]:
@@ -116,26 +127,28 @@ class Center(Pass):
         if reason:
             ctx.missed(str(a.scores.name), f"keys not centred: {reason}")
             return
-        assert a.q.columns is not None and a.k.columns is not None
-        moved = {str(n) for n in _behind([a.q.linear, a.k.linear], a.scores)}
+        assert a.k.columns is not None
+        moved = set(_behind([a.q.linear, a.k.linear], a.scores))
         lo, hi = _extremes(a.k.linear, ctx)
-        t = np.zeros_like(lo)
         used = np.unique(a.k.columns)
-        if self.k:
-            t[used] = ((lo + hi) / 2)[used]
+        before = after = float(np.maximum(-lo, hi)[used].max())
+        t = np.zeros_like(lo)
+        refusal = _shift_refusal(a) if self.k else "not asked for"
+        if refusal is None:
+            t[used], before, after = _centre(lo[used], hi[used])
+        if after > _PAYS * before and not self.balance:
+            why = refusal or "they are centred already"
+            ctx.missed(str(a.scores.name), f"keys not centred: {why}", largest=before, centred=after)
+            return
+        if t.any():
             add_to_bias(graph, a.k.linear, -t)
-        largest, centred = (
-            float(np.maximum(-lo, hi)[used].max()),
-            float(((hi - lo) / 2 if self.k else np.maximum(-lo, hi))[used].max()),
-        )
         if self.balance:
             self._balance(a, np.maximum(t - lo, hi - t), ctx)
-        elif a.k.linear.node is not a.q.linear.node:
-            out.maps.update({n: AffineMap(np.ones_like(t), t) for n in _outputs(a.k.linear)})
-        out.changed |= moved - set(out.maps)
-        ctx.applied(
-            str(a.scores.name), "keys centred" + (", q and k balanced" if self.balance else ""), largest=largest, centred=centred
-        )
+            out.changed |= moved
+        else:
+            _note_shift(out, a.k.linear, t, moved)
+        what = ["keys centred"] * bool(t.any()) + ["q and k balanced"] * self.balance
+        ctx.applied(str(a.scores.name), ", ".join(what), largest=before, centred=after)
 
     def _balance(self, a: Attention, k_top: F64, ctx: PassContext) -> None:
         """One r for each key channel; query heads that share a key share it."""
@@ -166,12 +179,7 @@ class Center(Pass):
         moved = set(_behind([m.linear], m.out.node))
         add_to_bias(graph, m.linear, -t)
         add_to_bias(graph, m.out, np.einsum("i,iok->o", t[m.columns], weight_of(m.out)))
-        if m.attention.packed:
-            out.changed |= moved
-        else:
-            exact = {n: AffineMap(np.ones_like(t), t) for n in _outputs(m.linear)}
-            out.maps.update(exact)
-            out.changed |= moved - set(exact)
+        _note_shift(out, m.linear, t, moved)
         ctx.applied(str(m.attention.pv.name), "values centred", largest=before, centred=after)
 
 
@@ -188,7 +196,15 @@ def _extremes(linear: Linear, ctx: PassContext) -> tuple[F64, F64]:
 
 
 def _excluded(linears: Iterable[Linear], ctx: PassContext) -> str | None:
-    return next((r for x in linears if (r := ctx.excluded(str(x.node.name)))), None)
+    return next((r for x in linears if (r := ctx.excluded(x.node))), None)
+
+
+def _note_shift(out: Folded, linear: Linear, t: F64, moved: set[str]) -> None:
+    """The linear's output moves by t (on top of an earlier shift of other channels), what stands behind it somehow."""
+    for name in _outputs(fresh(linear)) - out.changed:
+        earlier = out.maps.get(name)
+        out.maps[name] = AffineMap(np.ones_like(t), t if earlier is None else t + earlier.t)
+    out.changed |= moved - set(out.maps)
 
 
 def _key_refusal(a: Attention) -> str | None:
@@ -199,35 +215,46 @@ def _key_refusal(a: Attention) -> str | None:
     if a.q.columns is None or a.k.columns is None or a.q.columns.shape != a.k.columns.shape:
         return "the channels of q and k cannot be followed"
     shared = set(np.unique(a.q.columns)) & set(np.unique(a.k.columns)) if a.q.linear.node is a.k.linear.node else set[int]()
-    return "q and k are the same channels" if shared else _layout_refusal(a.q.linear, a.k.linear) or _other_readers(a)
+    if shared:
+        return "q and k are the same channels"
+    return _layout_refusal(a.q.linear, a.k.linear) or _read_elsewhere(a.q, a.scores, 0) or _read_elsewhere(a.k, a.scores, 1)
+
+
+def _read_elsewhere(projection: Projection, scores: ir.Node, slot: int) -> str | None:
+    """What but the scores reads the channels of a projection, or why that is not known."""
+    traced = trace_linear(projection.linear)
+    if traced is None or projection.columns is None:
+        return "its rank is unknown: run canonicalize"
+    used = np.unique(projection.columns)
+    for value, layout in traced.outputs:
+        if overlaps(layout, used):
+            return f"{value.name} is a graph output"
+    others = (x.node for x in traced.arrivals if not (x.node is scores and x.slot == slot) and overlaps(x.layout, used))
+    other = next(others, None)
+    if other is not None:
+        return f"{label(other)} reads them too"
+    return next((x.reason for x in traced.lost if overlaps(x.layout, used)), None)
+
+
+def _shift_refusal(a: Attention) -> str | None:
+    """Why q . k0, which is constant along the keys, would not drop out of the softmax."""
+    scores, traced = find_scores(a.softmax), trace_linear(a.k.linear)
+    if not isinstance(scores, Scores) or traced is None or traced.filled:
+        return "a constant is written between the keys"
+    return next((f"{label(n)} changes the scores before the softmax" for n in scores.between if not _keeps_shift(n)), None)
+
+
+def _keeps_shift(node: ir.Node) -> bool:
+    if node.op_type == "Where":
+        fills = [f for v in node.inputs[1:] if (f := const_array(v)) is not None]
+        return len(fills) == 1 and bool((fills[0] <= _MASKED).all())
+    if node.op_type in ("Mul", "Div"):
+        return any(is_scaling(node, slot) for slot in range(2))
+    return node.op_type not in ("Tanh", "Clip", "Max", "Min")
 
 
 def _layout_refusal(*linears: Linear) -> str | None:
     return "a projection is a convolution" if any(x.channel_axis != -1 for x in linears) else None
-
-
-def _other_readers(a: Attention) -> str | None:
-    """Something but the scores that reads q or k."""
-    ends = {n for x in (a.q, a.k) for n in _ends([x.linear], a.scores)}
-    allowed = {a.scores} | ({a.pv} if a.packed else set[ir.Node]())
-    foreign = [n for n in ends if n not in allowed and n.op_type in ("MatMul", "Gemm", "Conv", "Softmax", "LayerNormalization")]
-    return f"{foreign[0].op_type} {foreign[0].name} reads them too" if foreign else None
-
-
-def _ends(linears: list[Linear], stop: ir.Node) -> Iterator[ir.Node]:
-    """Compute nodes that the linears' outputs reach through anything else."""
-    seen: set[ir.Node] = set()
-    front = [x.node for x in linears]
-    while front:
-        node = front.pop()
-        for user in (n for v in node.outputs for n, _ in v.uses()):
-            if user in seen:
-                continue
-            seen.add(user)
-            if user.op_type in ("MatMul", "Gemm", "Conv", "Softmax", "LayerNormalization"):
-                yield user
-            else:
-                front.append(user)
 
 
 def _behind(linears: list[Linear], last: ir.Node) -> Iterator[str]:

@@ -19,7 +19,7 @@ from qcompile.pipeline.base import AffineMap, Fact, Kind, Pass, PassContext, Pas
 
 F64 = NDArray[np.float64]
 _HOMOGENEOUS = ("relu", "leaky-relu", "relu6")
-_STEPS = 4
+_ROUNDS, _CONVERGED = 50, 1.01
 _PAYS = 1.1  # ranges within 10 % of each other are left alone
 
 
@@ -30,9 +30,11 @@ class CrossLayerEqualization(Pass):
     before: Conv(W1, c1) -> ReLU(6) -> Conv(W2)
     after:  Conv(W1 / s, c1 / s - t) -> max(., -t), min(., 6 / s - t) -> Conv(W2 * s, c2 + t sum W2)
     f(s x) = s f(x) for ReLU, LeakyReLU and none (Nagel et al. 2019, arXiv:1906.04721, section 4.1); ReLU6 keeps its bound, 6 / s.
-    by=weights: s = sqrt(r1 r2) / r2 with r1, r2 the largest weights of the channel in W1 and W2 (eq. 11).
+    by=weights: s = sqrt(r1 r2) / r2 with r1, r2 the largest weights of the channel in W1 and W2 (eq. 11), repeated over all
+    pairs until they agree (so depthwise triples reach r1 = r2 = r3).
     by=activations: in front of a depthwise convolution s = max|x_c|, which its per-channel weight scales absorb, so that one
     scale a tensor is as good as one a channel; else s = max|x_c|^alpha / max|W2_c|^(1 - alpha) (SmoothQuant).
+    Exact in float on every target; ReLU6 and centred ReLU become Max and Min with a constant.
     center: t = half of each channel's range, exact in front of convolutions without padding; symmetric codes regain the sign
     bit that ReLU leaves unused.  Refused: other activations, outputs with several readers, grouped convolutions.
     """
@@ -41,11 +43,15 @@ class CrossLayerEqualization(Pass):
     kind = Kind.EQUIVALENT
     requires = frozenset({Fact.CANONICAL, Fact.BN_FOLDED, Fact.PADS_FOLDED})
     by: Annotated[Literal["activations", "weights"], "which ranges are made equal"] = "activations"
-    alpha: Annotated[float, "how much of a dense layer's range moves into its weights, in [0, 1]"] = 0.5
+    # SQNR on MobileNet's calibration data (w8a8, with bias-correct): 15.7, 16.7, 17.4, 17.3 dB at 0.3, 0.5, 0.7, 0.9.
+    alpha: Annotated[float, "how much of a dense layer's range moves into its weights, in [0, 1]"] = 0.7
+    # Any other s moves MobileNet's outputs by 3e-6 to 5e-6: one unit in the last place of every weight does that too.
+    steps: Annotated[int, "values of s in an octave; 1: powers of two, exact in floating point"] = 1
     center: Annotated[bool, "take half of the range out of ReLU outputs where that is exact"] = True
 
     def __post_init__(self) -> None:
         self.check_range("alpha", 0.0, 1.0)
+        self.check_range("steps", 1, 1024)
 
     def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:
         """Per-channel extremes in front of each second convolution."""
@@ -59,24 +65,27 @@ class CrossLayerEqualization(Pass):
         """Equalize every pair; remark on the others."""
         maps: dict[str, AffineMap] = {}
         changed: set[str] = set()
-        matches = find_conv_chains(model.graph)
-        for refusal in matches.refused:
-            ctx.missed(str(refusal.node.name), refusal.reason)
-        for chain in matches:
-            reason = _refusal(chain) or ctx.excluded(str(chain.first.name)) or ctx.excluded(str(chain.second.name))
-            if reason:
-                ctx.missed(str(chain.first.name), reason)
-            else:
-                self._one(model.graph, chain, ctx, maps, changed)
+        chains = list(_usable(model.graph, ctx))
+        equal = _equal_weights(chains) if self.by == "weights" else [np.ones(0)] * len(chains)
+        for chain, by_weights in zip(chains, equal, strict=True):
+            self._one(model.graph, chain, by_weights, ctx, maps, changed)
         return PassResult(bool(maps), maps, frozenset(changed - set(maps)))
 
-    def _one(self, graph: ir.Graph, chain: ConvChain, ctx: PassContext, maps: dict[str, AffineMap], changed: set[str]) -> None:
+    def _one(
+        self,
+        graph: ir.Graph,
+        chain: ConvChain,
+        by_weights: F64,
+        ctx: PassContext,
+        maps: dict[str, AffineMap],
+        changed: set[str],
+    ) -> None:
         channels = _weight(chain.first).shape[0]
         stat = ctx.stats.get(_probe(chain))
         if stat is not None and (not isinstance(stat, MinMaxStat) or stat.lo.shape != (channels,)):
             ctx.missed(str(chain.first.name), "the measured channels do not match its weight")
             return
-        s = self._scales(chain, stat)
+        s = _rounded(by_weights if by_weights.size else self._scales(chain, stat), self.steps)
         t = _centre(chain, stat, s) if self.center and isinstance(stat, MinMaxStat) else np.zeros(channels)
         spread = float(s.max() / s.min())
         if spread < _PAYS and not t.any():
@@ -93,24 +102,69 @@ class CrossLayerEqualization(Pass):
             s_max=float(s.max()),
         )
 
-    def _scales(self, chain: ConvChain, stat: object) -> F64:
-        r1, r2 = np.abs(_rows(chain.first)).max(1), np.abs(_columns(chain.second)).max(1)
-        if self.by == "weights" or not isinstance(stat, MinMaxStat):
-            return _clean(np.sqrt(r1 * r2), r2)
-        top = np.maximum(-stat.lo, stat.hi)
+    def _scales(self, chain: ConvChain, stat: MinMaxStat | None) -> F64:
+        assert stat is not None
+        top, r2 = np.maximum(-stat.lo, stat.hi), np.abs(_columns(chain.second)).max(1)
         if _depthwise(chain.second):
             return _clean(top, np.ones_like(top))
         return _clean(np.maximum(top, 0) ** self.alpha, np.maximum(r2, 0) ** (1 - self.alpha))
 
 
+def _usable(graph: ir.Graph, ctx: PassContext) -> Iterable[ConvChain]:
+    """Pairs that may be rescaled; remarks on the others."""
+    matches = find_conv_chains(graph)
+    for refusal in matches.refused:
+        ctx.missed(str(refusal.node.name), refusal.reason)
+    for chain in matches:
+        reason = _refusal(chain) or ctx.excluded(chain.first) or ctx.excluded(chain.second)
+        if reason:
+            ctx.missed(str(chain.first.name), reason)
+        else:
+            yield chain
+
+
+def _equal_weights(chains: list[ConvChain]) -> list[F64]:
+    """s of each pair (eq. 11), repeated on copies of the weights until no pair moves by 1 %."""
+    weights = {node: _weight(node).astype(np.float64) for c in chains for node in (c.first, c.second)}
+    scales = [np.ones(len(weights[c.first])) for c in chains]
+    for _ in range(_ROUNDS):
+        moved = 1.0
+        for i, c in enumerate(chains):
+            r1, r2 = _row_tops(weights[c.first]), _column_tops(weights[c.second], _depthwise(c.second))
+            s = _clean(np.sqrt(r1 * r2), r2)
+            scales[i] = scales[i] * s
+            weights[c.first] /= _along(s, weights[c.first], 0)
+            weights[c.second] *= _along(s, weights[c.second], 0 if _depthwise(c.second) else 1)
+            moved = max(moved, float(s.max() / s.min()))
+        if moved < _CONVERGED:
+            break
+    return scales
+
+
+def _row_tops(weight: F64) -> F64:
+    return np.abs(weight.reshape(len(weight), -1)).max(1)
+
+
+def _column_tops(weight: F64, depthwise: bool) -> F64:
+    return _row_tops(weight if depthwise else np.moveaxis(weight, 1, 0))
+
+
+def _along(s: F64, weight: F64, axis: int) -> F64:
+    return s.reshape([-1 if i == axis else 1 for i in range(weight.ndim)])
+
+
 def _clean(numerator: F64, denominator: F64) -> F64:
-    """The ratio with geometric mean 1, dead channels left alone, inside [2^-10, 2^10]."""
+    """The ratio with geometric mean 1, dead channels left alone."""
     alive = (numerator > 1e-8 * numerator.max(initial=0.0)) & (denominator > 1e-8 * denominator.max(initial=0.0))
     if not alive.any():
         return np.ones_like(numerator)
     s = np.where(alive, numerator, 1.0) / np.where(alive, denominator, 1.0)
-    s /= np.exp(np.log(s[alive]).mean())
-    return np.where(alive, np.exp2(np.rint(np.clip(np.log2(s), -10, 10) * _STEPS) / _STEPS), 1.0)
+    return np.where(alive, s / np.exp(np.log(s[alive]).mean()), 1.0)
+
+
+def _rounded(s: F64, steps: int) -> F64:
+    """The nearest 2^(k / steps) inside [2^-10, 2^10]."""
+    return np.exp2(np.rint(np.clip(np.log2(s), -10, 10) * steps) / steps)
 
 
 def _centre(chain: ConvChain, stat: MinMaxStat, s: F64) -> F64:
@@ -162,11 +216,6 @@ def _weight(node: ir.Node) -> NDArray:
     weight = const_array(node.inputs[1])
     assert weight is not None
     return weight
-
-
-def _rows(node: ir.Node) -> F64:
-    weight = _weight(node).astype(np.float64)
-    return weight.reshape(len(weight), -1)
 
 
 def _columns(node: ir.Node) -> F64:

@@ -15,7 +15,7 @@ from qcompile.ir.decisions import Decision, clear_decisions, decisions, value_at
 from qcompile.ir.edit import add_constant, drop_if_unused, insert_after, new_node, redirect, swap_output
 from qcompile.ir.model import Model
 from qcompile.passes._block_formats import block_activation, block_weight
-from qcompile.passes._log_codes import log_chain
+from qcompile.passes._companding import companded_chain
 from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
 from qcompile.quant.affine import quantize
 from qcompile.quant.qtype import INT8, QType
@@ -79,7 +79,7 @@ def _materialise(graph: ir.Graph, uses: list[Use], body: ir.DataType, ctx: PassC
     value = value_at(node, slot)
     params = decision.qparams
     assert params is not None
-    if body != ir.DataType.FLOAT and decision.spec.block_format is None:
+    if body != ir.DataType.FLOAT and decision.spec.block_format is None and decision.spec.qtype.family != "companded":
         params = round_scale(params, body)
     if value.const_value is not None:
         made = _weight(graph, value, decision, params)
@@ -165,8 +165,8 @@ def _chain(graph: ir.Graph, value: ir.Value, decision: Decision, params: QParams
     if decision.spec.block_format is not None:
         return block_activation(graph, value, decision, params)
     dtype = np.dtype(value.dtype.numpy()) if value.dtype is not None else np.dtype(np.float32)
-    if qtype.family == "log":
-        return log_chain(graph, value, params, qtype, dtype)
+    if qtype.family == "companded":
+        return companded_chain(graph, value, params, qtype, dtype)
     scale, zero = _constants(graph, stem, params, qtype, dtype)
     attributes = _axis_attributes(decision)
     if graph.opset_imports.get("", 0) >= 21 and qtype == INT8 and not params.zero_point.any():

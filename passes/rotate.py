@@ -14,9 +14,11 @@ from qcompile.calib.observers import Probe, Rows, RowsStat
 from qcompile.ir.edit import add_constant, insert_after, new_node, redirect, set_constant
 from qcompile.ir.linear_edit import add_to_bias, like, map_constant, map_inputs, map_outputs, weight_of
 from qcompile.ir.match import Linear, Mlp, Norm, VProjection, find_mlps, find_v_projections
+from qcompile.ir.match_core import label
 from qcompile.ir.match_region import Region, find_regions
 from qcompile.ir.model import Model
 from qcompile.ir.ops import const_array
+from qcompile.passes._rms_norm import to_rms
 from qcompile.passes._rotation import Reading, proxy_error, stream_rotation
 from qcompile.passes._scale_branch import fold_branch_scales
 from qcompile.pipeline.base import FOLD_ROWS, Fact, Kind, Pass, PassContext, PassResult, keep_float
@@ -24,6 +26,7 @@ from qcompile.quant.hadamard import block_order, rotation
 
 F64 = NDArray[np.float64]
 _BLOCK = 128
+_SMALLEST = 4
 _SCORED_ROWS = 128
 
 
@@ -35,11 +38,13 @@ class Rotate(Pass):
     after:  ... W_out R -> + -> LayerNorm(1, 0) -> R^T diag(g) W_in, c + b W_in
     r1: the stream (QuaRot, arXiv:2404.00456; SpinQuant, arXiv:2405.16406): embeddings, positions, class token, patch
     convolution and output projections take R, what reads the norms takes R^T.  RMS(x R) = RMS(x) R for every orthogonal R;
-    for a LayerNorm R also keeps the mean, R 1 = 1, so the operator stays as it is.
+    for a LayerNorm R also keeps the mean, R 1 = 1, so the operator stays as it is.  mean=fold: all writers give up their mean
+    over the channels, LayerNorm becomes RMSNorm and R is any rotation (SliceGPT, arXiv:2401.15024); never for an RMSNorm.
     r2: W_v R2 and R2^T W_o in each head, biases included.  r4=block: Reshape -> MatMul [b, b] -> Reshape in front of the
     second MLP linear, which takes the inverse: a small cost at run time.
     kind=klt: the eigenvectors of the stream's second moment first (MambaQuant, arXiv:2501.13484).  search: that many draws;
     the one with the least quantization error of the reading layers on calibration rows is kept.  Folded in float64.
+    Exact in float on every target: r1 and r2 without a new node, r4 and mean=fold with some.
     Refused: post-norm blocks (BERT), adaLN, a nonlinearity on the stream, the stream as graph output.
     """
 
@@ -51,6 +56,7 @@ class Rotate(Pass):
     r4: Annotated[Literal["none", "block"], "rotate the MLP's hidden layer while it runs, in blocks of 128 channels"] = "none"
     kind_: Annotated[Literal["hadamard", "klt"], "random Hadamard, or eigenvectors of calibration data first"] = "hadamard"
     search: Annotated[int, "draws to choose the best of"] = 1
+    mean: Annotated[Literal["keep", "fold"], "rotate around the mean of a LayerNorm, or fold it into the writers"] = "keep"
     seed: Annotated[int, "of the random signs; added to --seed"] = 0
 
     def __post_init__(self) -> None:
@@ -94,7 +100,7 @@ class Rotate(Pass):
         for refusal in matches.refused:
             ctx.missed(str(refusal.node.name), refusal.reason)
         for region in matches:
-            reason = next((r for x in _linears(region) if (r := ctx.excluded(str(x.node.name)))), None)
+            reason = next((r for x in _linears(region) if (r := ctx.excluded(x.node))), None)
             if reason:
                 ctx.missed(str(region.anchor.name), f"{reason}; a stream is rotated whole or not at all")
                 continue
@@ -103,26 +109,33 @@ class Rotate(Pass):
 
     def _rotate(self, graph: ir.Graph, region: Region, ctx: PassContext, rng: np.random.Generator) -> None:
         readings = _readings(region, ctx) if self._measures() else []
-        r, numbers = self._chosen(region, readings, ctx, rng)
+        folds = self.mean == "fold" and region.has_mean
+        reason = _fold_refusal(region) if folds else None
+        if reason:
+            ctx.note(str(region.anchor.name), f"the mean is kept: {reason}")
+        folds = folds and reason is None
+        r, numbers = self._chosen(region, readings, region.has_mean and not folds, ctx, rng)
         for n in region.norms:
             _free_norm(graph, n.norm, n.linears)
-        for linear in dict.fromkeys(x for n in region.norms for x in n.linears):
+        for linear in dict.fromkeys([*(x for n in region.norms for x in n.linears), *region.readers]):
             map_inputs(linear, r.T)
-        for linear in region.readers:
-            map_inputs(linear, r.T)
+        written = r - r.mean(0) if folds else r
         for linear in region.writers:
-            map_outputs(linear, r)
+            map_outputs(linear, written)
         for c in region.constants:
-            map_constant(c.node, c.slot, c.axis, r)
+            map_constant(c.node, c.slot, c.axis, written)
+        for n in region.norms if folds else ():
+            to_rms(graph, n.norm)
         writers = f"{len(region.writers)} linears and {len(region.constants)} constants write it"
         what = f"stream of {region.channels} channels rotated: {writers}, {len(region.norms)} norms read it"
+        what += ", the mean is folded and they are RMSNorms now" if folds else ""
         ctx.applied(str(region.anchor.name), what, **numbers)
 
     def _chosen(
-        self, region: Region, readings: list[Reading], ctx: PassContext, rng: np.random.Generator
+        self, region: Region, readings: list[Reading], keep_mean: bool, ctx: PassContext, rng: np.random.Generator
     ) -> tuple[F64, dict[str, float]]:
         moment = sum((x.rows.T @ x.rows for x in readings), np.zeros(())) if self.kind_ == "klt" else None
-        draws = [stream_rotation(region.channels, rng, region.has_mean, moment) for _ in range(self.search)]
+        draws = [stream_rotation(region.channels, rng, keep_mean, moment) for _ in range(self.search)]
         if len(draws) == 1:
             return draws[0], {}
         types = (ctx.scheme.activation, ctx.scheme.weight)
@@ -139,9 +152,12 @@ class Rotate(Pass):
             ctx.missed(str(refusal.node.name), f"values not rotated: {refusal.reason}")
         for site in matches:
             heads = site.attention.v.columns
-            reason = ctx.excluded(str(site.linear.node.name)) or ctx.excluded(str(site.out.node.name))
+            reason = ctx.excluded(site.linear.node) or ctx.excluded(site.out.node)
+            reason = reason or (None if heads is not None else "values not rotated: its heads are not known")
+            if heads is not None and reason is None and block_order(heads.shape[1]) < _SMALLEST:
+                reason = f"no Hadamard block divides its heads of {heads.shape[1]} channels"
             if heads is None or reason:
-                ctx.missed(str(site.attention.pv.name), reason or "values not rotated: its heads are not known")
+                ctx.missed(str(site.attention.pv.name), str(reason))
                 continue
             changed |= set(_value_names(site))
             unique = np.unique(heads, axis=0)
@@ -154,12 +170,20 @@ class Rotate(Pass):
             ctx.missed(str(refusal.node.name), f"hidden layer not rotated: {refusal.reason}")
         for mlp in matches:
             block = block_order(mlp.fc2.in_channels, _BLOCK)
-            reason = ctx.excluded(str(mlp.fc2.node.name)) or _hidden_refusal(mlp, block)
+            reason = ctx.excluded(mlp.fc2.node) or _hidden_refusal(mlp, block)
             if reason:
                 ctx.missed(str(mlp.fc2.node.name), f"hidden layer not rotated: {reason}")
                 continue
             _rotate_online(model.graph, mlp.fc2, rotation(block, rng, block))
             ctx.applied(str(mlp.fc2.node.name), f"hidden layer rotated in blocks of {block}", block=block)
+
+
+def _fold_refusal(region: Region) -> str | None:
+    """Why the stream must keep its mean."""
+    if region.readers:
+        return f"{label(region.readers[0].node)} reads the stream without a norm"
+    rms = next((n.norm for n in region.norms if n.norm.kind == "rms"), None)
+    return f"{label(rms.node)} is an RMSNorm" if rms is not None else None
 
 
 def _probe(value: ir.Value) -> Probe:
@@ -266,4 +290,5 @@ def _rotate_online(graph: ir.Graph, linear: Linear, r: F64) -> None:
     insert_after(graph, value, cut, product, back)
     redirect(value, back.outputs[0], [(linear.node, linear.input_slot)])
     exact = r.astype(dtype).astype(np.float64)
-    map_inputs(linear, np.kron(np.eye(blocks), np.asarray(np.linalg.inv(exact), np.float64)))
+    inverse: F64 = np.asarray(np.linalg.inv(exact), np.float64)
+    map_inputs(linear, np.kron(np.eye(blocks), inverse).astype(np.float64))

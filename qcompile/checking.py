@@ -13,32 +13,38 @@ from qcompile import __version__
 from qcompile.errors import ModelError, UsageError
 from qcompile.ir.atomic import write_atomic
 from qcompile.ir.model import Model
+from qcompile.oracle.ranges import Proof
 from qcompile.report import SCHEMA_VERSION, json_text
 from qcompile.target.findings import Finding
 from qcompile.target.repair import repair
 from qcompile.target.rules import RULES, check
+from qcompile.target.rules_integer import proof_of
 from qcompile.target.sarif import sarif
+from qcompile.target.view import GraphView
 
+INTEGER = "integer"
 INLINE_BYTES = 1_500_000_000  # a protobuf file ends at 2 GB
 
 
 @dataclass(frozen=True)
 class Checked:
-    """The findings on a model (after a repair: those that remain), and what a repair fixed and wrote."""
+    """The findings on a model (after a repair: those that remain), what a repair fixed and wrote, and the overflow proof."""
 
     target: str
     findings: tuple[Finding, ...]
     fixed: tuple[Finding, ...] = ()
     output: Path | None = None
+    proof: Proof | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """`schema_version, target, errors, warnings` of `rule, node, message, fix, fixable`; with a repair `fixed, output`."""
+        """`schema_version, target, errors, warnings` of `rule, node, message, fix, fixable`; with a repair `fixed, output`;
+        of an integer-only model `proof_complete, assumptions, worst, proof` (see `qcompile.oracle.ranges.Proof`)."""
         errors, warnings = ([_finding(f, self.target) for f in self.findings if f.severity == s] for s in ("error", "warning"))
         document: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "target": self.target}
         document |= {"errors": errors, "warnings": warnings}
         if self.output is not None:
             document |= {"fixed": [_finding(f, self.target) for f in self.fixed], "output": str(self.output)}
-        return document
+        return document | (self.proof.to_json() if self.proof is not None else {})
 
     def to_sarif(self, file: str) -> dict[str, Any]:
         """The findings as a SARIF document about `file`."""
@@ -56,7 +62,9 @@ def check_file(model: Path, target: str, gpus: Sequence[str] = ()) -> Checked:
     Raises:
         ModelError: not an ONNX file, or its external data is missing.
     """
-    return Checked(target, tuple(check(model, target, gpus)))
+    view = GraphView.open(model)
+    found = tuple(check(view, target, gpus))
+    return Checked(target, found, proof=proof_of(view) if target == INTEGER else None)
 
 
 def fix_file(model: Path, output: Path, target: str, gpus: Sequence[str] = ()) -> Checked:

@@ -6,7 +6,7 @@ import json
 import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from qcompile.calib.data import find_beside
 from qcompile.errors import ModelError, UsageError
@@ -65,6 +65,7 @@ class Options:
     threads: int | None = None
     min_sqnr: float | None = None
     mem_limit: int | None = None
+    range: str | None = None
     print_after: bool = False
 
     @property
@@ -113,7 +114,7 @@ def prepare(path: str | Path, options: Options) -> Job:
     user = registry.parse(text)
     if any(p.name == "bf16" for p in user):
         scheme = replace(scheme, body="bfloat16")
-    plan = complete(user, target, scheme, exact=options.exact, held=held_facts(model))
+    plan = _with_range(complete(user, target, scheme, exact=options.exact, held=held_facts(model)), options.range)
     if not plan.passes and not options.exact:
         raise ModelError(
             f"{path} already went through the whole pipeline for {target.name} and {scheme.name}; start from the float model"
@@ -127,6 +128,23 @@ def prepare(path: str | Path, options: Options) -> Job:
         raise UsageError(f"the folder of the output {output} does not exist; create it first, or choose another with -o")
     require_numbers(model, path)
     return Job(model, options, target, scheme, plan, output, options.calib or find_beside(path))
+
+
+def _with_range(plan: Plan, method: str | None) -> Plan:
+    """`method` as the `range` of `annotate`.
+
+    Raises:
+        UsageError: nothing is annotated, or the pipeline names another method.
+    """
+    if method is None:
+        return plan
+    chosen = [getattr(p, "range_", None) for p in plan.passes if p.name == "annotate"]
+    if not chosen:
+        raise UsageError("--range is of activations and this pipeline decides on none; leave it out")
+    if any(c not in ("auto", method) for c in chosen):
+        raise UsageError(f"--range {method} and annotate{{range={chosen[0]}}} differ; give one of them")
+    changed: Any = {"range_": method}
+    return replace(plan, passes=tuple(replace(p, **changed) if p.name == "annotate" else p for p in plan.passes))
 
 
 def _with_sidecar(path: Path, options: Options) -> Options:

@@ -13,16 +13,18 @@ from numpy.typing import NDArray
 from qcompile.calib.blocks import block_bytes, blocked_sweep
 from qcompile.calib.data import Dataset, fixed_batch
 from qcompile.calib.observers import Probe, Stat
-from qcompile.calib.serving import open_session
+from qcompile.calib.serving import open_session, run_in_parts
 from qcompile.calib.sweep import sweep
 from qcompile.emulate.runnable import runnable
 from qcompile.errors import DataError
 from qcompile.ir.model import InputInfo, Model
+from qcompile.ir.spill import is_large
 from qcompile.pipeline.base import Comparison
 from qcompile.runtime.metrics import decibel
 from qcompile.runtime.session import batch_length
 
 VERIFY_SAMPLES = 8
+PART_BYTES = 1 << 26
 
 
 @dataclass
@@ -62,7 +64,10 @@ class OrtComparator:
 
     def outputs(self, model: Model) -> list[list[NDArray[Any]]]:
         """All outputs for every feed."""
-        session = open_session(runnable(model), optimize="off", qdq_fusion=False, threads=self.threads)
+        ready = runnable(model)
+        if is_large(ready.graph):
+            return run_in_parts(ready, self.feeds, PART_BYTES, qdq_fusion=False, threads=self.threads)
+        session = open_session(ready, optimize="off", qdq_fusion=False, threads=self.threads)
         return [[np.asarray(y) for y in session.run(None, feed)] for feed in self.feeds]
 
     def compare(self, reference: list[list[NDArray[Any]]], candidate: list[list[NDArray[Any]]]) -> Comparison:

@@ -26,29 +26,6 @@ def test_the_report_holds_every_model_and_ratios_to_the_first(tmp_path: Path) ->
     json.dumps(result, allow_nan=False)
 
 
-def test_runs_of_all_models_are_interleaved_and_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
-    order: list[str] = []
-
-    class Session:
-        def __init__(self, name: str) -> None:
-            self.name = name
-
-        def run(self, names: object, feeds: object) -> list[np.ndarray]:
-            order.append(self.name)
-            return []
-
-    def turns(seed: int) -> list[str]:
-        order.clear()
-        sessions = [Session(n) for n in "abc"]
-        benchmark._times(sessions, [{}] * 3, 8, benchmark.random.Random(seed), None)  # type: ignore[arg-type]
-        return order[3 * benchmark.WARM_UP :]
-
-    first = turns(0)
-    assert all(sorted(first[i : i + 3]) == ["a", "b", "c"] for i in range(0, 24, 3))
-    assert len({tuple(first[i : i + 3]) for i in range(0, 24, 3)}) > 1
-    assert turns(0) == first and turns(1) != first
-
-
 def test_made_up_inputs_have_safe_values_and_shapes() -> None:
     inputs = [
         InputInfo("x", np.dtype(np.float16), ("N", 3, 8, 8)),

@@ -105,6 +105,19 @@ def test_keep_float_patterns_reach_the_passes(int8: Path, tmp_path: Path, capsys
     assert 0 < fewer < all_of_them
 
 
+def test_selectors_reach_the_passes_and_the_report(tmp_path: Path, capsys: Capture) -> None:
+    out, report = tmp_path / "q.onnx", tmp_path / "report.json"
+    chosen = ("--keep-float", "region:../stages/stages.0/Relu", "--quantize", "op:Gemm", "--quantize", "op:LSTM")
+    code, _, err = call(capsys, CNN, "--target", "trt", "--samples", 8, "-o", out, "--report", report, *chosen)
+    assert code == 0 and "--quantize op:LSTM selects no node" in err, err
+    assert json.loads(report.read_text())["selectors"] == {
+        "keep_float": ["region:../stages/stages.0/Relu"], "only": [], "quantize": ["op:Gemm", "op:LSTM"],
+    }  # fmt: skip
+    graph = onnx.load(out).graph
+    quantized = {name for n in graph.node if n.op_type == "DequantizeLinear" for name in n.output}
+    assert all(n.input[1] in quantized for n in graph.node if n.op_type == "Gemm")
+
+
 # ---- what fails, and how ------------------------------------------------------------------------------------------
 
 
@@ -253,6 +266,8 @@ def test_compile_build_and_audit_with_rtx(tmp_path: Path, capsys: Capture) -> No
     audited = document(capsys, "audit", model, "--gpu", "sm89", "--min-share", 0.5)
     keys = {"share", "coverage", "planned_flops", "low_precision_flops", "total_flops", "attention_fused", "kernels"}
     assert keys <= set(audited) and audited["share"] == figures["share"] > 0.9
+    code, _, err = call(capsys, "audit", CNN, "--gpu", "sm89", "--min-share", 0.5)
+    assert code == 1 and "share is None, below --min-share 0.5" in err
     built = document(capsys, "build", model, "-o", tmp_path / "again.engine", "--profile", "input:1x1x32x32,2x1x32x32,4x1x32x32")
     assert built["profiles"][0]["shapes"]["input"][2] == [4, 1, 32, 32]
 

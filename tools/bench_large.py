@@ -29,6 +29,7 @@ from onnx import TensorProto, helper
 
 WORDS = 1024
 HEAD = 64
+PART_BYTES = 1 << 26
 GB = 10**9
 UNITS = {"MB": 10**6, "GB": GB, "MiB": 2**20, "GiB": 2**30}
 
@@ -110,7 +111,9 @@ def _layer(w: Writer, x: str, name: str, width: int, gain: float) -> str:
     joined = w.node("Reshape", [context, "join"], f"{name}.joined")
     x = w.node("Add", [x, w.linear(joined, f"{name}.out", width, width, gain)], f"{name}.residual1")
     h = w.linear(w.norm(x, f"{name}.norm2", width), f"{name}.fc1", width, 4 * width)
-    return w.node("Add", [x, w.linear(w.node("Gelu", [h], f"{name}.gelu"), f"{name}.fc2", 4 * width, width, gain)], f"{name}.residual2")
+    return w.node(
+        "Add", [x, w.linear(w.node("Gelu", [h], f"{name}.gelu"), f"{name}.fc2", 4 * width, width, gain)], f"{name}.residual2"
+    )
 
 
 def _heads(w: Writer, x: str, perm: list[int]) -> str:
@@ -168,17 +171,35 @@ def bench(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     weights = (folder / "model.data").stat().st_size
     tool = [sys.executable, "-m", "qcompile"]
     limit = ["--mem-limit", args.mem_limit] if args.mem_limit else []
+    limit += ["--passes", args.passes] if args.passes is not None else []
     options = ["--target", args.target, "--scheme", "w8a8", "--verify", args.verify, *limit]
     made = measured([*tool, str(model), "--calib", str(data), "-o", str(quantized), *options])
     result = {
         "weights_gb": weights / GB, "layers": args.layers, "width": width, "samples": args.samples, "tokens": args.tokens,
         "quantized_gb": sum(f.stat().st_size for f in folder.glob("quantized*")) / GB, **_memory(made, weights),
     }  # fmt: skip
-    checked = measured([*tool, "eval", str(model), str(quantized), "--data", str(data), "--per-layer", "--json"])
-    found = json.loads(checked.output)
-    layers = {row["value"]: row["sqnr_db"] for row in found["per_layer"] if row["value"].endswith("residual2")}
-    blocks = [layers[f"layer{i}.residual2"] for i in range(args.layers) if f"layer{i}.residual2" in layers]
-    return {**result, "check": _memory(checked, weights), "sqnr_db": found["sqnr_db"], "blocks": blocks}
+    checked = measured([sys.executable, __file__, "--compare", str(model), str(quantized), str(data)])
+    *blocks, logits = json.loads(checked.output)
+    return {**result, "check": _memory(checked, weights), "sqnr_db": logits, "blocks": blocks}
+
+
+def compare(reference: str, candidate: str, data: str) -> list[float]:
+    """SQNR in dB of the residual stream after each layer and of the logits, on the data as one batch."""
+    from qcompile.calib.serving import run_in_parts
+    from qcompile.ir.model import Model
+    from qcompile.runtime.metrics import Distance
+
+    feeds, found = [dict(np.load(data))], list[list[NDArray[Any]]]()
+    for path in (reference, candidate):
+        model = Model.load(path)
+        made = {str(v.name): v for node in model.graph for v in node.outputs}
+        names = [name for name in made if name.endswith(".residual2")]
+        model.graph.outputs[:0] = [made[name] for name in sorted(names, key=lambda n: int(re.findall(r"\d+", n)[0]))]
+        found += run_in_parts(model, feeds, PART_BYTES, qdq_fusion=False)
+    errors = [Distance() for _ in found[0]]
+    for error, r, c in zip(errors, *found, strict=True):
+        error.add(r, c)
+    return [error.sqnr_db for error in errors]
 
 
 def _memory(run: Run, weights: int) -> dict[str, float]:
@@ -206,7 +227,12 @@ def main() -> None:
     parser.add_argument("--verify", default="each")
     parser.add_argument("--mem-limit")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--passes", help="default: the target's")
+    parser.add_argument("--compare", nargs=3, metavar=("MODEL", "QUANTIZED", "DATA"), help="only the comparison, as JSON")
     args = parser.parse_args()
+    if args.compare:
+        print(json.dumps(compare(*args.compare)))
+        return
     with tempfile.TemporaryDirectory() as folder:
         result = bench(Path(folder), args)
     if args.json:
@@ -214,7 +240,9 @@ def main() -> None:
         return
     print(f"{result['weights_gb']:.2f} GB of weights, {args.layers} layers of width {result['width']}, {args.target} w8a8")
     for name, run in (("quantize", result), ("compare", result["check"])):
-        print(f"{name}: {run['seconds']:.0f} s, anonymous {run['anonymous_gb']:.2f} GB = {run['share_of_weights']:.1%} of the weights")
+        print(
+            f"{name}: {run['seconds']:.0f} s, anonymous {run['anonymous_gb']:.2f} GB = {run['share_of_weights']:.1%} of the weights"
+        )
     print(f"output {result['quantized_gb']:.2f} GB, SQNR {result['sqnr_db']:.1f} dB; after each layer: ", end="")
     print(" ".join(f"{b:.1f}" for b in result["blocks"]))
 

@@ -79,7 +79,7 @@ def default_profile(model: ModelProto) -> Profile | None:
     """A profile for the dynamic inputs of `model`; None when all shapes are fixed.
 
     Axis 0 gets 1/8/32.  Another dynamic axis gets 8/32/128, moved to include the calibration shape that the model
-    records as `qcompile.shapes` (JSON, {input: dims}), whose value becomes the optimum.
+    records as `qcompile.shapes` (JSON, {input: {"min": dims, "max": dims}}), whose value becomes the optimum.
     """
     recorded = _recorded(model)
     dynamic = list(dynamic_inputs(model))
@@ -119,7 +119,13 @@ def _recorded(model: ModelProto) -> Mapping[str, Sequence[int]]:
         found: Any = json.loads(text)
     except json.JSONDecodeError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return {name: _largest(seen) for name, seen in found.items()} if isinstance(found, dict) else {}
+
+
+def _largest(seen: Any) -> Sequence[int]:
+    """The dims of one sample as older models record them, or the largest of {"min": dims, "max": dims}."""
+    dims: Any = seen.get("max", []) if isinstance(seen, dict) else seen
+    return dims if isinstance(dims, list) else []
 
 
 def outside_calibration(model: ModelProto, profile: Profile) -> list[str]:

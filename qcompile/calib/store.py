@@ -9,6 +9,7 @@ Equal statistics give equal bytes, in whatever pieces they were gathered.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import json
 import zipfile
@@ -206,10 +207,17 @@ class _Pool:
 
     def _add(self, array: NDArray[Any]) -> list[Any]:
         plain = array if array.dtype.kind in "biuf" else array.astype(np.float32)  # bfloat16 fits into float32
-        kind, start = plain.dtype.name, self.ends.get(plain.dtype.name, 0)
+        kind = _name(plain.dtype)
+        start = self.ends.get(kind, 0)
         self.parts.setdefault(kind, []).append(np.ascontiguousarray(plain).reshape(-1))
         self.ends[kind] = start + plain.size
         return [kind, start, list(plain.shape)]
+
+
+@functools.lru_cache(maxsize=64)
+def _name(dtype: np.dtype[Any]) -> str:
+    """numpy works this out anew each time."""
+    return dtype.name
 
 
 def _write_flat(member: Any, dtype: np.dtype[Any], parts: Sequence[NDArray[Any]]) -> None:
@@ -255,8 +263,8 @@ def _read_flat(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArray[Any]:
         shape, _, dtype = np.lib.format.read_array_header_1_0(member)
         if dtype.kind not in "biuf" or len(shape) != 1 or shape[0] * dtype.itemsize > info.file_size:
             raise ValueError(f"{info.filename} holds {dtype}{list(shape)}")
-        raw = bytearray(shape[0] * dtype.itemsize)
-        if member.readinto(raw) != len(raw) or member.read(1):
+        raw = bytearray(member.read(shape[0] * dtype.itemsize))
+        if len(raw) != shape[0] * dtype.itemsize or member.read(1):
             raise ValueError(f"{info.filename} has a wrong length")
     return np.frombuffer(raw, dtype)
 

@@ -10,7 +10,7 @@ import click
 
 from qcompile.calibrate import Calibrated, calibrate, executor_for, merge_files, words
 from qcompile.cli.compile_command import DELIVERED, SELECTORS
-from qcompile.cli.options import MODEL, Size, as_json
+from qcompile.cli.options import MODEL, Size, as_json, range_option
 from qcompile.cli.output import megabytes, print_json, print_text
 from qcompile.cli.progress import reporter
 from qcompile.compile import DEFAULT_SAMPLES, TARGETS, Options, prepare
@@ -42,6 +42,7 @@ class Shard(click.ParamType):
 @click.option("--passes", help="The pipeline that will read the statistics; default: the target's.")
 @click.option("--target", type=click.Choice(list(TARGETS)), help="Default trt.")
 @click.option("--scheme", type=click.Choice(DELIVERED), help="Default w8a8.")
+@range_option
 @click.option("--keep-float", multiple=True, metavar="SELECTOR", help=f"As in compile: {SELECTORS}. Repeatable.")
 @click.option("--only", multiple=True, metavar="SELECTOR", help="As in compile.")
 @click.option("--quantize", multiple=True, metavar="SELECTOR", help="As in compile.")

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qcompile.checking import Checked
-from qcompile.cli.output import print_text
+from qcompile.cli.output import print_table, print_text
+from qcompile.oracle.ranges import Bound, Proof
 from qcompile.target.findings import Finding, Rule
 from qcompile.target.rules import RULES
 
 EXAMPLES = 2
+TIGHTEST = 8
 
 
 def show_findings(checked: Checked) -> None:
@@ -52,3 +54,27 @@ def _show_fixed(checked: Checked, rules: dict[str, Rule]) -> None:
         nodes = ", ".join(f.node or "(model)" for f in found[:EXAMPLES])
         print_text(f"fixed {rule_id} {rules[rule_id].title} ({len(found)}x): {nodes}{', ...' if len(found) > EXAMPLES else ''}")
     print_text(f"output       {checked.output}")
+
+
+def show_proof(checked: Checked, *, every_node: bool) -> None:
+    """The overflow proof: how many nodes are bounded, what is assumed, and the nodes nearest to the end of their type."""
+    if checked.proof is None:
+        return
+    proof, worst = checked.proof, checked.proof.worst
+    nearest = "" if worst is None else f"; nearest to overflow: {worst.op} {worst.node}, {worst.margin_bits:.2f} bits left"
+    state = "no overflow is possible" if proof.complete else "NOT PROVEN: see the errors"
+    print_text("", f"proof        {state} ({len(proof.bounds)} nodes bounded{nearest})")
+    print_text(*(f"assumes      {a}" for a in proof.assumptions), "")
+    print_table(
+        ["node", "operator", "type", "from", "to", "bits", "margin"],
+        [_bound(b) for b in _shown(proof, every_node)],
+        right=(3, 4, 5, 6),
+    )
+
+
+def _shown(proof: Proof, every_node: bool) -> Sequence[Bound]:
+    return proof.bounds if every_node else sorted(proof.arithmetic, key=lambda b: b.margin_bits)[:TIGHTEST]
+
+
+def _bound(b: Bound) -> tuple[str, ...]:
+    return b.node, b.op, b.dtype, str(b.lo), str(b.hi), str(b.bits), f"{b.margin_bits:.2f}"

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from qcompile.calib.checks import check_data
 from qcompile.calib.data import load_data
 from qcompile.cli.audit_command import audit_command
 from qcompile.cli.bench_command import bench_command
@@ -15,10 +16,13 @@ from qcompile.cli.calibrate_command import calibrate_command, merge_command
 from qcompile.cli.catalog import show_inspection, show_pass, show_passes
 from qcompile.cli.check_command import check_command
 from qcompile.cli.deploy_command import deploy_command
+from qcompile.cli.export_command import export_command
 from qcompile.cli.options import MODEL, as_json
 from qcompile.cli.output import print_json
 from qcompile.cli.progress import reporter
-from qcompile.cli.views import show_evaluation
+from qcompile.cli.views import show_conformance, show_evaluation
+from qcompile.conformance import conformance
+from qcompile.errors import UsageError
 from qcompile.evaluate import evaluate
 from qcompile.inspection import inspect
 from qcompile.ir.model import Model
@@ -29,28 +33,48 @@ from qcompile.report import SCHEMA_VERSION
 
 @click.command("eval")
 @click.argument("reference", type=MODEL)
-@click.argument("candidate", type=MODEL)
+@click.argument("candidate", type=MODEL, required=False)
 @click.option("--data", required=True, metavar="DATA", help="As --calib of compile; labels give top-1.")
 @click.option("--preprocess", metavar="SPEC", help="For pictures: a preset or a TOML file.")
 @click.option("--samples", type=click.IntRange(1), help="Default: all.")
 @click.option("--per-layer", is_flag=True, help="Also compare every tensor that both graphs name, worst first.")
 @click.option("--threads", type=click.IntRange(1), help="ONNX Runtime threads; default: all cores.")
+@click.option("--oracle", is_flag=True, help="Integer-only models: is ONNX Runtime bit for bit what integer arithmetic gives?")
 @as_json
 def eval_command(
     reference: Path,
-    candidate: Path,
+    candidate: Path | None,
     data: str,
     preprocess: str | None,
     samples: int | None,
     per_layer: bool,
     threads: int | None,
+    oracle: bool,
     as_json: bool,
 ) -> None:
-    """Compare CANDIDATE with its float REFERENCE on data."""
-    dataset = load_data(data, Model.load(reference).inputs(), preprocess, samples)
+    """Compare CANDIDATE with its float REFERENCE on data.
+
+    With --oracle an integer-only model (CANDIDATE, or the only MODEL) is also compared with the integer oracle, with
+    optimizations off, basic and all, on 1 and 2 threads; a mismatch is exit code 1.
+    """
+    if candidate is None and not oracle:
+        raise UsageError("eval compares two models; give REFERENCE and CANDIDATE (or --oracle and one integer-only model)")
+    inputs = Model.load(reference).inputs()
+    dataset = load_data(data, inputs, preprocess, samples)
+    document: dict[str, Any] = {}
     with reporter() as progress:
-        document = evaluate(reference, candidate, dataset, per_layer=per_layer, threads=threads, progress=progress.on_sweep)
-    print_json(document) if as_json else show_evaluation(document)
+        warnings = check_data(dataset, inputs, preprocess)
+        for text in warnings:
+            progress.note(f"warning: {text}")
+        if candidate is not None:
+            document = evaluate(reference, candidate, dataset, per_layer=per_layer, threads=threads, progress=progress.on_sweep)
+        if oracle:
+            document["oracle"] = conformance(candidate or reference, dataset, threads=threads, progress=progress.on_sweep)
+    document["notes"] = warnings
+    show = show_evaluation if candidate is not None else show_conformance
+    print_json({"schema_version": SCHEMA_VERSION, **document}) if as_json else show(document)
+    if oracle and document["oracle"]["mismatches"]:
+        click.get_current_context().exit(1)
 
 
 @click.command("inspect")
@@ -95,6 +119,7 @@ COMMANDS = (
     audit_command,
     build_command,
     deploy_command,
+    export_command,
     inspect_command,
     passes_command,
     calibrate_command,

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from qcompile.cli.options import Size
+from qcompile.cli.options import Size, range_option
 from qcompile.cli.output import print_json
 from qcompile.cli.progress import Reporter, reporter
 from qcompile.cli.views import calibration_line, show_engine, show_plan, show_result, sweeps_line
@@ -44,6 +44,7 @@ _TARGET_HELP = "; ".join(f"{t.name}: {t.title}" for t in TARGETS.values())
 )
 @click.option("--profile", metavar="SHAPES", help="Of the engine, e.g. 'x:1x3x32x32,8x3x32x32,32x3x32x32' (min, opt, max).")
 @click.option("--verify", type=click.Choice(["each", "end", "off"]), default="each", show_default=True, help="Compare outputs.")
+@range_option
 @click.option("--keep-float", multiple=True, metavar="SELECTOR", help=f"Leave these nodes in float: {SELECTORS}. Repeatable.")
 @click.option("--only", multiple=True, metavar="SELECTOR", help="Quantize only these nodes; repeatable.")
 @click.option(

@@ -27,6 +27,10 @@ class Size(click.ParamType):
         return int(float(match[1]) * _UNITS[match[2] or ""])
 
 
+RANGES = ("minmax", "percentile", "entropy", "mse", "search")
+range_option = click.option(
+    "--range", type=click.Choice(RANGES), help="How activation ranges are found; default: mse for integers, minmax for floats."
+)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document, nothing else, on standard output.")
 profile_option = click.option(
     "--profile", metavar="SHAPES", help="Of dynamic inputs, e.g. 'x:1x3x32x32,8x3x32x32,32x3x32x32' (min, opt, max)."

@@ -156,6 +156,22 @@ def show_evaluation(document: dict[str, Any]) -> None:
     print_text(f"cosine       {number(document['cosine'], '.6f')}")
     if "per_layer" in document:
         _show_layers(document["per_layer"])
+    if "oracle" in document:
+        show_conformance(document)
+
+
+def show_conformance(document: dict[str, Any]) -> None:
+    """ONNX Runtime against the integer oracle, a line for each setting."""
+    found = document["oracle"]
+    rows = [_conformance_row(r) for r in found["runs"]]
+    print_table(["optimizations", "threads", "equal", "different", "first sample"], rows, right=(1, 2, 3, 4))
+    verdict = "bit for bit equal" if not found["mismatches"] else "DIFFERENT: qcompile check --target integer may say why"
+    print_text("", f"oracle       {verdict} on {found['samples']} samples")
+
+
+def _conformance_row(r: dict[str, Any]) -> tuple[str, ...]:
+    first = "" if r["first_sample"] is None else str(r["first_sample"])
+    return r["optimize"], str(r["threads"]), str(r["matches"]), str(r["mismatches"]), first
 
 
 def _show_layers(layers: list[dict[str, Any]]) -> None:

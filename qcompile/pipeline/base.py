@@ -51,6 +51,7 @@ class Fact(enum.Enum):
     QKV_SPLIT = "qkv-split"
     BIAS_RANK = "bias-rank"
     DECIDED = "decided"
+    GELU_CODES = "gelu-codes"
     FITTED = "fitted"
     QUANTIZED = "quantized"
     HALF = "half"

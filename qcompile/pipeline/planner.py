@@ -22,6 +22,7 @@ PROVIDERS: dict[Fact, str] = {
     Fact.QKV_SPLIT: "split-qkv",
     Fact.BIAS_RANK: "bias-rank",
     Fact.DECIDED: "annotate",
+    Fact.GELU_CODES: "compand-gelu",
     Fact.FITTED: "rtn",
     Fact.QUANTIZED: "insert-qdq",
     Fact.HALF: "fp16",
@@ -84,6 +85,8 @@ def _provide(fact: Fact, facts: set[Fact], plan: list[tuple[Pass, bool]], target
 
 
 def _provider(fact: Fact, target: Target, scheme: Scheme) -> str:
+    if fact is Fact.QUANTIZED and target.name == "integer":
+        return "integer"
     return "bf16" if fact is Fact.HALF and target.body(scheme) == "bfloat16" else PROVIDERS[fact]
 
 

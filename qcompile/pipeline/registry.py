@@ -33,12 +33,27 @@ BUILTIN: dict[str, str] = {
     "rtn": "qcompile.passes.rtn:RoundToNearest",
     "bias-correct": "qcompile.passes.bias_correct:BiasCorrection",
     "insert-qdq": "qcompile.passes.insert_qdq:InsertQdq",
+    "integer": "qcompile.passes.integer:Integer",
     "fp16": "qcompile.passes.fp16:Half",
     "bf16": "qcompile.passes.bf16:BrainHalf",
     "log2-softmax": "qcompile.passes.log2_softmax:Log2Softmax",
+    "compand-gelu": "qcompile.passes.compand_gelu:CompandGelu",
+    "bias-reparam": "qcompile.passes.bias_reparam:BiasReparam",
+    "split-range": "qcompile.passes.split_range:SplitRange",
 }
 
-PRESETS: dict[str, str] = {}
+PRESETS: dict[str, str] = {
+    "repq-vit": "repq{softmax=log-sqrt2}",
+    "quarot": "rotate{r4=block mean=fold}",
+    "quantvggt": "rotate,smooth",
+    "mambaquant": "rotate{kind=klt},smooth",
+    "dfq": "equalize{by=weights center=false},bias-correct",
+    "fq-vit": "log2-softmax{bits=4}",
+    "adalog": "repq,log2-softmax{kind=adalog},compand-gelu,bias-reparam",
+    "is-vit": "repq,log2-softmax{kind=sulq}",
+    "dopq-vit": "repq,log2-softmax{kind=tan}",
+    "ptq4vit": "log2-softmax{kind=twin},compand-gelu{kind=twin}",
+}
 
 
 def names() -> list[str]:
@@ -102,4 +117,4 @@ def default_preset(target: str, scheme: str) -> str:
 
 
 _INTEGER = "smooth{search},bias-correct"
-DEFAULTS: dict[str, str] = {"w8a8": _INTEGER, "w6a6": _INTEGER, "w4a8": _INTEGER, "w4a4": _INTEGER}
+DEFAULTS: dict[str, str] = {"w8a8": _INTEGER, "w6a6": _INTEGER, "w4a8": _INTEGER, "w4a4": _INTEGER, "nvfp4": "smooth"}

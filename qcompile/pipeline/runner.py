@@ -36,7 +36,8 @@ class Failure:
 class Runner:
     """Runs passes one after the other on one model.
 
-    `statistics` and `comparator` are injected; without a comparator nothing is compared.
+    `statistics` and `comparator` are injected; without a comparator nothing is compared.  `known` are statistics of the model
+    that is run; passes carry them on or drop them.
     `on_pass(spec, index, total)` is told before each pass, `on_done(report, model)` after it.
     """
 
@@ -47,7 +48,7 @@ class Runner:
     on_pass: Callable[[str, int, int], None] = lambda spec, i, n: None
     on_done: Callable[[PassReport, Model], None] = lambda report, model: None
     on_failure: Callable[[Failure], str] = lambda failure: ""
-    _known: dict[Probe, Stat] = field(default_factory=dict[Probe, Stat])
+    known: dict[Probe, Stat] = field(default_factory=dict[Probe, Stat])
     _outputs: Any = None
     _reference: tuple[Model, Any] | None = None
     _untouched: bool = True
@@ -111,13 +112,13 @@ class Runner:
 
     def _statistics(self, p: Pass, model: Model, later: Sequence[Pass], ctx: PassContext) -> dict[Probe, Stat]:
         wanted = dict.fromkeys(p.probes(model, ctx))
-        missing = [probe for probe in wanted if probe not in self._known]
+        missing = [probe for probe in wanted if probe not in self.known]
         if missing:
             if self.statistics is None:
                 raise GateError(f"pass {p.name!r} needs calibration data; give some with --calib")
-            early = [probe for probe in self._early(p, later, model, ctx) if probe not in self._known]
-            self._known |= self.statistics.collect(model, list(dict.fromkeys([*missing, *early])))
-        return {probe: self._known[probe] for probe in wanted}
+            early = [probe for probe in self._early(p, later, model, ctx) if probe not in self.known]
+            self.known |= self.statistics.collect(model, list(dict.fromkeys([*missing, *early])))
+        return {probe: self.known[probe] for probe in wanted}
 
     def _early(self, p: Pass, later: Sequence[Pass], model: Model, ctx: PassContext) -> Iterable[Probe]:
         """Probes of later passes that will still hold when they run: one sweep answers them too."""
@@ -132,16 +133,16 @@ class Runner:
     def _carry(self, result: PassResult) -> None:
         """Keep statistics that the pass's changes of variable carry over exactly; drop the others."""
         for tensor, (source, change) in result.derived.items():
-            for probe in [k for k in self._known if k.tensor == source]:
-                self._keep(replace(probe, tensor=tensor), self._known[probe], change)
-        for probe in [k for k in self._known if k.tensor in result.maps or k.tensor in result.changed]:
-            stat = self._known.pop(probe)
+            for probe in [k for k in self.known if k.tensor == source]:
+                self._keep(replace(probe, tensor=tensor), self.known[probe], change)
+        for probe in [k for k in self.known if k.tensor in result.maps or k.tensor in result.changed]:
+            stat = self.known.pop(probe)
             if probe.tensor in result.maps:
                 self._keep(probe, stat, result.maps[probe.tensor])
 
     def _keep(self, probe: Probe, stat: Stat, change: AffineMap) -> None:
         with contextlib.suppress(NotCarried):
-            self._known[probe] = stat.mapped(change.t, change.r)
+            self.known[probe] = stat.mapped(change.t, change.r)
 
     # verification ---------------------------------------------------------------------------
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-Family = Literal["int", "float", "log"]
+Family = Literal["int", "float", "companded"]
+COMPANDED = ("log2", "log-sqrt2", "adalog", "sulq", "tan", "twin", "twin-gelu", "uniform")
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,14 @@ def simulated_int(bits: int, signed: bool = True) -> QType:
     return exact if bits == 8 else replace(exact, name=f"{exact.name}@{exact.storage.lower()}")
 
 
-def _log(name: str) -> QType:
-    _, _, width = name.partition("u")
-    bits, paper = int(width.rstrip("p")), width.endswith("p")
-    return QType(name, "log", bits, 0, 2**bits if paper else 2**bits - 1, "INT32")
+def _companded(name: str) -> QType | None:
+    """`log2u4`: 4-bit log2 codes; `log2u4p`: the paper's levels; `log2u4@float8e4m3fn`: values that E4M3 holds exactly."""
+    base, _, storage = name.partition("@")
+    kind, _, width = base.rpartition("u")
+    bits, paper = width.removesuffix("p"), width.endswith("p")
+    if kind not in COMPANDED or not bits.isdigit() or storage not in ("", FLOAT8E4M3FN.name):
+        return None
+    return QType(name, "companded", int(bits), 0, 2 ** int(bits) - (not paper), storage.upper() or "INT32")
 
 
 def qtype(name: str) -> QType:
@@ -79,6 +84,6 @@ def qtype(name: str) -> QType:
         found = simulated_int(int(stem[3:]), signed)
         if not at or found.name == name:
             return found
-    if name.startswith("log"):
-        return _log(name)
+    if (companded := _companded(name)) is not None:
+        return companded
     raise ValueError(f"unknown quantized type {name!r}")

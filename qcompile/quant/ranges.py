@@ -5,13 +5,14 @@ Everything here returns a float64 pair (lo, hi) for `affine.qparams_from_range`,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from qcompile.quant.affine import qparams_from_range, round_codes, scale_shape
+from qcompile.quant.affine import fake_quant, qparams_from_range, round_codes, scale_shape
 from qcompile.quant.qtype import QType
 from qcompile.quant.spec import Granularity, PerAxis, PerBlock, PerTensor
 
@@ -84,6 +85,66 @@ def mse(hist: HasCounts, qtype: QType, symmetric: bool = True) -> tuple[F64, F64
         hi = _search(lambda t, lo=lo: error(np.full_like(t, -lo), t), full[1])
         lo = _search(lambda t, hi=hi: error(-t, np.full_like(t, hi)), full[0])
     return np.asarray(-lo), np.asarray(hi)
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """A histogram whose values count by their importance: `counts` are float64."""
+
+    counts: Any
+    edges: F64
+    lo: F64
+    hi: F64
+
+
+def weighted(channels: Sequence[HasCounts], importance: ArrayLike) -> Weighted:
+    """One histogram of channels k whose bins are multiples of powers of two, each counted `importance[k]` times.
+
+    For the input x [C] of a linear layer W [C, N] take importance_k = sum_n W_kn^2: a quantization error e of x moves the
+    output by E|e W|^2 = sum_k,l E[e_k e_l] (W W^T)_kl, which is sum_k importance_k E[e_k^2] where the errors of different
+    channels are uncorrelated.  So `mse` of this histogram minimises the error of the layer's output.
+
+    Raises:
+        ValueError: not one importance a channel, or nothing was observed.
+    """
+    share = np.asarray(importance, np.float64)
+    if share.shape != (len(channels),):
+        raise ValueError(f"{len(channels)} channels need as many importances, got {share.shape}")
+    pairs = [(c, s) for c, s in zip(channels, share, strict=True) if len(c.counts)]
+    if not pairs:
+        raise ValueError("the histograms are empty: nothing was observed")
+    width = max(float(c.edges[1] - c.edges[0]) for c, _ in pairs)
+    places = [np.floor(c.edges[:-1] / width).astype(np.int64) for c, _ in pairs]
+    first, last = min(int(p[0]) for p in places), max(int(p[-1]) for p in places)
+    counts = np.zeros(last - first + 1)
+    for (channel, s), place in zip(pairs, places, strict=True):
+        np.add.at(counts, place - first, s * channel.counts)
+    lo, hi = min(float(c.lo) for c, _ in pairs), max(float(c.hi) for c, _ in pairs)
+    return Weighted(counts, np.arange(first, last + 2) * width, np.asarray(lo), np.asarray(hi))
+
+
+def weighted_values(x: NDArray[Any], importance: ArrayLike, bins: int = 2048) -> Weighted:
+    """The same from rows of values [R, C], in `bins` equal bins over their range."""
+    values = np.asarray(x, np.float64)
+    share = np.broadcast_to(np.asarray(importance, np.float64), values.shape)
+    counts, edges = np.histogram(values, bins, weights=share)
+    return Weighted(counts, np.asarray(edges, np.float64), np.asarray(values.min()), np.asarray(values.max()))
+
+
+def output_error(x: NDArray[Any], w: NDArray[Any], lo: ArrayLike, hi: ArrayLike, qtype: QType, symmetric: bool = True) -> float:
+    """|(Q(x) - x) w|^2 / |x w|^2 for rows x [R, K] quantized over [lo, hi] and weights w [K, N]; 0 where x w is 0."""
+    exact = np.asarray(x, np.float32)
+    error = (fake_quant(exact, qparams_from_range(lo, hi, qtype, symmetric), qtype) - exact) @ np.asarray(w, np.float32)
+    size = float(np.square(exact @ np.asarray(w, np.float32), dtype=np.float64).sum())
+    return float(np.square(error, dtype=np.float64).sum()) / size if size else 0.0
+
+
+def histogram_error(hist: HasCounts, lo: ArrayLike, hi: ArrayLike, qtype: QType, symmetric: bool = True) -> float:
+    """Squared error of all values of a histogram (bin centres) quantized over [lo, hi]."""
+    centres = np.clip((hist.edges[:-1] + hist.edges[1:]) / 2, hist.lo, hist.hi)
+    filled = hist.counts > 0
+    error = _histogram_error(centres[filled], hist.counts[filled].astype(np.float64), qtype, symmetric)
+    return float(error(np.reshape(np.asarray(lo, np.float64), 1), np.reshape(np.asarray(hi, np.float64), 1))[0])
 
 
 def weight_mse_scale(

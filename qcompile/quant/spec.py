@@ -68,11 +68,13 @@ class QParams:
     """x ~ (code - zero_point) * scale.  `scale` float64 > 0 and `zero_point` int64 of equal shape.
 
     `tensor_scale` (NVFP4): the block scales are E4M3 numbers times this.
+    `curve`: what else the levels of a companded type depend on (`quant.companding.codebook`).
     """
 
     scale: NDArray[np.float64]
     zero_point: NDArray[np.int64]
     tensor_scale: float | None = None
+    curve: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

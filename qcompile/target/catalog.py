@@ -7,6 +7,7 @@ from qcompile.target.target import OpRule, Target
 
 _TENSORRT_SCHEMES = ("w8a8", "fp16", "bf16", "fp8", "w4a16", "nvfp4", "mxfp8", "w6a6", "w4a8", "w4a4")
 _ORT_SCHEMES = ("w8a8", "fp16", "w6a6", "w4a8", "w4a4", "w4a16")
+_INTEGER_SCHEMES = ("w8a8", "w6a6", "w4a8", "w4a4")
 _CAPABILITIES = ((INT8.name, 75), (INT4.name, 80), ("bfloat16", 80), (FLOAT8E4M3FN.name, 89))  # and fp4: Blackwell
 _LOW = (INT8, FLOAT8E4M3FN, FLOAT4E2M1)
 
@@ -58,6 +59,19 @@ TARGETS: dict[str, Target] = {
             max_opset=26,
             activations=(UINT8, INT8),
             weights=(INT8, UINT8, INT4),
+            ops=_OPS,
+            bias_float=False,
+        ),
+        Target(
+            "integer",
+            "integers only: standard ONNX operators, no floating point between the first Q and the last DQ",
+            _INTEGER_SCHEMES,
+            half_body=False,
+            symmetric=False,
+            min_opset=21,
+            max_opset=26,
+            activations=(INT8,),
+            weights=(INT8,),
             ops=_OPS,
             bias_float=False,
         ),

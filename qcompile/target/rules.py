@@ -22,6 +22,7 @@ from qcompile.target import rules_trt as trt
 from qcompile.target import rules_types as types
 from qcompile.target.catalog import TARGETS
 from qcompile.target.findings import Check, Context, Effect, Finding, Repair, Rule
+from qcompile.target.rules_integer import INTEGER_RULES
 from qcompile.target.view import GraphView
 
 _ORT_FIX = "compile again with --target ort"
@@ -288,11 +289,11 @@ ORT_RULES: tuple[Rule, ...] = (
     _warning("QC-ORT-008", ort.simulated_codes, "simulated type", _ORT_FIX),
 )
 
-RULES: dict[str, tuple[Rule, ...]] = {"trt": TRT_RULES, "rtx": TRT_RULES, "ort": ORT_RULES}
+RULES: dict[str, tuple[Rule, ...]] = {"trt": TRT_RULES, "rtx": TRT_RULES, "ort": ORT_RULES, "integer": INTEGER_RULES}
 
 
-def check(model: onnx.ModelProto | str | Path, target: str, gpus: Sequence[str] = ()) -> list[Finding]:
-    """Findings of all rules of `target` on a model or file, errors first, in rule order.
+def check(model: onnx.ModelProto | str | Path | GraphView, target: str, gpus: Sequence[str] = ()) -> list[Finding]:
+    """Findings of all rules of `target` on a model, file or view, errors first, in rule order.
 
     `gpus` (names like "sm89") adds the capability rules.
 
@@ -302,6 +303,7 @@ def check(model: onnx.ModelProto | str | Path, target: str, gpus: Sequence[str] 
     """
     if target not in RULES:
         raise UsageError(f"target {target!r} has no rules; use one of {', '.join(RULES)}")
-    context = Context(GraphView.open(model), TARGETS[target], tuple(gpus))
+    view = model if isinstance(model, GraphView) else GraphView.open(model)
+    context = Context(view, TARGETS[target], tuple(gpus))
     found = [finding for rule in RULES[target] for finding in rule.findings(context)]
     return sorted(found, key=lambda f: f.severity == "warning")

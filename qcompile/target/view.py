@@ -89,6 +89,11 @@ class GraphView:
         path = Path(source)
         return cls(load_graph_only(path), path.parent)
 
+    @property
+    def base_dir(self) -> str:
+        """The folder of the external data."""
+        return self._base_dir
+
     @cached_property
     def producer(self) -> dict[str, NodeProto]:
         """Tensor name -> the node that makes it."""

@@ -6,18 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
+from onnx import numpy_helper
 
 from qcompile.calib import blocks as blocks_module
 from qcompile.calib.blocks import Keep, Spool, block_bytes, blocked_sweep
-from qcompile.calib.data import Dataset, fixed_batch
+from qcompile.calib.data import Dataset
 from qcompile.calib.observers import Extremes, Histogram, MinMax, Moments, Observer, Probe, Rows, SecondMoment, Stat
 from qcompile.calib.readers import ArrayReader
 from qcompile.calib.sweep import sweep
 from qcompile.errors import DataError
-from qcompile.ir import spill
 from qcompile.ir.model import Model
 from qcompile.ir.spill import mark_large
 from tests.ir import exports
@@ -42,7 +43,9 @@ def large(name: str) -> Model:
 def probes_of(model: Model) -> list[Probe]:
     """All observers on what every MatMul, Gemm and Conv reads, and on the inputs."""
     reads = [n.inputs[0] for n in model.graph if n.op_type in ("MatMul", "Gemm", "Conv")]
-    tensors = dict.fromkeys(str(v.name) for v in reads if v is not None and v.const_value is None and v.dtype == ir.DataType.FLOAT)
+    tensors = dict.fromkeys(
+        str(v.name) for v in reads if v is not None and v.const_value is None and v.dtype == ir.DataType.FLOAT
+    )
     return [Probe(t, o) for t in tensors for o in OBSERVERS]
 
 
@@ -61,3 +64,64 @@ def test_blocks_give_the_statistics_of_one_sweep(name: str) -> None:
     whole = sweep(model, data, probes, batch=4, threads=1)
     parts = blocked_sweep(model, data, probes, limit=model.weight_bytes() // 4, batch=4, threads=1)
     assert same(whole, parts)
+
+
+@pytest.mark.parametrize("name", ["hf_bert_ts17", "resnet_dy18"])
+def test_blocks_go_on_where_an_earlier_run_stopped(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks_module, "_SEGMENT_CHUNKS", 1)
+    model, data = large(name), dataset(name, 150)
+    probes, limit = probes_of(model), model.weight_bytes() // 3
+    stops: list[int] = []
+    whole = blocked_sweep(model, data, probes, limit=limit, threads=1, on_batch=lambda _, n: stops.append(n))
+    assert stops == [64, 128, 150]
+    first = blocked_sweep(model, data, probes, limit=limit, threads=1, stop=64)
+    rest = blocked_sweep(model, data, probes, limit=limit, threads=1, start=64, known=first)
+    assert same(whole, rest) and same(whole, sweep(model, data, probes, threads=1))
+
+
+def test_progress_counts_every_block() -> None:
+    model, seen = large("resnet_dy18"), list[tuple[int, int]]()
+    probes = probes_of(model)
+    blocked_sweep(model, dataset("resnet_dy18", 8), probes, limit=model.weight_bytes() // 3, progress=lambda *n: seen.append(n))
+    assert seen[-1][0] == seen[-1][1] and seen[-1][1] % 8 == 0 and seen[-1][1] > 8
+
+
+def test_a_mask_of_infinities_may_cross() -> None:
+    """x -> h; mask = log(keep) holds -inf; y = Softmax(h W + mask)."""
+    text = """
+    <ir_version: 9, opset_import: ["" : 17]>
+    g (float[N,8] x, float[1,8] keep) => (float[N,8] y) {
+      mask = Log(keep)
+      h = MatMul(x, w1)
+      g = MatMul(h, w2)
+      s = Add(g, mask)
+      y = Softmax(s)
+    }
+    """
+    proto = onnx.parser.parse_model(text)
+    rng = np.random.default_rng(0)
+    proto.graph.initializer.extend(numpy_helper.from_array(rng.normal(size=(8, 8)).astype(np.float32), n) for n in ("w1", "w2"))
+    model = Model.from_proto(onnx.shape_inference.infer_shapes(proto))
+    mark_large(model.graph)
+    x, keep = rng.normal(size=(16, 8)).astype(np.float32), np.tile(np.array([[1] * 7 + [0]], np.float32), (16, 1))
+    data = Dataset(
+        ArrayReader({"x": x, "keep": keep}, {n: x.dtype for n in ("x", "keep")}, {}), tuple(range(16)), ("x", "keep"), "here"
+    )
+    probes = [Probe("h", Moments(-1)), Probe("y", MinMax())]
+    assert same(sweep(model, data, probes, batch=1, threads=1), blocked_sweep(model, data, probes, limit=300, batch=1, threads=1))
+
+
+def test_a_disk_without_room_is_told(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "missing" / "a.data")
+    with pytest.raises(DataError, match="no room for the activations .* set TMPDIR"):
+        Keep(spool).observe(np.zeros(3))
+
+
+def test_what_runs_in_blocks() -> None:
+    model = Model(exports.load("resnet_dy18"))
+    weights = model.weight_bytes()
+    assert block_bytes(model) is None and block_bytes(model, 100 * weights) is None
+    assert block_bytes(model, 4 * weights) == weights // 2
+    mark_large(model.graph)
+    assert block_bytes(model) is None and block_bytes(model, 4 * weights) is None
+    assert block_bytes(model, weights) == weights // 4

@@ -39,14 +39,15 @@ Feeds = dict[str, NDArray[Any]]
 
 
 def fixture(name: str) -> Model:
-    """A real exporter's file, or a convolutional stem that no exporter file holds."""
-    return stem() if name == "stem" else Model.load(FOLDER / INDEX[name]["file"])
+    """A real exporter's file, or a small graph that no exporter file holds."""
+    made = {"stem": stem, "joined": joined}
+    return made[name]() if name in made else Model.load(FOLDER / INDEX[name]["file"])
 
 
 def fixture_arrays(name: str, samples: int = SAMPLES, seed: int = 0) -> Feeds:
     """Random inputs [samples, ...] of a fixture; tokens are 0 or 1, and no row of a mask is empty."""
     rng = np.random.default_rng(seed)
-    if name == "stem":
+    if name in ("stem", "joined"):
         return {"x": rng.standard_normal((samples, 3, 16, 16)).astype(np.float32)}
     made: Feeds = {}
     for info in INDEX[name]["inputs"]:
@@ -268,5 +269,27 @@ def stem() -> Model:
         node("GlobalAveragePool", ["g"], ["pooled"], name="pool"),
         node("Flatten", ["pooled"], ["flat"], name="flatten"),
         node("Gemm", ["flat", "head"], ["y"], name="head"),
+    ]
+    return built(nodes, ["N", 3, 16, 16], constants)
+
+
+def joined() -> Model:
+    """Conv -> Relu -> Conv, and two convolutions of unlike ranges whose joined channels a third one reads."""
+    rng, node = np.random.default_rng(4), onnx.helper.make_node
+    shapes = {"w0": (8, 3, 3, 3), "wa": (8, 8, 1, 1), "wb": (4, 8, 3, 3), "w": (8, 12, 2, 2), "c0": (8,), "cb": (4,), "c": (8,)}
+    shapes["wl"] = (8, 3, 2, 2)
+    constants = {n: rng.standard_normal(s).astype(np.float32) * 0.3 for n, s in shapes.items()}
+    constants["wb"] *= 20
+    constants["w0"] *= np.exp(rng.standard_normal((8, 1, 1, 1))).astype(np.float32)
+    nodes = [
+        node("Conv", ["x", "w0", "c0"], ["s"], name="first", strides=[2, 2], pads=[1, 1, 1, 1]),
+        node("Relu", ["s"], ["r"], name="relu"),
+        node("Conv", ["r", "wa"], ["a"], name="left"),
+        node("Conv", ["a", "wb", "cb"], ["b"], name="right", pads=[1, 1, 1, 1]),
+        node("Sigmoid", ["b"], ["g"], name="sigmoid"),
+        node("Mul", ["b", "g"], ["h"], name="silu"),
+        node("Conv", ["x", "wl"], ["l"], name="skip", strides=[2, 2]),
+        node("Concat", ["l", "h"], ["j"], name="join", axis=1),
+        node("Conv", ["j", "w", "c"], ["y"], name="conv", pads=[1, 0, 0, 1]),
     ]
     return built(nodes, ["N", 3, 16, 16], constants)

@@ -12,7 +12,7 @@ from onnx import helper
 from qcompile.ir.model import Model
 from qcompile.ir.text import print_model
 from qcompile.pipeline import registry
-from tests.passes.cases import Feeds, built, context, run_passes, stem
+from tests.passes.cases import Feeds, built, context, joined, run_passes, stem
 
 FOLDER = Path(__file__).parents[1] / "goldens"
 node = helper.make_node
@@ -92,6 +92,29 @@ def block() -> Model:
     return built(nodes, ["N", 5, 16], constants)
 
 
+def stream() -> Model:
+    """Projection + positions -> [norm -> MLP -> residual] -> norm -> head: a whole residual stream."""
+    rng = np.random.default_rng(5)
+    shapes = {"we": (16, 16), "be": 16, "pos": (1, 5, 16), "g": 16, "b": 16, "w1": (16, 32), "c1": 32, "w2": (32, 16), "c2": 16}
+    shapes |= {"gf": 16, "bf": 16, "wh": (16, 4)}
+    constants = {n: (rng.standard_normal(s) * 0.3).astype(np.float32) for n, s in shapes.items()}
+    nodes = [
+        node("MatMul", ["x", "we"], ["m0"], name="embed"),
+        node("Add", ["m0", "be"], ["e"], name="embed_bias"),
+        node("Add", ["e", "pos"], ["s0"], name="positions"),
+        node("LayerNormalization", ["s0", "g", "b"], ["n"], name="norm"),
+        node("MatMul", ["n", "w1"], ["m1"], name="fc1"),
+        node("Add", ["m1", "c1"], ["a1"], name="fc1_bias"),
+        node("Relu", ["a1"], ["u"], name="relu"),
+        node("MatMul", ["u", "w2"], ["m2"], name="fc2"),
+        node("Add", ["m2", "c2"], ["a2"], name="fc2_bias"),
+        node("Add", ["s0", "a2"], ["s1"], name="residual"),
+        node("LayerNormalization", ["s1", "gf", "bf"], ["nf"], name="final"),
+        node("MatMul", ["nf", "wh"], ["y"], name="head"),
+    ]
+    return built(nodes, ["N", 5, 16], constants)
+
+
 def linear() -> Model:
     """One MatMul + Add."""
     rng = np.random.default_rng(1)
@@ -161,10 +184,20 @@ GOLDENS = (
     Golden("smooth-shift", "smooth{shift sites=norm}", block),
     Golden("repq", "repq", block),
     Golden("repq-smooth", "repq,smooth", block),
+    Golden("rotate", "canonicalize,rotate{r4=block}", block),
+    Golden("rotate-fold", "canonicalize,split-qkv,rotate{mean=fold r2=false}", stream),
+    Golden("center", "canonicalize,split-qkv,center", block),
+    Golden("split-shortcut", "canonicalize,split-shortcut", joined, shape=PICTURE),
+    Golden("equalize", "canonicalize,equalize", joined, shape=PICTURE),
     Golden("annotate", "canonicalize,annotate", block),
     Golden("annotate-ort", "canonicalize,annotate", block, "ort"),
     Golden("log2-softmax", "canonicalize,annotate,log2-softmax{kind=log-sqrt2}", block, "ort", "w6a6"),
     Golden("log2-softmax-lowered", "canonicalize,annotate,log2-softmax,rtn,insert-qdq", block, "ort", "w4a4"),
+    Golden("log2-softmax-fp8", "canonicalize,opset,annotate{attention=all},log2-softmax{deploy=fp8},rtn,insert-qdq", block, "rtx", "fp8"),
+    Golden("log2-softmax-twin", "canonicalize,annotate,log2-softmax{kind=twin bits=3},rtn,insert-qdq", block, "ort"),
+    Golden("compand-gelu", "canonicalize,annotate,compand-gelu", block, "ort", "w4a4"),
+    Golden("bias-reparam", "canonicalize,annotate,compand-gelu{bits=3},rtn,bias-reparam,insert-qdq", block, "ort"),
+    Golden("split-range", "canonicalize,split-range{softmax}", block),
     Golden("rtn", "canonicalize,annotate,rtn", linear),
     Golden("rtn-4bit", "canonicalize,annotate,rtn", linear, scheme="w4a8"),
     Golden("bias-correct", "canonicalize,annotate,rtn,bias-correct", linear, scheme="w4a8"),

@@ -49,8 +49,19 @@ MODELS = (
     "hf_llama_dy23",
     "hybrid_ts17",
     "stem",
+    "joined",
 )
-VARIANTS = ("smooth{shift}", "smooth{search}", "smooth{alpha=1.0 sites=norm}", "repq{percentile=minmax}", "opset{version=21}")
+VARIANTS = (
+    "smooth{shift}",
+    "smooth{search}",
+    "smooth{alpha=1.0 sites=norm}",
+    "repq{percentile=minmax}",
+    "opset{version=21}",
+    "rotate{r4=block mean=fold}",
+    "rotate{kind=klt search=3}",
+    "center{balance gelu}",
+    "equalize{by=weights steps=16}",
+)
 FLOAT32, FLOAT64 = 5e-6, 1e-12
 
 

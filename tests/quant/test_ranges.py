@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import time
 from typing import Any
 
@@ -10,10 +11,20 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from qcompile.calib.observers import AbsMax, Histogram, MinMax
+from qcompile.calib.observers import AbsMax, ChannelHistograms, Histogram, MinMax
 from qcompile.quant.affine import fake_quant, qparams_from_range
-from qcompile.quant.qtype import INT8, UINT8, QType, simulated_int
-from qcompile.quant.ranges import minmax, mse, percentile, weight_mse_scale
+from qcompile.quant.entropy import entropy
+from qcompile.quant.qtype import FLOAT8E4M3FN, INT8, UINT8, QType, simulated_int
+from qcompile.quant.ranges import (
+    histogram_error,
+    minmax,
+    mse,
+    output_error,
+    percentile,
+    weight_mse_scale,
+    weighted,
+    weighted_values,
+)
 from qcompile.quant.spec import PerAxis, PerBlock, PerTensor, QParams
 
 INT4 = simulated_int(4)
@@ -131,3 +142,109 @@ def test_weight_search_is_fast() -> None:
     start = time.perf_counter()
     weight_mse_scale(w, INT8, 0)
     assert time.perf_counter() - start < 5
+
+
+def kl_by_the_book(counts: NDArray[Any], levels: int) -> NDArray[Any]:
+    """KL(P || Q) of every threshold, bin by bin (Migacz 2017)."""
+    found: list[float] = []
+    for i in range(levels, len(counts) + 1):
+        p = counts[:i].astype(np.float64)
+        p[-1] += counts[i:].sum()
+        q = np.zeros(i)
+        for a, b in itertools.pairwise(k * i // levels for k in range(levels + 1)):
+            filled = counts[a:b] > 0
+            q[a:b][filled] = counts[a:b].sum() / max(1, filled.sum())
+        q[(q == 0) & (p > 0)] = 1e-4
+        p, q, some = p / p.sum(), q / counts[:i].sum(), p > 0
+        found.append(float((p[some] * np.log(p[some] / q[some])).sum()))
+    return np.array(found)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_entropy_is_the_book_s(bits: int) -> None:
+    x = heavy()
+    hist = Histogram(512).observe(x)
+    width = float(hist.edges[1] - hist.edges[0])
+    counts = np.bincount(np.floor(np.abs(x) / np.float32(width)).astype(int))
+    counts[0] = counts[1]
+    levels = 2 ** (bits - 1)
+    best = levels + int(np.argmin(kl_by_the_book(counts, levels)))
+    lo, hi = entropy(hist, simulated_int(bits))
+    assert hi == -lo == pytest.approx(min(best * width, float(np.abs(x).max())), abs=width)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_entropy_cuts_outliers_and_leaves_flat_data(symmetric: bool) -> None:
+    qtype = INT8 if symmetric else UINT8
+    rng = np.random.default_rng(0)
+    normal = rng.normal(size=100_000).astype(np.float32)
+    lo, hi = entropy(Histogram().observe(np.append(normal, np.float32(60))), qtype, symmetric)
+    assert 3 < hi < 30 and lo >= (-hi if symmetric else float(normal.min()))
+    flat = rng.uniform(-1, 1, 100_000).astype(np.float32)
+    assert entropy(Histogram().observe(flat), qtype, symmetric)[1] > 0.95
+    relu = np.maximum(normal, 0)
+    assert entropy(Histogram().observe(relu), qtype, symmetric)[1] > 3, "zeros must not outweigh all other values"
+
+
+def test_entropy_is_near_onnxruntime_s() -> None:
+    from onnxruntime.quantization.calibrate import HistogramCollector
+
+    x = np.random.default_rng(0).laplace(size=50_000).astype(np.float32)
+    top = float(np.abs(x).max())
+    counts, edges = np.histogram(x, 1023, range=(-top, top))
+    collector = HistogramCollector.__new__(HistogramCollector)
+    theirs = float(collector.get_entropy_threshold((counts, edges, x.min(), x.max(), top), 255)[1])
+    ours = float(entropy(Histogram(1024).observe(x), INT8)[1])
+    assert 0.6 < ours / theirs < 1.67, "both cut the tail of a Laplace distribution (their merging of bins differs in the rest)"
+    assert ours < top
+
+
+def test_entropy_refuses_what_it_is_not_defined_for() -> None:
+    with pytest.raises(ValueError, match="its levels are not equal"):
+        entropy(Histogram().observe(heavy()), FLOAT8E4M3FN)
+    with pytest.raises(ValueError, match="empty"):
+        entropy(Histogram().empty(), INT8)
+    few = Histogram(64).observe(heavy())
+    assert entropy(few, INT8)[1] == max(-few.lo, few.hi)
+
+
+def channels(seed: int = 0) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """Rows whose widest channel hardly matters to the next layer."""
+    x = np.random.default_rng(seed).normal(size=(4000, 6)).astype(np.float32)
+    x[:, 0] *= 40
+    w = np.random.default_rng(1).normal(size=(6, 5))
+    w[0] *= 1e-4
+    return x, w
+
+
+@pytest.mark.parametrize("source", ["histograms", "values"])
+def test_weights_decide_which_channels_count(source: str) -> None:
+    x, w = channels()
+    importance = np.square(w).sum(1)
+    hists = ChannelHistograms(bins=8192).observe(x).channels
+    hist = weighted(hists, importance) if source == "histograms" else weighted_values(x, importance, 8192)
+    plain, by_weight = mse(Histogram().observe(x), INT4), mse(hist, INT4)
+    assert by_weight[1] < 0.5 * plain[1]
+    assert output_error(x, w, *by_weight, INT4) < 0.5 * output_error(x, w, *plain, INT4)
+    dense = min(output_error(x, w, -t, t, INT4) for t in np.geomspace(0.5, 160, 80))
+    assert output_error(x, w, *by_weight, INT4) <= 1.1 * dense
+
+
+def test_equal_weights_change_nothing() -> None:
+    x, _ = channels()
+    hists = ChannelHistograms().observe(x).channels
+    both = weighted(hists, np.ones(6))
+    whole = Histogram().observe(x)
+    assert both.counts.sum() == whole.total and (both.lo, both.hi) == (whole.lo, whole.hi)
+    np.testing.assert_allclose(mse(both, INT8)[1], mse(whole, INT8)[1], rtol=0.05)
+    with pytest.raises(ValueError, match="6 channels need as many importances"):
+        weighted(hists, np.ones(5))
+    with pytest.raises(ValueError, match="nothing was observed"):
+        weighted([Histogram().empty()], np.ones(1))
+
+
+def test_the_error_of_a_range_on_a_histogram() -> None:
+    x = heavy()
+    hist = Histogram().observe(x)
+    for t in (1.0, 5.0, 20.0):
+        assert histogram_error(hist, -t, t, INT8) == pytest.approx(error(x, -t, t, INT8, True), rel=0.05)

@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qcompile.ir.match_region import find_regions
+from qcompile.ir.model import Model
+from qcompile.passes._rotation import stream_rotation
+from qcompile.pipeline import registry
+from qcompile.pipeline.runner import Runner
+from tests.passes import streams
+from tests.passes.cases import (
+    SweepOf,
+    constants_of,
+    context,
+    double_outputs,
+    fixture_step,
+    op_types,
+    outputs,
+    pipeline,
+    relative_error,
+    run_passes,
+    sqnr_db,
+    to_double,
+)
+
+ROOT = Path(__file__).parents[2]
+FORMS = ("rotate", "rotate{r2=false}", "rotate{r1=false}", "rotate{r1=false r2=false r4=block}", "rotate{r4=block mean=fold}",
+         "rotate{kind=klt}", "rotate{search=4 mean=fold kind=klt}")  # fmt: skip
+
+
+def canonical(model: Model) -> Model:
+    return run_passes(model, registry.parse("canonicalize"), streams.feeds(), context())[0]
+
+
+def rotated(model: Model, spec: str = "rotate", **options: Any) -> tuple[Model, list[Any]]:
+    after, reports = run_passes(canonical(model), registry.parse(spec), streams.feeds(), context(**options))
+    return after, list(reports[0].remarks)
+
+
+def missed(remarks: list[Any]) -> dict[str, str]:
+    return {r.node: r.reason for r in remarks if r.kind == "missed"}
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+@pytest.mark.parametrize("spec", FORMS)
+def test_folds_are_exact_with_grouped_heads_and_biases(spec: str, kind: str) -> None:
+    model = canonical(streams.block(kind))
+    wide = to_double(model)
+    after, (report,) = Runner(SweepOf(model, streams.feeds()), verify="off").run(wide, registry.parse(spec), context())
+    assert report.modified
+    assert relative_error(double_outputs(wide, streams.feeds(2, 1)), double_outputs(after, streams.feeds(2, 1))) <= 1e-10
+
+
+def test_everything_that_touches_the_stream_is_found() -> None:
+    (region,) = find_regions(canonical(streams.block()).graph)
+    assert {str(w.node.name) for w in region.writers} == {"out", "fc2"}
+    assert {(str(c.node.name), c.slot) for c in region.constants} == {("embed", 0), ("positions", 1)}
+    assert {str(n.norm.node.name) for n in region.norms} == {"norm1", "norm2", "final"} and region.has_mean
+
+
+def test_the_outliers_are_spread() -> None:
+    after, _ = rotated(streams.block(), "rotate{r2=false}")
+    table = {n: a for n, a in constants_of(after).items() if a.shape == (streams.VOCAB, streams.C)}
+    (rotated_table,) = table.values()
+    before = constants_of(streams.block())["table"]
+    crest = [float(np.abs(a).max() / np.sqrt(np.square(a).mean())) for a in (before, rotated_table)]
+    assert crest[1] < 0.6 * crest[0]
+
+
+def test_a_tied_embedding_is_duplicated() -> None:
+    after, remarks = rotated(streams.block())
+    held = [a for a in constants_of(after).values() if sorted(a.shape) == [streams.VOCAB, streams.C]]
+    assert len(held) == 2 and any(r.kind == "applied" and "stream of 32 channels" in r.reason for r in remarks)
+
+
+def test_layer_scale_is_folded_first() -> None:
+    after, remarks = rotated(streams.block(form="layer-scale"))
+    assert "the constant scale of its branch was folded into it" in [r.reason for r in remarks if r.node == "out"]
+    assert op_types(after).count("Mul") == 1, "only the attention's scale is left"
+    assert any("stream of 32 channels" in r.reason for r in remarks)
+
+
+@pytest.mark.parametrize(
+    ("form", "named", "words"),
+    [
+        ("ada-ln", "norm2", "consumer Mul"),
+        ("gate", "gate", "writes the stream and is not a linear"),
+        ("relu", "on_stream", "the stream"),
+        ("output", "residual2", "graph output s2"),
+        ("post-norm", "norm2", "post-norm"),
+    ],
+)
+def test_refusals_name_the_node_and_leave_the_stream_alone(form: str, named: str, words: str) -> None:
+    model = canonical(streams.block(form=form))
+    after, remarks = rotated(model, "rotate{r2=false}")
+    reasons = missed(remarks)
+    assert named in reasons and words in reasons[named], reasons
+    assert after.digest() == model.digest() and not [r for r in remarks if r.kind == "applied"]
+
+
+def test_post_norm_bert_is_refused() -> None:
+    done = fixture_step("hf_bert_shared_ts14", "rotate{r2=false}", "trt")
+    assert not done.changed and any("post-norm" in r.reason for r in done.report.remarks if r.kind == "missed")
+
+
+def test_an_rms_norm_keeps_its_mean() -> None:
+    plain, _ = rotated(streams.block("rms"), "rotate{r2=false}")
+    folded, _ = rotated(streams.block("rms"), "rotate{r2=false mean=fold}")
+    assert plain.digest() == folded.digest()
+
+
+def test_selected_layers_stop_the_whole_stream() -> None:
+    _, remarks = rotated(streams.block(), "rotate{r2=false}", keep_float=("fc1",))
+    assert "a stream is rotated whole or not at all" in "".join(missed(remarks).values())
+
+
+def test_seeds_give_other_rotations_and_the_same_bytes() -> None:
+    first, again, other = (rotated(streams.block(), f"rotate{{seed={s}}}")[0].digest() for s in (1, 1, 2))
+    assert first == again != other
+
+
+@pytest.mark.parametrize("channels", [16, 40, 60, 92])
+@pytest.mark.parametrize("keep_mean", [True, False])
+@pytest.mark.parametrize("klt", [True, False])
+def test_stream_rotations_are_orthogonal(channels: int, keep_mean: bool, klt: bool) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((500, channels)) * np.exp(rng.standard_normal(channels))
+    r = stream_rotation(channels, rng, keep_mean, x.T @ x if klt else None)
+    assert np.abs(r @ r.T - np.eye(channels)).max() < 1e-12
+    assert not keep_mean or np.abs(r.sum(1) - 1).max() < 1e-12
+
+
+def test_klt_gives_all_channels_one_energy() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((4000, 64)) @ rng.standard_normal((64, 64)) * np.exp(2 * rng.standard_normal(64))
+    centred = x - x.mean(1, keepdims=True)
+    for rows, keep in ((x, False), (centred, True)):
+        energy = np.square(rows @ stream_rotation(64, rng, keep, rows.T @ rows)).sum(0)
+        assert energy.max() / energy.min() <= 1 + 1e-9
+
+
+def test_the_best_of_several_draws_is_kept() -> None:
+    _, remarks = rotated(streams.block(), "rotate{r2=false search=5}", scheme="w4a4")
+    (numbers,) = [r.numbers for r in remarks if r.kind == "applied"]
+    assert numbers["draws"] == 5 and numbers["gain_over_median_db"] >= 0
+
+
+def test_rotate_then_smooth_folds_into_the_free_gain() -> None:
+    ctx, feeds = context("trt"), streams.feeds()
+    model = streams.block()
+    for spec in ("rotate,smooth", "rotate{mean=fold},smooth"):
+        after, reports = pipeline(spec, model, feeds, ctx)
+        smoothed = next(r for r in reports if r.spec == "smooth")
+        assert [r for r in smoothed.remarks if r.kind == "applied" and "norm site" in r.reason]
+        assert sqnr_db(outputs(model, feeds)[0], outputs(after, feeds)[0]) > 20
+
+
+def test_char_gpt_gains_at_4_bits() -> None:
+    model = Model.load(ROOT / "models/char_gpt.onnx")
+    with np.load(ROOT / "models/char_gpt.calib.npz") as data:
+        feeds, held = {"input_ids": data["input_ids"][:8]}, {"input_ids": data["input_ids"][-8:]}
+    found = {}
+    for spec in ("", "rotate{r4=block}"):
+        after, _ = pipeline(spec, model, feeds, context("ort", "w4a4"))
+        found[spec] = sqnr_db(outputs(model, held)[0], outputs(after, held)[0])
+    assert found["rotate{r4=block}"] > found[""]
