@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -46,14 +46,32 @@ def range_probes(site: Site, method: str, readers: Sequence[NDArray[np.float32]]
     return [Probe(site.measured, Histogram()), *rows]
 
 
-def readers_of(sites: Iterable[Site]) -> dict[str, list[NDArray[np.float32]]]:
-    """The weights [K, N] of all linear layers that read each tensor: they share its range."""
-    found: dict[str, list[NDArray[np.float32]]] = {}
-    for site in sites:
-        weight = _weight(site)
-        if weight is not None:
-            found.setdefault(site.measured, []).append(weight)
-    return found
+@dataclass
+class Readers:
+    """The weights [K, N] of all linear layers that read each tensor (they share its range), and the ranges found so far."""
+
+    weights: dict[str, list[NDArray[np.float32]]] = field(default_factory=dict[str, list[NDArray[np.float32]]])
+    found: dict[tuple[str, QuantSpec, str, int], Chosen] = field(default_factory=dict[tuple[str, QuantSpec, str, int], Chosen])
+
+    @classmethod
+    def of(cls, sites: Iterable[Site]) -> Readers:
+        """Of every tensor that is quantized."""
+        readers = cls()
+        for site in sites:
+            if (weight := _weight(site)) is not None:
+                readers.weights.setdefault(site.measured, []).append(weight)
+        return readers
+
+    def probes(self, site: Site, method: str) -> list[Probe]:
+        """What `choose` reads."""
+        return range_probes(site, method, self.weights.get(site.measured, ()))
+
+    def choose(self, site: Site, method: str, stats: Sequence[Stat]) -> Chosen:
+        """The range of a site's tensor."""
+        key = (site.measured, site.spec, method, id(stats[0]))
+        if key not in self.found:
+            self.found[key] = choose(method, site.spec, stats, self.weights.get(site.measured, ()))
+        return self.found[key]
 
 
 def choose(method: str, spec: QuantSpec, stats: Sequence[Stat], readers: Sequence[NDArray[np.float32]]) -> Chosen:

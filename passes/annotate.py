@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -14,14 +14,13 @@ from qcompile.ir.model import Model
 from qcompile.ir.select import selected
 from qcompile.passes import _placement_integer, _placement_ort, _placement_trt
 from qcompile.passes._placement import Placement, Site
-from qcompile.passes._ranges import choose, range_probes, readers_of
+from qcompile.passes._placement_trt import Choices
+from qcompile.passes._ranges import Readers
 from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult, quantized_forms
 from qcompile.quant.affine import qparams_from_range
 from qcompile.quant.minifloat import nvfp4_tensor_scale
 from qcompile.quant.spec import QParams, QuantSpec, Scheme
 from qcompile.target.target import Target
-
-Readers = Mapping[str, Sequence[np.ndarray]]
 
 _TENSORRT = ("trt", "rtx")
 _HEADROOM = 2.0  # 16-bit codes have a bit to spare for what calibration did not see
@@ -41,11 +40,15 @@ class Annotate(Pass):
     kind = Kind.ANNOTATE
     requires = frozenset({Fact.CANONICAL, Fact.PADS_FOLDED, Fact.BN_FOLDED})
     establishes = frozenset({Fact.DECIDED})
-    range_: Annotated[
-        Literal["auto", "minmax", "percentile", "entropy", "mse", "search"], "how activation ranges are chosen"
-    ] = "auto"
+    range_: Annotated[Literal["auto", "minmax", "percentile", "entropy", "mse", "search"], "how activation ranges are chosen"] = (
+        "auto"
+    )
     attention: Annotated[
         Literal["auto", "all", "none"], "quantize the two products of attention (auto: where the fused kernel survives it)"
+    ] = "auto"
+    probabilities: Annotated[
+        Literal["auto", "fixed", "measured"],
+        "range of the softmax output (TensorRT): [0, 1] or as measured; auto: fixed in fp8",
     ] = "auto"
     residual: Annotated[
         Literal["float", "shared"],
@@ -59,14 +62,14 @@ class Annotate(Pass):
     def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:
         """One statistic for each activation."""
         sites = self._place(model, ctx).sites
-        readers = readers_of(sites)
+        readers = Readers.of(sites)
         return dict.fromkeys(p for s in sites if not s.is_weight for p in self._probes(s, ctx, readers))
 
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
         """Write the decisions; earlier ones are replaced."""
         clear_decisions(model.graph)
         placement = self._place(model, ctx)
-        readers = readers_of(placement.sites)
+        readers = Readers.of(placement.sites)
         for site in placement.sites:
             self._decide(site, ctx, readers)
         for node, reason in placement.missed:
@@ -82,7 +85,7 @@ class Annotate(Pass):
         if ctx.target.name == "integer":
             return _placement_integer.place(model, ctx)
         if ctx.target.name in _TENSORRT or ctx.scheme.simulated or ctx.scheme.activation is None:
-            return _placement_trt.place(model, ctx, self.attention, self.residual == "shared")
+            return _placement_trt.place(model, ctx, Choices(self.attention, self.probabilities, self.residual))
         return _placement_ort.place(model, ctx)
 
     def _method(self, site: Site, ctx: PassContext) -> str:
@@ -96,7 +99,7 @@ class Annotate(Pass):
         """MXFP8 needs no statistics."""
         if site.spec.block_format == "mxfp8" or site.bounds is not None or site.follows is not None:
             return []
-        return range_probes(site, self._method(site, ctx), readers.get(site.measured, ()))
+        return readers.probes(site, self._method(site, ctx))
 
     def _decide(self, site: Site, ctx: PassContext, readers: Readers) -> None:
         name = str(site.value.name)
@@ -123,7 +126,7 @@ class Annotate(Pass):
         if site.bounds is not None:
             return np.asarray(site.bounds[0]), np.asarray(site.bounds[1]), "known"
         stats = [ctx.stats[p] for p in self._probes(site, ctx, readers)]
-        found = choose(self._method(site, ctx), site.spec, stats, readers.get(site.measured, ()))
+        found = readers.choose(site, self._method(site, ctx), stats)
         room = _HEADROOM if site.spec.qtype.bits > 8 else 1.0
         return found.lo * room, found.hi * room, found.method
 

@@ -20,6 +20,7 @@ from qcompile.passes import _int_norm as norms
 from qcompile.passes import _int_softmax as softmaxes
 from qcompile.passes._int_boundary import dequantize_outputs, quantize_inputs
 from qcompile.passes._int_context import Scene
+from qcompile.passes._int_cost import cost
 from qcompile.passes._int_emit import Emitter, Fixed
 from qcompile.passes._int_plan import Plan, Step, is_float, plan
 from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
@@ -60,6 +61,7 @@ class Integer(Pass):
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model.ir)
         found = plan(model.graph)
         _require_all(found, ctx)
+        price = cost(found)
         scene = Scene(Emitter(model.graph, ctx), found)
         quantize_inputs(scene)
         for step in found.steps:
@@ -67,7 +69,8 @@ class Integer(Pass):
         dequantize_outputs(scene)
         _tidy(model)
         model.metadata.update({"qcompile.rounding": "half_up", "qcompile.integer": "strict"})
-        ctx.note("", "integer form complete", **_cost(model))
+        ctx.note("", "cost a sample", **price)
+        ctx.note("", "integer form complete", nodes=len(model.graph))
         return PassResult(True)
 
 
@@ -103,9 +106,3 @@ def _tidy(model: Model) -> None:
     erase_dead(model)
     sort(model.graph)
     model.ir.ir_version = max(_IR_VERSION, model.ir.ir_version or _IR_VERSION)
-
-
-def _cost(model: Model) -> dict[str, int]:
-    """Nodes and bytes of integer weights."""
-    weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    return {"nodes": len(model.graph), "bytes": int(weights)}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qcompile import __version__
+from qcompile.calib.blocks import block_bytes
 from qcompile.calib.memory import MemoryPlan
 from qcompile.calib.memory import plan as plan_memory
 from qcompile.calib.sweep import batch_size
@@ -151,7 +152,7 @@ def _done(report: PassReport, model: Model, job: Job, progress: Progress) -> Non
 
 
 def planned_memory(job: Job) -> MemoryPlan | None:
-    """The first sweep's memory plan; None without data or where no pass reads statistics.
+    """The first sweep's memory plan; None without data, where no pass reads statistics, and in blocks.
 
     Raises:
         UsageError: `mem_limit` is below what a single probe needs.
@@ -161,6 +162,8 @@ def planned_memory(job: Job) -> MemoryPlan | None:
     for p in job.plan.passes if data is not None else ():
         probes = list(dict.fromkeys(p.probes(model, ctx)))
         if probes and data is not None:
+            if block_bytes(model, job.options.mem_limit) is not None:
+                return None  # in blocks, each planned by itself
             return plan_memory(model, data, probes, batch_size(model, len(data)), job.options.mem_limit)
         p.apply(model, ctx)
     return None

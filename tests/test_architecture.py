@@ -46,7 +46,17 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "deploy": ("backend", "calib", "ir", "parity", "runtime", "target"),
     "cli": (
         *("calibrate", "compile", "evaluate", "benchmark", "deploy", "engine", "engine_bench", "inspection", "guards", PACKAGE),
-        *("pipeline.registry", "pipeline.describe", "target.rules", "target.findings", "checking", "conformance", "integer_export", "oracle", "ir.model"),
+        *(
+            "pipeline.registry",
+            "pipeline.describe",
+            "target.rules",
+            "target.findings",
+            "checking",
+            "conformance",
+            "integer_export",
+            "oracle",
+            "ir.model",
+        ),
         *("calib.data", "calib.checks"),
     ),
 }

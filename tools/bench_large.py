@@ -240,9 +240,8 @@ def main() -> None:
         return
     print(f"{result['weights_gb']:.2f} GB of weights, {args.layers} layers of width {result['width']}, {args.target} w8a8")
     for name, run in (("quantize", result), ("compare", result["check"])):
-        print(
-            f"{name}: {run['seconds']:.0f} s, anonymous {run['anonymous_gb']:.2f} GB = {run['share_of_weights']:.1%} of the weights"
-        )
+        memory = f"{run['anonymous_gb']:.2f} GB, {run['share_of_weights']:.1%} of the weights"
+        print(f"{name}: {run['seconds']:.0f} s, anonymous memory {memory}")
     print(f"output {result['quantized_gb']:.2f} GB, SQNR {result['sqnr_db']:.1f} dB; after each layer: ", end="")
     print(" ".join(f"{b:.1f}" for b in result["blocks"]))
 

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -32,7 +33,7 @@ def command(output: Path, samples: int, *extra: str) -> list[str]:
 
 def start_cluster(folder: Path) -> list[subprocess.Popen[bytes]]:
     """A scheduler and two workers, each under a nanny that replaces it."""
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": folder}
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": folder}
     dask = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--port", str(PORT), "--no-dashboard"]
     scheduler = subprocess.Popen(dask, **quiet)
     worker = [

@@ -144,7 +144,7 @@ def _clipped(one: _Input, index: Sequence[int]) -> list[str]:
         share = [s if v == end else 0.0 for v, s in zip(values, shares, strict=True)]
         usual = CLIPPED_EXCESS * float(np.median(share))
         bad = [k for k, s in enumerate(share) if s >= max(CLIPPED_SHARE, usual) and one.lows[k] < one.highs[k]]
-        if bad and end != 0:
+        if bad and end != 0 and values.count(end) > 1:  # an end that one sample reaches alone is its own, not a limit
             worst = max(bad, key=lambda k: share[k])
             found.append(
                 f"input {one.name!r}: {_many(bad, index)} clipped: up to {100 * share[worst]:.0f} % of the values (sample"

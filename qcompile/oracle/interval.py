@@ -111,5 +111,5 @@ def times_count(a: Range, fewest: int, count: int) -> Range:
 
 def truncated(a: Ints, b: Ints) -> Ints:
     """a / b toward zero."""
-    quotient = np.abs(a) // np.abs(b)
-    return exact(np.where((a < 0) != (b < 0), -quotient, quotient))
+    sign = 1 - 2 * exact(np.not_equal(a < 0, b < 0).astype(np.int64))
+    return exact(exact(np.abs(a) // np.abs(b)) * sign)

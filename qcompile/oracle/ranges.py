@@ -18,7 +18,8 @@ from onnx import helper
 from qcompile.oracle import interval
 from qcompile.oracle.graph import IntegerGraph, Op, integer_graph
 from qcompile.oracle.interval import Range, between
-from qcompile.oracle.transfer import TRANSFERS, Scene, Shape, Unbounded
+from qcompile.oracle.scene import Scene, Shape, Unbounded
+from qcompile.oracle.transfer import TRANSFERS
 
 KERNELS = frozenset({"compare", "sum"})
 _COMPARING = frozenset({"Clip", "Max", "Min", "ReduceMax", "ReduceMin", "Sign"})
@@ -206,12 +207,5 @@ def _margin(low: int, high: int, dtype: np.dtype[Any], offset: int) -> float:
     """log2(room / bound) on the tighter side, in hundredths rounded down; negative when the bound lies beyond the type."""
     limits = full(dtype)
     sides = [(limits.high + 1 - offset, high - offset), (offset - limits.low, offset - low)]
-    return (
-        min(floor(100 * log2(room / bound)) / 100 for room, bound in sides if bound > 0)
-        if _moves(sides)
-        else float(dtype.itemsize * 8)
-    )
-
-
-def _moves(sides: list[tuple[int, int]]) -> bool:
-    return any(bound > 0 for _, bound in sides)
+    moving = [log2(max(room, 1) / bound) for room, bound in sides if bound > 0]
+    return floor(100 * min(moving)) / 100 if moving else float(dtype.itemsize * 8)

@@ -44,6 +44,7 @@ class Fact(enum.Enum):
     CANONICAL = "canonical"
     PADS_FOLDED = "pads-folded"
     BN_FOLDED = "bn-folded"
+    DIMS_FOLDED = "dims-folded"
     STEM = "stem"
     GELU_ORDER = "gelu-order"
     OPSET = "opset"
@@ -217,6 +218,8 @@ def quantized_forms(target: Target, scheme: Scheme) -> frozenset[Fact]:
         forms |= {Fact.QKV_SPLIT, Fact.BIAS_RANK}
     if target.name == "ort" and scheme.activation is not None and not scheme.simulated:
         forms |= {Fact.STEM, Fact.GELU_ORDER}
+    if target.name == "integer":
+        forms |= {Fact.DIMS_FOLDED}
     if target.body(scheme) != "float32":
         forms |= {Fact.NORMS_FUSED}
     return frozenset(forms)

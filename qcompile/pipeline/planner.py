@@ -15,6 +15,7 @@ PROVIDERS: dict[Fact, str] = {
     Fact.CANONICAL: "canonicalize",
     Fact.PADS_FOLDED: "fold-pad",
     Fact.BN_FOLDED: "fold-bn",
+    Fact.DIMS_FOLDED: "fold-dims",
     Fact.STEM: "space-to-depth",
     Fact.GELU_ORDER: "gelu-order",
     Fact.OPSET: "opset",

@@ -20,6 +20,7 @@ BUILTIN: dict[str, str] = {
     "gelu-order": "qcompile.passes.gelu_order:GeluOrder",
     "bias-rank": "qcompile.passes.bias_rank:BiasRank",
     "fold-bn": "qcompile.passes.fold_bn:FoldBatchNorm",
+    "fold-dims": "qcompile.passes.fold_dims:FoldDims",
     "opset": "qcompile.passes.opset:RaiseOpset",
     "fuse-norm": "qcompile.passes.fuse_norm:FuseNorm",
     "split-qkv": "qcompile.passes.split_qkv:SplitQkv",

@@ -120,7 +120,7 @@ def weighted(channels: Sequence[HasCounts], importance: ArrayLike) -> Weighted:
     for (channel, s), place in zip(pairs, places, strict=True):
         np.add.at(counts, place - first, s * channel.counts)
     lo, hi = min(float(c.lo) for c, _ in pairs), max(float(c.hi) for c, _ in pairs)
-    return Weighted(counts, np.arange(first, last + 2) * width, np.asarray(lo), np.asarray(hi))
+    return Weighted(counts, np.arange(first, last + 2, dtype=np.float64) * width, np.asarray(lo), np.asarray(hi))
 
 
 def weighted_values(x: NDArray[Any], importance: ArrayLike, bins: int = 2048) -> Weighted:

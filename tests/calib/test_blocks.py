@@ -105,7 +105,7 @@ def test_a_mask_of_infinities_may_cross() -> None:
     mark_large(model.graph)
     x, keep = rng.normal(size=(16, 8)).astype(np.float32), np.tile(np.array([[1] * 7 + [0]], np.float32), (16, 1))
     data = Dataset(
-        ArrayReader({"x": x, "keep": keep}, {n: x.dtype for n in ("x", "keep")}, {}), tuple(range(16)), ("x", "keep"), "here"
+        ArrayReader({"x": x, "keep": keep}, dict.fromkeys(("x", "keep"), x.dtype), {}), tuple(range(16)), ("x", "keep"), "here"
     )
     probes = [Probe("h", Moments(-1)), Probe("y", MinMax())]
     assert same(sweep(model, data, probes, batch=1, threads=1), blocked_sweep(model, data, probes, limit=300, batch=1, threads=1))
@@ -113,7 +113,7 @@ def test_a_mask_of_infinities_may_cross() -> None:
 
 def test_a_disk_without_room_is_told(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "missing" / "a.data")
-    with pytest.raises(DataError, match="no room for the activations .* set TMPDIR"):
+    with pytest.raises(DataError, match=r"no room for the activations .* set TMPDIR"):
         Keep(spool).observe(np.zeros(3))
 
 

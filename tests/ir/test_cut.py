@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
+import onnx
 import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
+from onnx import helper, numpy_helper
 
 from qcompile.ir.cut import Block, cut, part, typed
 from qcompile.ir.model import Model
@@ -55,11 +56,46 @@ def test_the_parts_of_every_export_compute_the_whole(name: str) -> None:
     assert all(np.array_equal(found[o], expected[o], equal_nan=True) for o in outputs)
 
 
-@pytest.mark.parametrize("name", [n for n in sorted(exports.INDEX) if "gpt" in n or "vit" in n])
+RESIDUAL = {
+    "hf_bert_ts17": "LayerNormalization", "timm_vit_ts17": "Add", "timm_vit_shared_ts17": "Add", "hf_gpt2_ts17": "Add",
+    "hf_llama_ts17": "Cast",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(RESIDUAL))
 def test_transformers_are_cut_at_the_residual_stream(name: str) -> None:
+    """Beside it only masks and positions cross: nothing else is as wide as the model."""
     model = typed(Model(exports.load(name)))
-    blocks = cut(model, [(str(v.name),) for v in model.graph.outputs], model.weight_bytes() // 4)
     values = {str(v.name): v for node in model.graph for v in node.outputs}
-    for block in blocks[1:]:
-        crossing = [values[n] for n in block.takes if values[n].dtype == ir.DataType.FLOAT and len(values[n].shape or ()) == 3]
-        assert len(crossing) == 1, [v.name for v in crossing]
+    for block in cut(model, [(str(v.name),) for v in model.graph.outputs], model.weight_bytes() // 2)[1:]:
+        crossing = [values[n] for n in block.takes]
+        wide = [v.producer() for v in crossing if v.shape is not None and len(v.shape) == 3]
+        assert [n.op_type for n in wide if n is not None] == [RESIDUAL[name]]
+        assert len(crossing) <= 3
+
+
+def test_a_chain_is_cut_into_blocks_within_the_limit() -> None:
+    model = typed(Model.from_proto(chain(20)))
+    each = 16 * 16 * 4
+    blocks = cut(model, [("t20",)], 5 * each)
+    assert [weights(model, b) for b in blocks] == [5 * each] * 4
+    assert [b.takes for b in blocks] == [(), ("t5",), ("t10",), ("t15",)]
+    assert [weights(model, b) for b in cut(model, [("t20",)], 1)] == [each] * 20, "a node is never cut"
+
+
+def test_only_what_is_wanted_is_in_the_blocks() -> None:
+    model = typed(Model.from_proto(chain(20)))
+    blocks = cut(model, [("t3",), ("t1", "t3"), ("t0",)], 2 * 16 * 16 * 4)
+    assert sum(weights(model, b) for b in blocks) == 3 * 16 * 16 * 4
+    assert [b.answers for b in blocks] == [(("t0",),), (("t3",), ("t1", "t3"))]
+    assert blocks[1].takes == ("t1",), "cut where one tensor crosses, not two"
+
+
+def chain(length: int) -> onnx.ModelProto:
+    """t0 -> MatMul -> t1 -> ... with weights 16 x 16."""
+    nodes = [helper.make_node("MatMul", [f"t{i}", f"w{i}"], [f"t{i + 1}"], name=f"m{i}") for i in range(length)]
+    ends = [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["N", 16]) for n in ("t0", f"t{length}")]
+    array = np.eye(16, dtype=np.float32)
+    initializers = [numpy_helper.from_array(array, f"w{i}") for i in range(length)]
+    graph = helper.make_graph(nodes, "chain", ends[:1], ends[1:], initializers)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)

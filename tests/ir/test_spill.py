@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from numpy.typing import NDArray
 
 from qcompile.errors import ModelError
 from qcompile.ir import spill
@@ -81,7 +82,7 @@ def test_a_full_disk_is_told_and_leaves_no_file(monkeypatch: pytest.MonkeyPatch)
 
     before = files()
     monkeypatch.setattr(spill, "data_chunks", full)
-    with pytest.raises(ModelError, match="no room for rewritten weights in .* set TMPDIR to a place with more space"):
+    with pytest.raises(ModelError, match=r"no room for rewritten weights in .* set TMPDIR to a place with more space"):
         spilled(ir.Tensor(np.arange(10), name="t"))
     assert files() == before
 
@@ -105,7 +106,7 @@ def test_a_streamed_file_is_the_same_model(large: Model, tmp_path: Path) -> None
     assert Model.load(path).digest() == large.digest()
     again = Model.load(path)
     mark_large(again.graph)
-    x = {"x": rng.standard_normal((2, 64)).astype(np.float32)}
+    x: dict[str, NDArray[Any]] = {"x": rng.standard_normal((2, 64)).astype(np.float32)}
     assert tiny.run(path, x).tobytes() == tiny.run(large, x).tobytes() == tiny.run(again, x).tobytes()
 
 

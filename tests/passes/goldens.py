@@ -170,6 +170,20 @@ def axes() -> Model:
     return built([node("ReduceMean", ["x"], ["y"], name="mean", axes=[1], keepdims=0)], ["N", 5, 16], {})
 
 
+def scaled() -> Model:
+    """x / sqrt(channels), the number of channels read from the shape, as PyTorch exports attention."""
+    constants = {"last": np.array([-1]), "end": np.array([2**31 - 1]), "one": np.ones(1, np.float32)}
+    nodes = [
+        node("Shape", ["x"], ["s"], name="shape"),
+        node("Slice", ["s", "last", "end"], ["d"], name="channels"),
+        node("Cast", ["d"], ["f"], name="cast", to=1),
+        node("Sqrt", ["f"], ["r"], name="root"),
+        node("Div", ["one", "r"], ["q"], name="inverse"),
+        node("Mul", ["x", "q"], ["y"], name="scale"),
+    ]
+    return built(nodes, ["N", 5, 16], constants)
+
+
 PICTURE = (4, 3, 16, 16)
 GOLDENS = (
     Golden("canonicalize", "canonicalize", untidy),
@@ -190,10 +204,18 @@ GOLDENS = (
     Golden("split-shortcut", "canonicalize,split-shortcut", joined, shape=PICTURE),
     Golden("equalize", "canonicalize,equalize", joined, shape=PICTURE),
     Golden("annotate", "canonicalize,annotate", block),
+    Golden("integer", "canonicalize,opset,annotate,rtn,integer", stream, "integer"),
+    Golden("fold-dims", "canonicalize,fold-dims", scaled),
     Golden("annotate-ort", "canonicalize,annotate", block, "ort"),
     Golden("log2-softmax", "canonicalize,annotate,log2-softmax{kind=log-sqrt2}", block, "ort", "w6a6"),
     Golden("log2-softmax-lowered", "canonicalize,annotate,log2-softmax,rtn,insert-qdq", block, "ort", "w4a4"),
-    Golden("log2-softmax-fp8", "canonicalize,opset,annotate{attention=all},log2-softmax{deploy=fp8},rtn,insert-qdq", block, "rtx", "fp8"),
+    Golden(
+        "log2-softmax-fp8",
+        "canonicalize,opset,annotate{attention=all},log2-softmax{deploy=fp8},rtn,insert-qdq",
+        block,
+        "rtx",
+        "fp8",
+    ),
     Golden("log2-softmax-twin", "canonicalize,annotate,log2-softmax{kind=twin bits=3},rtn,insert-qdq", block, "ort"),
     Golden("compand-gelu", "canonicalize,annotate,compand-gelu", block, "ort", "w4a4"),
     Golden("bias-reparam", "canonicalize,annotate,compand-gelu{bits=3},rtn,bias-reparam,insert-qdq", block, "ort"),

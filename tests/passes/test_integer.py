@@ -73,7 +73,9 @@ def check(model: Model, arrays: Feeds, least_db: float, passes: str = "") -> Mod
 
 def cnn() -> Model:
     """Everything that convolutional nets are made of."""
-    constants = weights(w1=(8, 3, 3, 3), b1=(8,), w2=(8, 1, 3, 3), w3=(8, 8, 1, 1), b3=(8,), w4=(8, 8, 3, 3), wh=(10, 16), bh=(10,))
+    constants = weights(
+        w1=(8, 3, 3, 3), b1=(8,), w2=(8, 1, 3, 3), w3=(8, 8, 1, 1), b3=(8,), w4=(8, 8, 3, 3), wh=(10, 16), bh=(10,)
+    )
     constants |= {"zero": np.float32(0), "six": np.float32(2), "pads": np.array([0, 0, 1, 1, 0, 0, 1, 1])}
     nodes = [
         node("Conv", ["x", "w1", "b1"], ["c1"], name="stem", pads=[1, 1, 1, 1]),
@@ -168,7 +170,12 @@ def test_pooling_by_a_mask_and_unit_length() -> None:
         node("Sqrt", ["safe"], ["length"], name="length"),
         node("Div", ["mean", "length"], ["y"], name="unit"),
     ]
-    constants = weights(table=(20, 16)) | {"none": np.int64(0), "last": np.array([-1]), "one": np.array([1]), "eps": np.float32(1e-12)}
+    constants = weights(table=(20, 16)) | {
+        "none": np.int64(0),
+        "last": np.array([-1]),
+        "one": np.array([1]),
+        "eps": np.float32(1e-12),
+    }
     tensors = [onnx.numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items()]
     ids = helper.make_tensor_value_info("ids", TensorProto.INT64, ["n", 7])
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 16])
@@ -191,6 +198,15 @@ def test_fewer_bits_use_fewer_codes(scheme: str) -> None:
     assert max(int(np.abs(c.astype(int)).max()) for c in codes if c.ndim > 1 and not (c == 1).all()) <= 8
 
 
+def test_cost_counts_products_of_one_sample() -> None:
+    ctx = context("integer", "w4a8")
+    plan = complete([], ctx.target, ctx.scheme)
+    _, reports = run_passes(cnn(), plan.passes, images(), ctx)
+    numbers = next(r.numbers for r in reports[-1].remarks if r.reason == "cost a sample")
+    macs = 8 * 27 * 64 + 8 * 9 * 64 + 64 * 64 + 8 * 72 * 16 + 160
+    assert numbers == {"macs": macs, "bops": macs * 32, "weight_bytes": (216 + 72 + 64 + 576 + 160) // 2}
+
+
 # ---- refusals -----------------------------------------------------------------------------------------------------
 
 
@@ -200,7 +216,7 @@ def test_what_has_no_integer_form_is_named_with_its_reason() -> None:
         node("CumSum", ["a", "axis"], ["y"], name="running"),
     ]
     model = built(nodes, ("n", 3, 4, 4), weights(w=(3, 4, 2, 2)) | {"axis": np.int64(1)})
-    with pytest.raises(ModelError, match="ConvTranspose 'up'.*CumSum 'running'.*--target ort"):
+    with pytest.raises(ModelError, match=r"ConvTranspose 'up'.*CumSum 'running'.*--target ort"):
         lowered(model, images(4, (3, 4, 4)))
 
 
@@ -211,7 +227,7 @@ def test_nothing_can_be_kept_in_float() -> None:
 
 def test_a_sum_beyond_int32_is_refused() -> None:
     model = built([node("MatMul", ["x", "w"], ["y"], name="wide")], ("n", 140_000), {"w": np.ones((140_000, 2), np.float32)})
-    with pytest.raises(ModelError, match="wide: its sum can reach.*beyond int32"):
+    with pytest.raises(ModelError, match=r"wide: its sum can reach.*beyond int32"):
         lowered(model, {"x": np.ones((2, 140_000), np.float32)})
 
 

@@ -178,12 +178,24 @@ def test_what_cannot_be_quantized_says_so_also_when_asked() -> None:
 # attention ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("scheme", "scale"), [("w8a8", 1 / 127), ("fp8", 1 / 448)])
-def test_the_probabilities_have_a_fixed_scale(scheme: str, scale: float) -> None:
-    found, _ = decided(block(), (4, 5, 16), scheme=scheme)
+@pytest.mark.parametrize(
+    ("scheme", "option", "scale"),
+    [
+        ("w8a8", "auto", None),
+        ("w8a8", "measured", None),
+        ("w8a8", "fixed", 1 / 127),
+        ("fp8", "auto", 1 / 448),
+        ("fp8", "measured", None),
+        ("fp8", "fixed", 1 / 448),
+        ("w4a4", "fixed", None),
+    ],
+)
+def test_the_range_of_the_probabilities(scheme: str, option: str, scale: float | None) -> None:
+    found, _ = decided(block(), (4, 5, 16), f"annotate{{probabilities={option}}}", scheme)
     params = found["pv", 0].qparams
-    assert params is not None and float(params.scale) == pytest.approx(scale, rel=1e-6)
-    assert {("scores", 0), ("scores", 1), ("pv", 0), ("pv", 1)} <= found.keys()
+    assert params is not None and {("scores", 0), ("scores", 1), ("pv", 0), ("pv", 1)} <= found.keys()
+    fixed = 1 / 448 if scheme == "fp8" else 1 / 127
+    assert (float(params.scale) == pytest.approx(fixed, rel=1e-6)) == (scale is not None)
     assert not any(name == "softmax" for name, _ in found)
 
 
