@@ -172,7 +172,8 @@ def test_a_full_disk(model: Path, tmp_path: Path) -> None:
 def test_an_interrupt_stops_the_worker_and_leaves_nothing(model: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     command = [*CLI, "build", str(model), "-o", str(tmp_path / "m.engine"), "--target", "rtx"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # background jobs of a shell start deaf to it
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, **heard) as process:
         started = psutil.Process(process.pid)
         while not (workers := started.children()):
             assert process.poll() is None

@@ -37,7 +37,12 @@ def test_quantized_in_blocks(target: str, blocked: bool, tmp_path: Path, monkeyp
     monkeypatch.setattr(providers_module, "blocked_sweep", spied)
     if blocked:
         monkeypatch.setattr(providers_module, "block_bytes", lambda model, limit: model.weight_bytes())
-    options = {"target": target, "scheme": "w8a8", "calib": str(tmp_path / "data.npz"), "output": tmp_path / "out.onnx"}
+    options: dict[str, Any] = {
+        "target": target,
+        "scheme": "w8a8",
+        "calib": str(tmp_path / "data.npz"),
+        "output": tmp_path / "out.onnx",
+    }
     result = compile(path, passes="smooth{alpha=0.5}", threads=1, **options)
     assert bool(limits) == blocked
     assert result.sqnr_db is not None and result.sqnr_db > 25
@@ -46,4 +51,5 @@ def test_quantized_in_blocks(target: str, blocked: bool, tmp_path: Path, monkeyp
     gc.collect()  # graphs are cycles
     *layers, logits = compare(str(path), str(tmp_path / "out.onnx"), str(tmp_path / "data.npz"))
     assert len(layers) == 3 and min(*layers, logits) > 25
+    gc.collect()
     assert not list(scratch_folder().glob("*.data"))

@@ -183,8 +183,8 @@ def test_bad_input(tmp_path: Path) -> None:
         check(tmp_path / "no.onnx", "trt")
     with pytest.raises(ModelError, match="give the path"):
         check(tmp_path / "absent.onnx", "trt")
-    with pytest.raises(UsageError, match="integer"):
-        check(single(CONV), "integer")
+    with pytest.raises(UsageError, match="tpu"):
+        check(single(CONV), "tpu")
 
 
 def test_catalog() -> None:
