@@ -17,7 +17,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompile.ir.edit import add_constant, new_node, set_constant, splice_after
-from qcompile.ir.linear_edit import add_to_bias, fresh, like
+from qcompile.ir.linear_edit import absorb_shift, divide_outputs, like, scale_inputs, weight_of
 from qcompile.ir.match import (
     Linear,
     Matches,
@@ -28,6 +28,7 @@ from qcompile.ir.match import (
     find_norm_to_linears,
     find_v_projections,
 )
+from qcompile.ir.match_core import names_between
 from qcompile.ir.ops import const_array
 from qcompile.pipeline.base import AffineMap, PassContext, PassResult, claim, claimed_by, mark_folded
 
@@ -64,7 +65,7 @@ class FoldSite:
 
     def weight_rows(self) -> F64:
         """Weights of all linears side by side, [C_in, sum of outputs], float64."""
-        return np.concatenate([_rows(x) for x in self.linears], axis=1)
+        return np.concatenate([weight_of(x).reshape(x.in_channels, -1) for x in self.linears], axis=1)
 
 
 @dataclass
@@ -116,7 +117,7 @@ def hidden_sites(graph: ir.Graph, ctx: PassContext, remark: bool = False) -> lis
 def usable(site: FoldSite, ctx: PassContext, override: bool) -> bool:
     """Whether the site may be folded now; remarks why not."""
     owner = claimed_by(site.anchor)
-    reason = next((r for x in site.linears if (r := ctx.excluded(x.node))), None)
+    reason = ctx.any_excluded(x.node for x in site.linears)
     if owner and owner != ctx.pass_name and not override:
         reason = f"claimed by {owner}"
     if reason:
@@ -145,16 +146,6 @@ def fold(graph: ir.Graph, site: FoldSite, r: F64, t: F64, ctx: PassContext, out:
     exact = set(site.readers) if site.kind != "hidden" or site.free else set[str]()
     out.maps.update({name: AffineMap(rows, t) for name in exact})
     out.changed |= moved - set(out.maps)
-
-
-def _rows(linear: Linear) -> F64:
-    weight = const_array(fresh(linear).weight)
-    assert weight is not None
-    return np.moveaxis(weight.astype(np.float64), linear.in_axis, 0).reshape(weight.shape[linear.in_axis], -1)
-
-
-def _along(vector: F64, weight: NDArray, axis: int) -> F64:
-    return vector.reshape([-1 if i == axis else 1 for i in range(weight.ndim)])
 
 
 def _fold_norm(graph: ir.Graph, m: NormToLinears, r: F64, t: F64) -> None:
@@ -200,20 +191,9 @@ def _append_affine(graph: ir.Graph, value: ir.Value, scale: F64, shift: F64) -> 
 
 def _fold_value(m: VProjection, s: F64, out: Folded) -> None:
     """Columns of the value projection (weight and bias) divided by s, which is indexed by its output channel."""
-    _divide_outputs(m.linear, s)
+    divide_outputs(m.linear, s)
     made = {str(m.linear.node.outputs[0].name), str(m.linear.output.name)} if m.linear.channel_axis == -1 else set[str]()
     out.maps.update({name: AffineMap(s, np.zeros_like(s)) for name in made})
-
-
-def _divide_outputs(linear: Linear, s: F64) -> None:
-    linear = fresh(linear)
-    weight = const_array(linear.weight)
-    assert weight is not None
-    set_constant(linear.node, linear.weight_slot, weight.astype(np.float64) / _along(s, weight, linear.out_axis))
-    bias = const_array(linear.bias)
-    if bias is not None and linear.bias_node is not None and linear.bias_slot is not None:
-        wide = np.broadcast_to(bias.astype(np.float64).reshape(-1), s.shape) / s
-        set_constant(linear.bias_node, linear.bias_slot, like(bias, wide))
 
 
 def _absorber(m: Mlp) -> Linear | None:
@@ -226,7 +206,7 @@ def _absorber(m: Mlp) -> Linear | None:
 def _fold_hidden(graph: ir.Graph, site: FoldSite, m: Mlp, r: F64, t: F64, out: Folded) -> set[str]:
     absorber = _absorber(m)
     if absorber is not None:
-        _divide_outputs(absorber, r)
+        divide_outputs(absorber, r)
         return {str(absorber.output.name), str(absorber.node.outputs[0].name), str(m.hidden.name)}
     new = _append_affine(graph, site.tensor, 1 / r, -t / r)
     out.derived[str(new.name)] = (str(site.tensor.name), AffineMap(r, t))
@@ -234,13 +214,9 @@ def _fold_hidden(graph: ir.Graph, site: FoldSite, m: Mlp, r: F64, t: F64, out: F
 
 
 def _fold_linear(graph: ir.Graph, linear: Linear, r: F64, t: F64) -> None:
-    linear = fresh(linear)
-    weight = const_array(linear.weight)
-    assert weight is not None
-    wide = weight.astype(np.float64)
     if np.any(t):
-        add_to_bias(graph, linear, t @ np.moveaxis(wide, linear.in_axis, 0).reshape(len(t), -1))
-    set_constant(linear.node, linear.weight_slot, wide * _along(r, weight, linear.in_axis))
+        absorb_shift(graph, linear, t)
+    scale_inputs(linear, r)
 
 
 def _moved(site: FoldSite) -> Iterator[str]:
@@ -250,24 +226,10 @@ def _moved(site: FoldSite) -> Iterator[str]:
             yield str(norm.output.name)
             yield from (str(v.name) for node in path for v in node.outputs)
         case VProjection():
-            yield from _between(site.match.linear.node, site.match.out.node)
+            yield from names_between([site.match.linear.node], site.match.out.node)
         case Mlp(hidden=hidden, path=path) if site.free:
             yield str(hidden.name)
             yield from (str(v.name) for node in path for v in node.outputs)
-            yield from _between(site.match.fc1.node, site.match.fc2.node)
+            yield from names_between([site.match.fc1.node], site.match.fc2.node)
         case _:
             return
-
-
-def _between(first: ir.Node, last: ir.Node) -> Iterator[str]:
-    """Outputs of all nodes from `first` up to the inputs of `last` (a superset of what changes)."""
-    seen: set[int] = set()
-    front = [first]
-    while front and len(seen) < 256:
-        node = front.pop()
-        if id(node) in seen or node is last:
-            continue
-        seen.add(id(node))
-        for value in node.outputs:
-            yield str(value.name)
-            front.extend(n for n, _ in value.uses())

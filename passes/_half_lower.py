@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
 
 from onnx_ir.passes.common import ShapeInferencePass
 
@@ -13,7 +15,31 @@ from qcompile.passes._half_cast import convert
 from qcompile.passes._half_mask import lowest
 from qcompile.passes._half_rules import islands
 from qcompile.passes._half_scene import Scene
-from qcompile.pipeline.base import PassContext, PassResult
+from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
+from qcompile.quant.spec import Scheme
+from qcompile.target.target import Target
+
+
+@dataclass(frozen=True)
+class HalfLowering(Pass):
+    """A pass that turns float32 tensors into `format`."""
+
+    kind = Kind.LOWER
+    requires = frozenset({Fact.CANONICAL})
+    establishes = frozenset({Fact.HALF})
+    format: ClassVar[Narrow]
+
+    def required(self, target: Target, scheme: Scheme) -> frozenset[Fact]:
+        """Quantizers come first: their scales are computed in float32, and stored in the type of the rest."""
+        return self.requires | ({Fact.NORMS_FUSED} if scheme.weight is None else {Fact.QUANTIZED})
+
+    def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:
+        """The extremes that the rules read: what could overflow, vanish as a divisor, or lose digits that matter."""
+        return wanted(model, self.format)
+
+    def apply(self, model: Model, ctx: PassContext) -> PassResult:
+        """Convert every node that is safe; cast where precisions meet."""
+        return lower(model, ctx, self.format)
 
 
 def wanted(model: Model, fmt: Narrow) -> Iterable[Probe]:

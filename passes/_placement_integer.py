@@ -14,7 +14,7 @@ from qcompile.passes._int_plan import Plan, Step, entry, is_float, leaves, must_
 from qcompile.passes._placement import Placement, weight_spec
 from qcompile.pipeline.base import PassContext
 from qcompile.quant.qtype import INT16
-from qcompile.quant.spec import QuantSpec
+from qcompile.quant.spec import QuantSpec, Scheme
 
 WIDE = QuantSpec(INT16)
 _COUNTS = QuantSpec(INT16, symmetric=False)
@@ -23,16 +23,14 @@ _NARROW_INPUTS = {"linear": (0,), "product": (0, 1), "maxpool": (0,), "avgpool":
 
 def place(model: Model, ctx: PassContext) -> Placement:
     """Sites for every step; what has no integer form is named with its reason."""
-    assert ctx.scheme.activation is not None
     out, found = Placement(), plan(model.graph)
-    narrow = QuantSpec(ctx.scheme.activation, symmetric=False)
     for value in model.graph.inputs:
         _graph_input(out, found, value)
     for step in found.steps:
         if step.family == "refused":
             out.miss(step.node, step.reason)
             continue
-        _inputs(out, step, narrow, ctx)
+        _inputs(out, step, ctx.scheme_of(step.node))
         for value in step.node.outputs:
             _output(out, found, step, value)
     return out
@@ -47,13 +45,15 @@ def _graph_input(out: Placement, found: Plan, value: ir.Value) -> None:
         out.add(reader.node, reader.slot, WIDE, value)
 
 
-def _inputs(out: Placement, step: Step, narrow: QuantSpec, ctx: PassContext) -> None:
+def _inputs(out: Placement, step: Step, scheme: Scheme) -> None:
+    assert scheme.activation is not None
+    narrow = QuantSpec(scheme.activation, symmetric=False)
     for slot in _NARROW_INPUTS.get(step.family, ()):
         out.add(step.node, slot, narrow)
     if step.family == "linear":
         slot = weight_slot(step.node)
         assert slot is not None
-        out.add(step.node, slot, weight_spec(step.node, slot, ctx.scheme))
+        out.add(step.node, slot, weight_spec(step.node, slot, scheme))
     if step.family in ("table", "norm"):
         reader, slot = entry(step)
         out.add(reader, slot, narrow if step.family == "table" else WIDE)

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.ir.edit import replace_value
-from qcompile.ir.linear_edit import map_outputs
+from qcompile.ir.linear_edit import scale_outputs
 from qcompile.ir.match import linears_by_output
 from qcompile.ir.match_core import is_channel_vector, only_user, other_input
 from qcompile.ir.ops import const_array
@@ -25,7 +25,7 @@ def fold_branch_scales(graph: ir.Graph, ctx: PassContext) -> set[str]:
             continue
         array = const_array(scale)
         assert array is not None
-        map_outputs(linear, np.diag(array.astype(np.float64).reshape(-1)))
+        scale_outputs(linear, array.astype(np.float64).reshape(-1))
         replace_value(graph, mul.outputs[0], output)
         graph.remove(mul, safe=True)
         changed |= {str(output.name), str(linear.node.outputs[0].name), str(mul.outputs[0].name)}

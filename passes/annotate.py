@@ -11,7 +11,7 @@ import numpy as np
 from qcompile.calib.observers import Probe
 from qcompile.ir.decisions import Decision, clear_decisions, decide, decision
 from qcompile.ir.model import Model
-from qcompile.ir.select import selected
+from qcompile.ir.select import selected, with_width
 from qcompile.passes import _placement_integer, _placement_ort, _placement_trt
 from qcompile.passes._placement import Placement, Site
 from qcompile.passes._placement_trt import Choices
@@ -142,7 +142,8 @@ def _follow(site: Site, leader: Site, ctx: PassContext) -> None:
 def _remark_idle(model: Model, placement: Placement, ctx: PassContext) -> None:
     """Selectors that choose no node that could be quantized: misspelt, or folded away by an earlier pass."""
     names = {str(s.node.name) for s in placement.sites} | {name for name, _ in placement.missed}
-    for selector in dict.fromkeys((*ctx.keep_float, *ctx.only, *ctx.quantize)):
+    widths = (with_width(text)[0] for text in ctx.bits)
+    for selector in dict.fromkeys((*ctx.keep_float, *ctx.only, *ctx.quantize, *widths)):
         if not any(n.name in names for n in selected(selector, model.graph)):
             ctx.missed("", f"selector {selector!r} chooses no node that could be quantized here")
 

@@ -11,10 +11,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompile.calib.observers import MinMax, MinMaxStat, Probe
-from qcompile.ir.linear_edit import add_to_bias, fresh, map_outputs, weight_of
+from qcompile.ir.linear_edit import absorb_shift, add_to_bias, fresh, scale_outputs
 from qcompile.ir.match import Attention, Linear, VProjection, find_attentions, find_v_projections
 from qcompile.ir.match_attention import trace_linear
-from qcompile.ir.match_core import label
+from qcompile.ir.match_core import label, names_between
 from qcompile.ir.match_heads import Projection
 from qcompile.ir.match_scores import Scores, find_scores
 from qcompile.ir.match_trace import is_scaling
@@ -28,6 +28,7 @@ from qcompile.target.target import Target
 
 F64 = NDArray[np.float64]
 _MASKED = -1e3  # a score that a Where puts in place of masked ones: its probability is 0 with and without the shift
+_BARRIERS = ("Softmax", "LayerNormalization")
 _PAYS = 0.9  # a shift that lowers the largest magnitude by less than 10 % is not worth touching weights
 
 
@@ -76,9 +77,9 @@ class Center(Pass):
         for site in self._sites(model, ctx):
             yield from site.moved
         for a in self._attentions(model):
-            yield from _behind([a.q.linear, a.k.linear], a.scores)
+            yield from _attention_names(a)
         for m in self._values(model):
-            yield from _behind([m.linear], m.out.node)
+            yield from names_between([m.linear.node], m.out.node, *_BARRIERS)
 
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
         """Shift every site that is free; remark on the others."""
@@ -107,7 +108,7 @@ class Center(Pass):
     # ---- norm outputs and GELU ------------------------------------------------------------------------------------
 
     def _shift_site(self, graph: ir.Graph, site: FoldSite, ctx: PassContext, out: Folded) -> None:
-        reason = site.shift_refusal or _excluded(site.linears, ctx)
+        reason = site.shift_refusal or ctx.any_excluded(x.node for x in site.linears)
         stat = ctx.stats[Probe(str(site.tensor.name), MinMax(-1))]
         assert isinstance(stat, MinMaxStat)
         if reason or stat.lo.shape != (site.linears[0].in_channels,):
@@ -123,12 +124,12 @@ class Center(Pass):
     # ---- attention ------------------------------------------------------------------------------------------------
 
     def _keys(self, graph: ir.Graph, a: Attention, ctx: PassContext, out: Folded) -> None:
-        reason = _key_refusal(a) or _excluded((a.q.linear, a.k.linear), ctx)
+        reason = _key_refusal(a) or ctx.any_excluded((a.q.linear.node, a.k.linear.node))
         if reason:
             ctx.missed(str(a.scores.name), f"keys not centred: {reason}")
             return
         assert a.k.columns is not None
-        moved = set(_behind([a.q.linear, a.k.linear], a.scores))
+        moved = set(_attention_names(a))
         lo, hi = _extremes(a.k.linear, ctx)
         used = np.unique(a.k.columns)
         before = after = float(np.maximum(-lo, hi)[used].max())
@@ -162,11 +163,11 @@ class Center(Pass):
         r = np.where(usable, np.clip(ratio, 1e-3, 1e3), 1.0)
         up, down = np.ones(a.k.linear.out_channels), np.ones(a.q.linear.out_channels)
         up[a.k.columns], down[a.q.columns] = r[a.k.columns], 1 / r[a.k.columns]
-        map_outputs(a.k.linear, np.diag(up))
-        map_outputs(a.q.linear, np.diag(down))
+        scale_outputs(a.k.linear, up)
+        scale_outputs(a.q.linear, down)
 
     def _value(self, graph: ir.Graph, m: VProjection, ctx: PassContext, out: Folded) -> None:
-        reason = m.shift_refusal or _excluded((m.linear, m.out), ctx) or _layout_refusal(m.linear, m.out)
+        reason = m.shift_refusal or ctx.any_excluded((m.linear.node, m.out.node)) or _layout_refusal(m.linear, m.out)
         if reason:
             ctx.missed(str(m.attention.pv.name), f"values not centred: {reason}")
             return
@@ -176,9 +177,9 @@ class Center(Pass):
         if after > _PAYS * before:
             ctx.missed(str(m.attention.pv.name), "values are centred already", largest=before, centred=after)
             return
-        moved = set(_behind([m.linear], m.out.node))
+        moved = set(names_between([m.linear.node], m.out.node, *_BARRIERS))
         add_to_bias(graph, m.linear, -t)
-        add_to_bias(graph, m.out, np.einsum("i,iok->o", t[m.columns], weight_of(m.out)))
+        absorb_shift(graph, m.out, t[m.columns])
         _note_shift(out, m.linear, t, moved)
         ctx.applied(str(m.attention.pv.name), "values centred", largest=before, centred=after)
 
@@ -193,10 +194,6 @@ def _extremes(linear: Linear, ctx: PassContext) -> tuple[F64, F64]:
     stat = ctx.stats[Probe(str(linear.output.name), MinMax(-1))]
     assert isinstance(stat, MinMaxStat)
     return stat.lo, stat.hi
-
-
-def _excluded(linears: Iterable[Linear], ctx: PassContext) -> str | None:
-    return next((r for x in linears if (r := ctx.excluded(x.node))), None)
 
 
 def _note_shift(out: Folded, linear: Linear, t: F64, moved: set[str]) -> None:
@@ -257,17 +254,8 @@ def _layout_refusal(*linears: Linear) -> str | None:
     return "a projection is a convolution" if any(x.channel_axis != -1 for x in linears) else None
 
 
-def _behind(linears: list[Linear], last: ir.Node) -> Iterator[str]:
-    """Outputs of all nodes from the linears up to `last` (a superset of what a shift moves)."""
-    seen: set[ir.Node] = set()
-    front = [x.node for x in linears]
-    while front:
-        node = front.pop()
-        if node in seen or node is last or (seen and node.op_type in ("Softmax", "LayerNormalization")):
-            continue
-        seen.add(node)
-        yield from (str(v.name) for v in node.outputs)
-        front += [n for v in node.outputs for n, _ in v.uses()]
+def _attention_names(a: Attention) -> Iterator[str]:
+    return names_between([a.q.linear.node, a.k.linear.node], a.scores, *_BARRIERS)
 
 
 def _outputs(linear: Linear) -> set[str]:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from qcompile.calib.observers import Probe
 from qcompile.ir.model import Model
 from qcompile.passes._half import FLOAT16
 from qcompile.passes._half_bias import free_large_biases
-from qcompile.passes._half_lower import lower, wanted
-from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
-from qcompile.quant.spec import Scheme
-from qcompile.target.target import Target
+from qcompile.passes._half_lower import HalfLowering
+from qcompile.pipeline.base import PassContext, PassResult
 
 
 @dataclass(frozen=True)
-class Half(Pass):
+class Half(HalfLowering):
     """Turn float32 tensors, weights and scales into float16; the graph's interface keeps its types.
 
     before: x: f32 -> MatMul -> y: f32
@@ -28,21 +24,11 @@ class Half(Pass):
     """
 
     name = "fp16"
-    kind = Kind.LOWER
-    requires = frozenset({Fact.CANONICAL})
-    establishes = frozenset({Fact.HALF})
-
-    def required(self, target: Target, scheme: Scheme) -> frozenset[Fact]:
-        """Quantizers come first: their scales are computed in float32, and stored in the type of the rest."""
-        return self.requires | ({Fact.NORMS_FUSED} if scheme.weight is None else {Fact.QUANTIZED})
-
-    def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:
-        """The extremes of every float tensor that could overflow, or vanish as a divisor."""
-        return wanted(model, FLOAT16)
+    format = FLOAT16
 
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
         """Convert every node that is safe; cast where precisions meet."""
         freed = free_large_biases(model.graph)
         if freed:
             ctx.note("", f"{freed} biases moved behind their layer: ONNX Runtime overflows them in float16")
-        return lower(model, ctx, FLOAT16)
+        return super().apply(model, ctx)

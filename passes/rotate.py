@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from qcompile.calib.observers import Probe, Rows, RowsStat
 from qcompile.ir.edit import add_constant, insert_after, new_node, redirect, set_constant
-from qcompile.ir.linear_edit import add_to_bias, like, map_constant, map_inputs, map_outputs, weight_of
+from qcompile.ir.linear_edit import absorb_shift, like, map_constant, map_inputs, map_outputs, scale_inputs, weight_of
 from qcompile.ir.match import Linear, Mlp, Norm, VProjection, find_mlps, find_v_projections
-from qcompile.ir.match_core import label
+from qcompile.ir.match_core import label, names_between
 from qcompile.ir.match_region import Region, find_regions
 from qcompile.ir.model import Model
 from qcompile.ir.ops import const_array
@@ -73,7 +73,7 @@ class Rotate(Pass):
         for region in find_regions(model.graph) if self.r1 else ():
             yield from _names(region)
         for site in find_v_projections(model.graph) if self.r2 else ():
-            yield from _value_names(site)
+            yield from names_between([site.linear.node], site.out.node)
         for mlp in find_mlps(model.graph) if self.r4 == "block" else ():
             yield str(mlp.fc2.input.name)
 
@@ -100,7 +100,7 @@ class Rotate(Pass):
         for refusal in matches.refused:
             ctx.missed(str(refusal.node.name), refusal.reason)
         for region in matches:
-            reason = next((r for x in _linears(region) if (r := ctx.excluded(x.node))), None)
+            reason = ctx.any_excluded(x.node for x in _linears(region))
             if reason:
                 ctx.missed(str(region.anchor.name), f"{reason}; a stream is rotated whole or not at all")
                 continue
@@ -152,14 +152,14 @@ class Rotate(Pass):
             ctx.missed(str(refusal.node.name), f"values not rotated: {refusal.reason}")
         for site in matches:
             heads = site.attention.v.columns
-            reason = ctx.excluded(site.linear.node) or ctx.excluded(site.out.node)
+            reason = ctx.any_excluded((site.linear.node, site.out.node))
             reason = reason or (None if heads is not None else "values not rotated: its heads are not known")
             if heads is not None and reason is None and block_order(heads.shape[1]) < _SMALLEST:
                 reason = f"no Hadamard block divides its heads of {heads.shape[1]} channels"
             if heads is None or reason:
                 ctx.missed(str(site.attention.pv.name), str(reason))
                 continue
-            changed |= set(_value_names(site))
+            changed |= set(names_between([site.linear.node], site.out.node))
             unique = np.unique(heads, axis=0)
             _rotate_heads(site, unique, rng)
             ctx.applied(str(site.attention.pv.name), f"values of {len(unique)} heads of {heads.shape[1]} channels rotated")
@@ -203,19 +203,6 @@ def _names(region: Region) -> Iterable[str]:
         yield from (str(v.name) for node in (*n.norm.nodes, *n.path) for v in node.outputs)
 
 
-def _value_names(site: VProjection) -> Iterable[str]:
-    """Superset of the tensors between the value projection and the output projection."""
-    seen: set[ir.Node] = set()
-    front = [site.linear.node]
-    while front:
-        node = front.pop()
-        if node in seen or node is site.out.node:
-            continue
-        seen.add(node)
-        yield from (str(v.name) for v in node.outputs)
-        front += [n for v in node.outputs for n, _ in v.uses()]
-
-
 def _readings(region: Region, ctx: PassContext) -> list[Reading]:
     """What each norm's readers see: normalised rows without gain, and the weights with it."""
     found: list[Reading] = []
@@ -243,9 +230,9 @@ def _free_norm(graph: ir.Graph, norm: Norm, linears: tuple[Linear, ...]) -> None
     for linear in linears:
         if beta is not None and np.any(beta):
             shift = _vector(norm.beta, linear.in_channels, 0.0)
-            add_to_bias(graph, linear, np.einsum("i,iok->o", shift, weight_of(linear)))
+            absorb_shift(graph, linear, shift)
         if gamma is not None:
-            map_inputs(linear, np.diag(_vector(norm.gamma, linear.in_channels, 1.0)))
+            scale_inputs(linear, _vector(norm.gamma, linear.in_channels, 1.0))
     for site, array, value in ((norm.gamma_site, gamma, 1.0), (norm.beta_site, beta, 0.0)):
         if array is not None and site is not None:
             set_constant(*site, like(array, np.full(array.shape, value)))

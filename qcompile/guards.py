@@ -10,11 +10,11 @@ import onnx_ir as ir
 
 from qcompile.errors import ModelError, UsageError
 from qcompile.ir.model import Model
-from qcompile.ir.select import require_selector, selected
+from qcompile.ir.select import require_selector, selected, with_width
 
 
-def require_sane(samples: int | None, seed: int, selectors: Sequence[str]) -> None:
-    """Numbers in range, selectors of a known form.
+def require_sane(samples: int | None, seed: int, selectors: Mapping[str, Sequence[str]]) -> None:
+    """Numbers in range, selectors (by option) of a known form.
 
     Raises:
         UsageError: naming the option.
@@ -23,8 +23,14 @@ def require_sane(samples: int | None, seed: int, selectors: Sequence[str]) -> No
         raise UsageError(f"samples is {samples}; give at least 1")
     if seed < 0:
         raise UsageError(f"seed is {seed}; give 0 or more")
-    for selector in selectors:
-        require_selector(selector)
+    for option, texts in selectors.items():
+        for text in texts:
+            require_selector(_selector(option, text))
+
+
+def _selector(option: str, text: str) -> str:
+    """The selector in an option's text; --bits has widths behind it."""
+    return with_width(text)[0] if option == "bits" else text
 
 
 def require_numbers(model: Model, path: str | Path) -> None:
@@ -53,11 +59,11 @@ def require_place(out: Path | None, what: str, taken: Sequence[Path]) -> None:
 
 
 def unmatched(model: Model, selectors: Mapping[str, Sequence[str]]) -> list[str]:
-    """A note for every --keep-float, --only or --quantize selector that chooses no node of the source model."""
+    """A note for every --keep-float, --only, --quantize or --bits selector that chooses no node of the source model."""
     missing = [
         f"--{option.replace('_', '-')} {text}"
         for option, texts in selectors.items()
         for text in texts
-        if not selected(text, model.graph)
+        if not selected(_selector(option, text), model.graph)
     ]
     return [f"{text} selects no node of the model; look at the names with: polygraphy inspect model" for text in missing]

@@ -59,6 +59,7 @@ class Options:
     keep_float: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     quantize: tuple[str, ...] = ()
+    bits: tuple[str, ...] = ()
     exact: bool = False
     strict: bool = False
     seed: int = 0
@@ -71,7 +72,7 @@ class Options:
     @property
     def selectors(self) -> dict[str, tuple[str, ...]]:
         """The selectors of nodes by option."""
-        return {"keep_float": self.keep_float, "only": self.only, "quantize": self.quantize}
+        return {"keep_float": self.keep_float, "only": self.only, "quantize": self.quantize, "bits": self.bits}
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Job:
     def context(self) -> PassContext:
         """What every pass is told."""
         o = self.options
-        return PassContext(self.scheme, self.target, seed=o.seed, keep_float=o.keep_float, only=o.only, quantize=o.quantize)
+        return PassContext(self.scheme, self.target, seed=o.seed, **o.selectors)
 
 
 def prepare(path: str | Path, options: Options) -> Job:
@@ -105,11 +106,13 @@ def prepare(path: str | Path, options: Options) -> Job:
     """
     model = Model.load(path)
     options = _with_sidecar(Path(path), options)
-    require_sane(options.samples, options.seed, [s for texts in options.selectors.values() for s in texts])
+    require_sane(options.samples, options.seed, options.selectors)
     if options.min_sqnr is not None and options.verify == "off":
         raise UsageError("--min-sqnr needs a comparison with the float model; drop --verify off")
     target, scheme = _target(options.target or "trt"), _scheme(options.scheme or "w8a8")
     target.require(scheme)
+    if options.bits and target.name != "integer":
+        raise UsageError(f"--bits sets widths of integer-only models; use --target integer, or --scheme for all of {target.name}")
     text = options.passes if options.passes is not None else registry.default_preset(target.name, scheme.name)
     user = registry.parse(text)
     if any(p.name == "bf16" for p in user):

@@ -111,7 +111,7 @@ def test_selectors_reach_the_passes_and_the_report(tmp_path: Path, capsys: Captu
     code, _, err = call(capsys, CNN, "--target", "trt", "--samples", 8, "-o", out, "--report", report, *chosen)
     assert code == 0 and "--quantize op:LSTM selects no node" in err, err
     assert json.loads(report.read_text())["selectors"] == {
-        "keep_float": ["region:../stages/stages.0/Relu"], "only": [], "quantize": ["op:Gemm", "op:LSTM"],
+        "keep_float": ["region:../stages/stages.0/Relu"], "only": [], "quantize": ["op:Gemm", "op:LSTM"], "bits": [],
     }  # fmt: skip
     graph = onnx.load(out).graph
     quantized = {name for n in graph.node if n.op_type == "DequantizeLinear" for name in n.output}

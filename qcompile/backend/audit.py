@@ -23,7 +23,7 @@ from qcompile.backend.tensorrt import plan_profiles, run_worker
 from qcompile.backend.work import WorkItem, work_items
 from qcompile.errors import UsageError
 from qcompile.target.rules import check
-from qcompile.target.view import GraphView, load_graph_only
+from qcompile.target.view import GraphView, load_graph_only, name_nodes
 
 SCHEMA_VERSION = 1
 LABELS = {"rtx": "proxy: TensorRT-RTX", "trt": "TensorRT"}
@@ -166,7 +166,7 @@ def _attention(view: GraphView, kernels: Sequence[Kernel]) -> tuple[int, int]:
 
 def wasted_pairs(view: GraphView, nodes: Sequence[AuditedNode], target: str, gpu: str) -> tuple[dict[str, str], ...]:
     """DequantizeLinear nodes whose consumer runs in float although it is not weight-only, with the rule that explains it."""
-    rules = {f.node: f.rule for f in check(view.model, target, [gpu])}
+    rules = {f.node: f.rule for f in check(view, target, [gpu])}
     wasted: list[dict[str, str]] = []
     by_name = {n.name: n for n in view.nodes}
     for audited in nodes:
@@ -195,18 +195,7 @@ def uniquely_named(path: Path) -> Generator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / path.name
         full = onnx.load(str(path))
-        _make_unique(full)
+        name_nodes(full)
         external = any(t.external_data for t in model.graph.initializer)
         onnx.save(full, str(copy), save_as_external_data=external)
         yield copy
-
-
-def _make_unique(model: onnx.ModelProto) -> None:
-    used: set[str] = set()
-    for i, node in enumerate(model.graph.node):
-        stem = node.name or f"{node.op_type}_{i}"
-        name, k = stem, 1
-        while name in used:
-            name, k = f"{stem}_{k}", k + 1
-        node.name = name
-        used.add(name)

@@ -20,12 +20,12 @@ from qcompile.backend.groups import Group, qdq_groups, without
 from qcompile.backend.profile import Profile
 from qcompile.backend.tensorrt import plan_profiles, run_worker
 from qcompile.errors import BuildError
+from qcompile.ir.model import EXTERNAL_BYTES
 from qcompile.target.findings import Finding
 from qcompile.target.rules import check
 from qcompile.target.view import GraphView
 
 MAX_BUILDS = 40
-EXTERNAL_BYTES = 1_500_000_000
 NAMED = 6
 Progress = Callable[[str], None]
 Fails = Callable[[Sequence[Group]], bool]

@@ -46,6 +46,7 @@ class Shard(click.ParamType):
 @click.option("--keep-float", multiple=True, metavar="SELECTOR", help=f"As in compile: {SELECTORS}. Repeatable.")
 @click.option("--only", multiple=True, metavar="SELECTOR", help="As in compile.")
 @click.option("--quantize", multiple=True, metavar="SELECTOR", help="As in compile.")
+@click.option("--bits", multiple=True, metavar="SELECTOR=wXaY", help="As in compile.")
 @click.option("--observers", metavar="KIND,..", help="Instead of what passes ask for: of all activations of MODEL as it is.")
 @click.option("--shard", type=Shard(), metavar="I/N", help="Only the I-th of N parts of the samples; join them with merge.")
 @click.option("--resume", is_flag=True, help="Fail if there is nothing to continue.")

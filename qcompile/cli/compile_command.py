@@ -50,6 +50,7 @@ _TARGET_HELP = "; ".join(f"{t.name}: {t.title}" for t in TARGETS.values())
 @click.option(
     "--quantize", multiple=True, metavar="SELECTOR", help="Quantize these too, although the default leaves them in float."
 )
+@click.option("--bits", multiple=True, metavar="SELECTOR=wXaY", help="Integer target: other widths for these layers, e.g. 'fc*=w4a4'.")
 @click.option("--min-sqnr", type=float, metavar="DB", help="Fail (exit 1) if the output's SQNR is lower.")
 @click.option("--report", type=click.Path(path_type=Path), metavar="OUT.json", help="Write everything that happened.")
 @click.option("--remarks", type=click.Path(path_type=Path), metavar="OUT.json", help="Write what happened at every site.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from qcompile.ir.match_linear import Linear, match_linear
 from qcompile.ir.ops import const_array
 
 F64 = NDArray[np.float64]
+Change = Callable[[F64], F64]
 
 
 def fresh(linear: Linear) -> Linear:
@@ -32,21 +34,47 @@ def weight_of(linear: Linear) -> F64:
 
 def map_outputs(linear: Linear, m: F64) -> None:
     """y' = y m: W' = W m and b' = b m for m [out, out]."""
-    linear = fresh(linear)
-    weight = const_array(linear.weight)
-    assert weight is not None
-    set_constant(linear.node, linear.weight_slot, _map_axis(weight, m, linear.out_axis))
-    bias = const_array(linear.bias)
-    if bias is not None and linear.bias_node is not None and linear.bias_slot is not None:
-        set_constant(linear.bias_node, linear.bias_slot, like(bias, bias.astype(np.float64).reshape(-1) @ m))
+    _edit_outputs(linear, lambda y: y @ m)
+
+
+def scale_outputs(linear: Linear, s: F64) -> None:
+    """y' = y s for s [out]: the columns of W and b, times s."""
+    _edit_outputs(linear, lambda y: y * s)
+
+
+def divide_outputs(linear: Linear, s: F64) -> None:
+    """y' = y / s for s [out]."""
+    _edit_outputs(linear, lambda y: y / s)
 
 
 def map_inputs(linear: Linear, m: F64) -> None:
     """W' = m W for m [in, in]: undoes x' = x m^-1."""
+    _edit_weight(fresh(linear), linear.in_axis, lambda w: w @ m.T)
+
+
+def scale_inputs(linear: Linear, s: F64) -> None:
+    """W' = diag(s) W for s [in]: undoes x' = x / s."""
+    _edit_weight(fresh(linear), linear.in_axis, lambda w: w * s)
+
+
+def absorb_shift(graph: ir.Graph, linear: Linear, t: F64) -> None:
+    """b' = b + t W for t [in]: undoes x' = x - t."""
+    add_to_bias(graph, linear, t @ weight_of(linear).sum(2))
+
+
+def _edit_outputs(linear: Linear, change: Change) -> None:
     linear = fresh(linear)
+    _edit_weight(linear, linear.out_axis, change)
+    bias = const_array(linear.bias)
+    if bias is not None and linear.bias_node is not None and linear.bias_slot is not None:
+        wide = np.broadcast_to(bias.astype(np.float64).reshape(-1), linear.out_channels)
+        set_constant(linear.bias_node, linear.bias_slot, like(bias, change(wide)))
+
+
+def _edit_weight(linear: Linear, axis: int, change: Change) -> None:
     weight = const_array(linear.weight)
     assert weight is not None
-    set_constant(linear.node, linear.weight_slot, _map_axis(weight, m.T, linear.in_axis))
+    set_constant(linear.node, linear.weight_slot, _along(weight, axis, change))
 
 
 def map_constant(node: ir.Node, slot: int, axis: int, m: F64) -> None:
@@ -56,11 +84,12 @@ def map_constant(node: ir.Node, slot: int, axis: int, m: F64) -> None:
     wide = array.astype(np.float64).reshape((1,) * max(0, -axis - array.ndim) + array.shape)
     if wide.shape[axis] != len(m):
         wide = np.repeat(wide, len(m), axis)
-    set_constant(node, slot, _map_axis(wide, m, wide.ndim + axis))
+    set_constant(node, slot, _along(wide, axis, lambda c: c @ m))
 
 
-def _map_axis(array: NDArray[Any], m: F64, axis: int) -> F64:
-    return np.moveaxis(np.moveaxis(array.astype(np.float64), axis, -1) @ m, -1, axis)
+def _along(array: NDArray[Any], axis: int, change: Change) -> F64:
+    """`change` on the vectors along `axis`, in float64."""
+    return np.moveaxis(change(np.moveaxis(array.astype(np.float64), axis, -1)), -1, axis)
 
 
 def like(old: NDArray[Any], new: F64) -> F64:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -74,6 +74,22 @@ def is_channel_vector(value: ir.Value | None, channels: int | None = None) -> bo
     if not shape or any(dim != 1 for dim in shape[:-1]):
         return False
     return channels is None or shape[-1] == channels
+
+
+def names_between(starts: Iterable[ir.Node], last: ir.Node, *barriers: str) -> Iterator[str]:
+    """Outputs of all nodes from `starts` up to the inputs of `last` (a superset of what a fold between them moves).
+
+    Behind the first node, nodes of the operator types `barriers` end the walk too.
+    """
+    seen: set[ir.Node] = set()
+    front = list(starts)
+    while front:
+        node = front.pop()
+        if node in seen or node is last or (seen and node.op_type in barriers):
+            continue
+        seen.add(node)
+        yield from (str(v.name) for v in node.outputs)
+        front += [n for v in node.outputs for n, _ in v.uses()]
 
 
 def label(node: ir.Node) -> str:

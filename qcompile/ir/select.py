@@ -1,4 +1,4 @@
-"""Selectors of nodes: one small grammar for --keep-float, --only and --quantize.
+"""Selectors of nodes: one small grammar for --keep-float, --only, --quantize and --bits.
 
 /encoder/fc*          nodes by name, a glob
 re:fc[12]$            nodes by name, a regular expression (found anywhere in it)
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 import onnx_ir as ir
 
 from qcompile.errors import UsageError
+from qcompile.quant.spec import Scheme, integer_scheme
 
 ORIGIN = "qcompile.origin"
 """Metadata of a node that replaces another: the name that the user knows."""
@@ -35,6 +36,21 @@ def require_selector(text: str) -> None:
         raise UsageError(f"selector {text!r} names no operator type; write op:Gemm, say")
     elif kind == "region" and not any(_ends(rest)):
         raise UsageError(f"selector {text!r} has no ends; write region:FROM..TO, region:FROM.. or region:..TO")
+
+
+def with_width(text: str) -> tuple[str, Scheme]:
+    """SELECTOR=wXaY, what --bits takes: the selector, and the types of weights and activations.
+
+    Raises:
+        UsageError: no selector of a known form, or no width of 2 to 8 bits.
+    """
+    selector, _, width = text.rpartition("=")
+    try:
+        scheme = integer_scheme(width)
+    except ValueError as e:
+        raise UsageError(f"--bits {text!r}: {e}, for example --bits 'fc*=w4a4'") from e
+    require_selector(selector)
+    return selector, scheme
 
 
 def selected(text: str, graph: ir.Graph) -> frozenset[ir.Node]:

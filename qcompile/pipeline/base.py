@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from qcompile.calib.observers import Probe, Stat
 from qcompile.errors import UsageError
 from qcompile.ir.model import Model
-from qcompile.ir.select import ORIGIN, names, selected
+from qcompile.ir.select import ORIGIN, names, selected, with_width
 from qcompile.quant.spec import Scheme
 from qcompile.report import Remark, RemarkKind
 from qcompile.target.target import Target
@@ -104,6 +104,7 @@ class PassContext:
     keep_float: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     quantize: tuple[str, ...] = ()
+    bits: tuple[str, ...] = ()
     pass_name: str = ""
     remarks: list[Remark] = field(default_factory=list)
     _choices: dict[tuple[str, int, int], frozenset[Any]] = field(
@@ -125,6 +126,10 @@ class PassContext:
     def _remark(self, kind: RemarkKind, node: str, reason: str, numbers: Mapping[str, float | int | str]) -> None:
         self.remarks.append(Remark(kind, self.pass_name, node, reason, dict(numbers)))
 
+    def any_excluded(self, nodes: Iterable[Any]) -> str | None:
+        """Why the user's selectors leave one of `nodes` alone, or None."""
+        return next((reason for node in nodes if (reason := self.excluded(node))), None)
+
     def excluded(self, node: Any) -> str | None:
         """Why the user's selectors leave `node` alone, or None; --keep-float wins over --quantize, that over --only."""
         kept = self._chosen_by(self.keep_float, node)
@@ -137,6 +142,13 @@ class PassContext:
     def forced(self, node: Any) -> str | None:
         """The --quantize selector that asks for `node` although the default leaves it in float, or None."""
         return self._chosen_by(self.quantize, node)
+
+    def scheme_of(self, node: Any) -> Scheme:
+        """The scheme with the widths of the last --bits selector that chooses `node`."""
+        for selector, widths in map(with_width, reversed(self.bits)):
+            if node in self._selected(selector, node.graph):
+                return replace(self.scheme, name=widths.name, weight=widths.weight, activation=widths.activation)
+        return self.scheme
 
     def _chosen_by(self, selectors: Sequence[str], node: Any) -> str | None:
         return next((s for s in selectors if node in self._selected(s, node.graph)), None)

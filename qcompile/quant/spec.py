@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -112,3 +113,15 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("mxfp8", FLOAT8E4M3FN, FLOAT8E4M3FN, block_size=32, fallback=FLOAT8E4M3FN),
     )
 }
+
+
+def integer_scheme(name: str) -> Scheme:
+    """`wXaY`: weights in X and activations in Y bits, 2 to 8.
+
+    Raises:
+        ValueError: another name.
+    """
+    match = re.fullmatch(r"w([2-8])a([2-8])", name)
+    if match is None:
+        raise ValueError(f"{name!r} is no width; write wXaY with 2 to 8 bits, as w4a8")
+    return Scheme(name, simulated_int(int(match[1])), simulated_int(int(match[2])))

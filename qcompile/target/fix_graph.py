@@ -10,21 +10,14 @@ from qcompile.target.fix_edits import pair_of, replace_uses, unquantize
 from qcompile.target.rules_common import duplicate_quantizers, needed_opset
 from qcompile.target.rules_shapes import large_fp8_kernel
 from qcompile.target.rules_trt import attention_blocks, deconvolution, one_operand_only, quantizer_behind, scores_matmul
-from qcompile.target.view import DEQUANTIZE_OPS
+from qcompile.target.view import DEQUANTIZE_OPS, name_nodes
 
 CONVERTIBLE_BYTES = 1_500_000_000
 
 
 def unique_names(c: Context) -> None:
     """Name every node: its operator and number where it has none, a number behind it where the name is taken."""
-    used: set[str] = set()
-    for i, node in enumerate(c.view.model.graph.node):
-        stem = node.name or f"{node.op_type}_{i}"
-        name, k = stem, 1
-        while name in used:
-            name, k = f"{stem}_{k}", k + 1
-        node.name = name
-        used.add(name)
+    name_nodes(c.view.model)
 
 
 def raise_opset(c: Context) -> None:

@@ -72,6 +72,18 @@ def load_graph_only(path: Path) -> onnx.ModelProto:
     return model
 
 
+def name_nodes(model: onnx.ModelProto) -> None:
+    """Give every node of the main graph a name of its own: the operator and a number, or a number behind a taken name."""
+    used: set[str] = set()
+    for i, node in enumerate(model.graph.node):
+        stem = node.name or f"{node.op_type}_{i}"
+        name, k = stem, 1
+        while name in used:
+            name, k = f"{stem}_{k}", k + 1
+        node.name = name
+        used.add(name)
+
+
 class GraphView:
     """Producers, consumers, constants and types of the top-level graph; nothing is copied or changed."""
 

@@ -20,6 +20,8 @@ import onnx
 
 from qcompile.backend.audit import AuditedNode, audited_nodes
 from qcompile.backend.dump import parse_dump
+from qcompile.backend.process import collecting_logger
+from qcompile.backend.worker import LAYER_DUMP
 from qcompile.target.view import GraphView
 from tests.target.matrix import Outcome
 
@@ -72,28 +74,12 @@ def outcome(model: onnx.ModelProto, built: Built) -> Outcome:
     return "packed" if "Int4" in operands else "float"
 
 
-def _logger(trt: Any) -> Any:
-    class Collector(trt.ILogger):
-        def __init__(self) -> None:
-            super().__init__()
-            self.errors: list[str] = []
-            self.layers = ""
-
-        def log(self, severity: Any, msg: str) -> None:
-            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                self.errors.append(msg)
-            elif msg.startswith("Layers:"):
-                self.layers += msg
-
-    return Collector()
-
-
 def _build(trt: Any, job: dict[str, str]) -> dict[str, Any]:
     import polygraphy.backend.trt.util as trt_util
     from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
     from polygraphy.backend.trt import EngineBytesFromNetwork, NetworkFromOnnxPath
 
-    logger = _logger(trt)
+    logger = collecting_logger(trt, keep=LAYER_DUMP)
     trt_util.TRT_LOGGER = logger
     capability = int(job["gpu"][2:-1]), int(job["gpu"][-1])
     config = CreateConfigRTX(compute_capabilities=[capability], profiling_verbosity=trt.ProfilingVerbosity.DETAILED)
