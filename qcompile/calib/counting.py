@@ -9,52 +9,43 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_BLOCK = 1 << 17
 _NOTHING = np.zeros(1, np.int32)
 
-I32, I64 = NDArray[np.int32], NDArray[np.int64]
+I32 = NDArray[np.int32]
 
 
-def count_codes(codes: I32, first: int, bins: int) -> I64:
-    """How many of `codes` (int32, any shape, contiguous) equal first, first + 1, ..., first + bins - 1.
+def count_into(counts: I32, index: I32) -> None:
+    """Add to counts[i] how many of `index` (int32 [n], contiguous) equal i.
 
     Raises:
-        ValueError: a code lies outside.
+        ValueError: an index lies outside of counts.
     """
-    flat = codes.reshape(-1)
-    counts = np.zeros(bins, np.int64)
-    for i in range(0, flat.size, _BLOCK):
-        block = flat[i : i + _BLOCK]
-        index = block - np.int32(first) if first else block
-        # The kernel does not look: an index outside would write into foreign memory.  Unsigned, one maximum tests both ends.
-        if int(index.view(np.uint32).max()) >= bins:
-            raise ValueError(f"codes outside [{first}, {first + bins})")
-        counts += _count(index, bins)
-    return counts
+    # The kernel does not look: an index outside would write into foreign memory.  Unsigned, one maximum tests both ends.
+    if index.size and int(index.view(np.uint32).max()) >= len(counts):
+        raise ValueError(f"codes outside [0, {len(counts)})")
+    _count(counts, index)
 
 
-def count_by_numpy(index: I32, bins: int) -> I64:
+def count_by_numpy(counts: I32, index: I32) -> None:
     """The reference: converts to int64 first, 2 to 3 times slower."""
-    return np.bincount(index, minlength=bins)
+    counts += np.bincount(index, minlength=len(counts)).astype(np.int32)
 
 
-def _count_by_scipy(index: I32, bins: int) -> I32:
-    """SciPy's kernel of A[:, columns] for a matrix without rows: all that is left is to count int32 columns."""
-    counts = np.zeros(bins, np.int32)
-    _KERNEL(index.size, index, 0, bins, _NOTHING, _NOTHING, counts, _NOTHING)
-    return np.diff(counts, prepend=np.int32(0))  # it ends with the running sum
+def _count_by_scipy(counts: I32, index: I32) -> None:
+    """SciPy's kernel of A[:, columns] for a matrix without rows and columns: all that is left is to count int32 columns."""
+    _KERNEL(index.size, index, 0, 0, _NOTHING, _NOTHING, counts, _NOTHING)
 
 
 def _kernel() -> Callable[..., None] | None:
     """SciPy's kernel, where this version has it and it counts (it is not part of the public interface)."""
     try:
         found: Any = import_module("scipy.sparse._sparsetools").csr_column_index1
-        counts = np.zeros(3, np.int32)
-        found(4, np.array([0, 2, 2, 1], np.int32), 0, 3, _NOTHING, _NOTHING, counts, np.zeros(1, np.int32))
+        counts = np.array([1, 0, 0], np.int32)
+        found(4, np.array([0, 2, 2, 1], np.int32), 0, 0, _NOTHING, _NOTHING, counts, np.zeros(1, np.int32))
     except (ImportError, AttributeError, TypeError, ValueError):
         return None
-    return found if counts.tolist() == [1, 2, 4] else None
+    return found if counts.tolist() == [2, 1, 2] else None
 
 
 _KERNEL: Any = _kernel()
-_count: Callable[[I32, int], NDArray[Any]] = count_by_numpy if _KERNEL is None else _count_by_scipy
+_count: Callable[[I32, I32], None] = count_by_numpy if _KERNEL is None else _count_by_scipy

@@ -57,10 +57,3 @@ def constant(model: Model, array: NDArray[Any], name: str) -> ir.Value:
     value = ir.val(name, const_value=ir.Tensor(array, name=name))
     model.graph.register_initializer(value)
     return value
-
-
-def graph_input(model: Model, dtype: ir.DataType, name: str) -> ir.Value:
-    """A scalar that is fed with every batch."""
-    value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape([]))
-    model.graph.inputs.append(value)
-    return value

@@ -11,16 +11,17 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from qcompile.calib.counting import count_codes
+from qcompile.calib.counting import count_into
 from qcompile.calib.stat import Stat, by_head
 
 F64 = NDArray[np.float64]
+Scratch = tuple[NDArray[np.float32], NDArray[np.int32]]
 
 _INDEX_BITS = 24  # bin indices stay exact in float32
 _ZERO_EXPONENT = -140
-_CHUNK = 1 << 17
+_BLOCK = 1 << 16  # three arrays of it fit a core's second-level cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,29 +83,47 @@ class Histogram:
     def empty(self) -> HistogramStat:
         return HistogramStat(self.bins, _ZERO_EXPONENT, 0, np.zeros(0, np.int64), np.asarray(np.inf), np.asarray(-np.inf))
 
-    def observe(self, array: NDArray[Any], first_sample_index: int = 0, samples: int | None = None) -> HistogramStat:
+    def observe(
+        self,
+        array: NDArray[Any],
+        first_sample_index: int = 0,
+        samples: int | None = None,
+        known: HistogramStat | None = None,
+    ) -> HistogramStat:
+        """`known` is a statistic to merge with later: bins for its range from the start spare a look for the array's own.
+
+        Raises:
+            ValueError: NaN or infinite values.
+        """
         if not array.size:
             return self.empty()
-        lo, hi = float(array.min()), float(array.max())
-        exponent = bin_exponent(lo, hi, self.bins)
-        start, length = bin_span(lo, hi, exponent)
-        counts = np.zeros(length, np.int64)
-        flat = array.reshape(-1)
-        for i in range(0, flat.size, _CHUNK):
-            counts += count_codes(_codes(flat[i : i + _CHUNK], exponent), start, length)
-        return HistogramStat(self.bins, exponent, start, counts, np.asarray(lo), np.asarray(hi))
+        flat = np.ascontiguousarray(array).reshape(-1)
+        ends = (flat.min(), flat.max()) if known is None or not len(known.counts) else (known.lo, known.hi)
+        stat = self._blank(*ends)
+        scratch = np.empty(min(_BLOCK, flat.size), np.float32), np.empty(min(_BLOCK, flat.size), np.int32)
+        for i in range(0, flat.size, _BLOCK):
+            stat = self._with_block(stat, flat[i : i + _BLOCK], scratch)
+        return stat
 
-    def of_codes(self, codes: NDArray[np.int32], exponent: int, lo: float, hi: float) -> HistogramStat:
-        """The statistic of values in [lo, hi] from their `codes` floor(x / 2^exponent), counted elsewhere or here.
+    def _blank(self, lo: ArrayLike, hi: ArrayLike) -> HistogramStat:
+        """The bins for a range, all of them empty."""
+        ends = float(np.asarray(lo)), float(np.asarray(hi))
+        if not np.isfinite(ends).all():
+            raise ValueError("a histogram counts finite values only")
+        exponent = bin_exponent(*ends, self.bins)
+        start, length = bin_span(*ends, exponent)
+        low, high = (np.asarray(end, np.float64) for end in ends)
+        return HistogramStat(self.bins, exponent, start, np.zeros(length, np.int64), low, high)
 
-        `exponent` may be finer than the histogram's, up to 2^16 bins, and no coarser than that of all data together.
-        """
-        if lo == hi == 0.0:
-            return HistogramStat(self.bins, _ZERO_EXPONENT, 0, np.array([codes.size], np.int64), np.asarray(lo), np.asarray(hi))
-        start, length = bin_span(lo, hi, exponent)
-        counts = count_codes(codes, start, length)
-        stat = HistogramStat(self.bins, exponent, start, counts, np.asarray(lo), np.asarray(hi))
-        return stat.coarsened(max(exponent, bin_exponent(lo, hi, self.bins)))
+    def _with_block(self, stat: HistogramStat, block: NDArray[Any], scratch: Scratch) -> HistogramStat:
+        """All passes over one block while the processor's cache holds it."""
+        lo, hi = float(block.min()), float(block.max())
+        if not (stat.lo <= lo and hi <= stat.hi):
+            stat = stat.merge(self._blank(lo, hi))
+        counts = np.zeros(len(stat.counts), np.int32)
+        count_into(counts, _codes(block, stat.exponent, stat.start, lo < 0, scratch))
+        stat.counts[:] += counts
+        return stat
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,9 +204,15 @@ def bin_span(lo: float, hi: float, exponent: int) -> tuple[int, int]:
     return first, last - first + 1
 
 
-def _codes(x: NDArray[Any], exponent: int) -> NDArray[np.int32]:
-    """Bin index of each value; scaling by a power of two is exact (in float32 only upwards: subnormals would vanish)."""
-    exact = x.dtype == np.float32 and -120 < exponent <= 0
-    scaled = x * np.float32(2.0**-exponent) if exact else np.ldexp(x.astype(np.float64), -exponent)
-    np.floor(scaled, out=scaled)
-    return scaled.astype(np.int32)
+def _codes(x: NDArray[Any], exponent: int, start: int, signed: bool, scratch: Scratch) -> NDArray[np.int32]:
+    """floor(x / 2^exponent) - start of each value; scaling by a power of two is exact (in float32 only upwards: subnormals
+    would vanish)."""
+    scaled, index = scratch[0][: x.size], scratch[1][: x.size]
+    if x.dtype.name in ("float16", "float32") and -120 < exponent <= 0:
+        np.multiply(x, np.float32(2.0**-exponent), out=scaled)
+    else:
+        scaled = np.ldexp(x.astype(np.float64), -exponent)
+    if signed:  # the conversion truncates towards zero: the same for what is not negative
+        np.floor(scaled, out=scaled)
+    np.copyto(index, scaled, casting="unsafe")
+    return np.subtract(index, np.int32(start), out=index) if start else index

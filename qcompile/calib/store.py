@@ -26,7 +26,7 @@ from qcompile.errors import DataError
 from qcompile.ir.atomic import atomic_file
 
 FORMAT = "qcompile-statistics"
-VERSION = 1
+VERSION = 2
 MAX_HEADER = 1 << 28
 _HEADER = "header.json"
 _EPOCH = (1980, 1, 1, 0, 0, 0)

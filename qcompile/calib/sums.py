@@ -7,12 +7,14 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.linalg import get_blas_funcs
 
 from qcompile.calib.chunks import CHUNK, ChunkedSum, by_chunk
 from qcompile.calib.stat import NotCarried, Stat, by_head, other_axes
 
 F64 = NDArray[np.float64]
 _COUNT, _SUM, _SQUARES = range(3)
+_SSYRK: Any = get_blas_funcs("syrk", dtype=np.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +118,10 @@ class Moments:
 
 @dataclass(frozen=True, eq=False)
 class SecondMomentStat(Stat):
-    """`xtx` = X^T diag(w) X, float64 [C, C], over `count` rows of X with w != 0; shape [] before any data."""
+    """`xtx` = X^T diag(w) X, float64 [C, C], over `count` rows of X with w != 0; shape [] before any data.
+
+    `sums` holds the upper triangle of each chunk's product: the other half is its mirror image.
+    """
 
     count: int
     sums: ChunkedSum
@@ -124,7 +129,8 @@ class SecondMomentStat(Stat):
     @property
     def xtx(self) -> F64:
         """The sum over all rows."""
-        return self.sums.total
+        upper = self.sums.total
+        return upper + np.triu(upper, 1).T if upper.ndim else upper
 
     def merge(self, other: Self) -> Self:
         """Sums over both."""
@@ -173,12 +179,36 @@ class SecondMoment:
             used = None if weights is None else _row_weights(weights, array, part)
             left = rows.T if used is None else rows.T * used
             count = len(rows) if used is None else int(np.count_nonzero(used))
-            stat = stat.merge(self.of_product(count, left @ rows, chunk * CHUNK))
+            stat = stat.merge(SecondMomentStat(count, ChunkedSum(parts={chunk: np.triu(left @ rows)})))
         return stat
 
-    def of_product(self, count: int, xtx: ArrayLike, first_sample_index: int) -> SecondMomentStat:
-        """The statistic from a product that was computed elsewhere."""
-        return SecondMomentStat(count, ChunkedSum(parts={first_sample_index // CHUNK: np.asarray(xtx, np.float64)}))
+    def added(
+        self, known: SecondMomentStat, array: NDArray[Any], chunk: int, weights: NDArray[Any] | None = None, reuse: bool = False
+    ) -> SecondMomentStat:
+        """`known` and the rows of `array`, all of one chunk: `observe` in float32 and, with `reuse`, in known's own memory.
+
+        A chunk's products are added up in float32 by BLAS (syrk: half the multiplications, no product to store and add);
+        a chunk that was read from a file goes on from the same bits.
+
+        Raises:
+            ValueError: not one weight for each row.
+        """
+        rows = array.reshape(-1, array.shape[-1])
+        count = len(rows)
+        if weights is not None:
+            used = _row_weights(weights, array, slice(None))
+            count = int(np.count_nonzero(used))
+            rows = rows * np.sqrt(used)[:, None]
+        parts: dict[int, NDArray[Any]] = dict(known.sums.parts)
+        parts[chunk] = _syrk(np.ascontiguousarray(rows, np.float32), parts.get(chunk), reuse)
+        return SecondMomentStat(known.count + count, replace(known.sums, parts=parts))
+
+
+def _syrk(rows: NDArray[np.float32], into: NDArray[Any] | None, reuse: bool) -> NDArray[np.float32]:
+    """`into` + rows^T rows, the upper triangle, column by column in memory as BLAS wants it."""
+    if into is None:
+        into, reuse = np.zeros((rows.shape[1], rows.shape[1]), np.float32, order="F"), True
+    return _SSYRK(1.0, rows.T, beta=1.0, c=np.asfortranarray(into, np.float32), overwrite_c=reuse)
 
 
 def _row_weights(weights: NDArray[Any], array: NDArray[Any], part: slice) -> F64:

@@ -1,35 +1,37 @@
 """One pass over the data that answers many probes, near the speed of inference.
 
 Statistics are reduced inside the graph by ONNX Runtime's own kernels where they can be (`qcompile.calib.instrument`), so
-that only small results leave the session; what is left to do outside (counting codes, sampling rows) is done for one
+that only small results leave the session; what is left to do outside (histograms, sampling rows) is done for one
 batch while ONNX Runtime runs the next.  Statistics are merged batch by batch: memory does not grow with the samples.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from qcompile.calib.chunks import CHUNK, chunk_samples
 from qcompile.calib.data import Dataset, fixed_batch
-from qcompile.calib.histogram import Histogram, HistogramStat
 from qcompile.calib.instrument import Instrumented, instrument
 from qcompile.calib.memory import plan as plan_memory
 from qcompile.calib.observers import Probe, Stat
-from qcompile.calib.readout import Arrays, Batch, CodeScales
+from qcompile.calib.readout import Arrays, Batch
 from qcompile.calib.rows import Rows, RowsStat
 from qcompile.calib.serving import open_session
+from qcompile.calib.sums import SecondMomentStat
 from qcompile.errors import DataError
 from qcompile.ir.model import Model
 from qcompile.runtime.session import batch_length, run
 
 DEFAULT_BATCH = 8
 _WAITING_ROWS = 128
+_MERGERS = max(1, (os.cpu_count() or 1) // 2)
 _SEGMENT_CHUNKS = 16
 
 OnBatch = Callable[[dict[Probe, Stat], int], None]
@@ -123,8 +125,9 @@ class _Counted:
 
 @dataclass
 class Sweep:
-    """One session that answers `probes` over ranges of samples; `stats` is only touched by one thread at a time.
+    """One session that answers `probes` over ranges of samples; each probe's statistic is only touched by one thread at a time.
 
+    `own` names the probes whose statistics nobody else holds, so that they may be changed in place.
     `arena` False gives memory back after every use (see `qcompile.runtime.session.make_session`).
     """
 
@@ -135,11 +138,14 @@ class Sweep:
     threads: int | None = None
     arena: bool = True
     stats: dict[Probe, Stat] = field(default_factory=dict[Probe, Stat])
-    fetched: set[str] = field(default_factory=set[str])
+    own: set[Probe] = field(default_factory=set[Probe])
     waiting: dict[Probe, list[RowsStat]] = field(default_factory=dict[Probe, list[RowsStat]])
 
     def __post_init__(self) -> None:
-        self._open()
+        self.plan: Instrumented = instrument(self.model, self.probes)
+        self.session = open_session(self.plan.model, qdq_fusion=False, threads=self.threads, arena=self.arena)
+        self.outputs = [str(o.name) for o in self.plan.model.graph.outputs]
+        self.taken = {i.name for i in self.session.get_inputs()}
 
     def run(
         self,
@@ -151,48 +157,34 @@ class Sweep:
     ) -> dict[Probe, Stat]:
         """`stats` with samples `start` to `end` merged in: the batches in order, each merged while the next one runs."""
         self.stats = stats
-        self.scales = CodeScales(self._bins(), self._known_ranges())
-        pending: Future[None] | None = None
+        self.own.clear()
+        shares = [list(stats)[i::_MERGERS] for i in range(_MERGERS)]
+        pending: list[Future[None]] = []
         done = start
 
-        def settle(of: Future[None] | None) -> None:
-            if of is None:
+        def settle() -> None:
+            if not pending:
                 return
-            of.result()
+            for merged in pending:
+                merged.result()
             if progress is not None:
                 progress(done - start, end - start)
             if on_batch is not None:
                 self._flush()
                 on_batch(self.stats, done)
+                self.own.clear()
 
-        with ThreadPoolExecutor(1) as worker:
+        # BLAS in one thread: its idle threads spin, and the cores belong to ONNX Runtime.
+        with threadpool_limits(1, "blas"), ThreadPoolExecutor(_MERGERS) as workers:
             for feeds, first, chunk in self._batches(start, end):
                 batch = self._answered(feeds, first, chunk)
-                settle(pending)
+                settle()
                 done = first + batch.held
-                pending = worker.submit(self._merge, batch)
+                pending = [workers.submit(self._merge, batch, share) for share in shares]
                 del batch
-            settle(pending)
+            settle()
         self._flush()
         return self.stats
-
-    def _open(self) -> None:
-        self.plan: Instrumented = instrument(self.model, self.probes, self.fetched)
-        self.session = open_session(self.plan.model, qdq_fusion=False, threads=self.threads, arena=self.arena)
-        self.outputs = [str(o.name) for o in self.plan.model.graph.outputs]
-        self.taken = {i.name for i in self.session.get_inputs()}
-
-    def _bins(self) -> dict[str, int]:
-        """The finest histogram of each tensor that has codes."""
-        bins: dict[str, int] = {}
-        for probe in self.probes:
-            if isinstance(probe.observer, Histogram) and probe.tensor in self.plan.codes:
-                bins[probe.tensor] = max(bins.get(probe.tensor, 0), probe.observer.bins)
-        return bins
-
-    def _known_ranges(self) -> dict[str, tuple[float, float]]:
-        held = {p.tensor: s for p, s in self.stats.items() if isinstance(s, HistogramStat) and s.total}
-        return {tensor: (float(s.lo), float(s.hi)) for tensor, s in held.items()}
 
     def _batches(self, start: int, end: int) -> Iterator[tuple[Arrays, int, int]]:
         """(inputs, number of the first sample, chunk); no batch crosses a chunk boundary."""
@@ -209,31 +201,12 @@ class Sweep:
                 first += held
 
     def _answered(self, feeds: Arrays, first: int, chunk: int) -> Batch:
-        """The outputs on a batch; run again where the scales of histogram codes do not fit it."""
-        while True:
-            batch = self._once(feeds, first, chunk)
-            batch.require_finite(self.model, lambda tensor: self._fetch(tensor, feeds, first))
-            ranges = batch.ranges()
-            again, unreachable = self.scales.misfits(ranges)
-            if not again:
-                self.scales.advance(ranges)
-                return batch
-            if unreachable:
-                self._keep_whole(unreachable)
-
-    def _once(self, feeds: Arrays, first: int, chunk: int) -> Batch:
-        exponents = dict(self.scales.exponents)
-        codes = self.plan.codes
-        scales = {codes[t].scale: np.asarray(2.0**-e, codes[t].dtype) for t, e in exponents.items()}
-        used = {k: v for k, v in feeds.items() if k in self.taken} | scales
+        """The outputs on a batch."""
+        used = {k: v for k, v in feeds.items() if k in self.taken}
         found = dict(zip(self.outputs, run(self.session, used, self.outputs, first), strict=True))
-        return Batch(self.plan, found, exponents, first, batch_length(feeds), chunk * CHUNK)
-
-    def _keep_whole(self, tensors: set[str]) -> None:
-        """Values that no scaled code can hold (above 2^16, or tiny) are counted outside; the running ranges stay exact."""
-        self.fetched |= tensors
-        self._open()
-        self.scales = CodeScales(self._bins(), self.scales.ranges)
+        batch = Batch(self.plan, found, first, batch_length(feeds), chunk * CHUNK)
+        batch.require_finite(self.model, lambda tensor: self._fetch(tensor, feeds, first))
+        return batch
 
     def _fetch(self, tensor: str, feeds: Arrays, first: int) -> NDArray[Any]:
         """The raw tensor of one batch, by a session of its own."""
@@ -242,10 +215,15 @@ class Sweep:
         wanted = {i.name for i in session.get_inputs()}
         return run(session, {k: v for k, v in feeds.items() if k in wanted}, None, first)[0]
 
-    def _merge(self, batch: Batch) -> None:
+    def _merge(self, batch: Batch, probes: Sequence[Probe]) -> None:
         """Into what is known; the few rows that a batch adds to a sample wait for more, since a merge copies the sample."""
         chunk = batch.chunk_first // CHUNK
-        for probe, known in self.stats.items():
+        for probe in probes:
+            known = self.stats[probe]
+            if isinstance(known, SecondMomentStat):
+                self.stats[probe] = batch.added(probe, known, probe in self.own).folded(chunk)
+                self.own.add(probe)
+                continue
             stat = batch.statistic(probe, known)
             if not isinstance(stat, RowsStat):
                 self.stats[probe] = known.merge(stat).folded(chunk)

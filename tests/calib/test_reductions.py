@@ -13,7 +13,6 @@ from onnx import TensorProto as T
 from onnx import helper
 
 from qcompile.calib.data import Dataset
-from qcompile.calib.instrument import instrument
 from qcompile.calib.observers import (
     AbsMax,
     ChannelHistograms,
@@ -80,7 +79,7 @@ CASES: dict[str, NDArray[Any]] = {
 
 @pytest.mark.parametrize("bins", [4096, 32])
 @pytest.mark.parametrize("name", CASES)
-def test_codes_count_exactly(name: str, bins: int) -> None:
+def test_histograms_count_exactly(name: str, bins: int) -> None:
     x = CASES[name]
     elem = {"float16": T.FLOAT16, "float32": T.FLOAT, "float64": T.DOUBLE}[x.dtype.name]
     model, data = copied(x, elem)
@@ -91,8 +90,6 @@ def test_codes_count_exactly(name: str, bins: int) -> None:
 def test_values_that_are_not_negative_are_cut_the_same_way() -> None:
     model = cnn()
     x = np.random.default_rng(0).normal(size=(9, 3, 8, 8)).astype(np.float32)
-    made = instrument(model, [Probe("a1", Histogram()), Probe("c2", Histogram())])
-    assert [n.op_type for n in made.model.graph].count("Floor") == 1
     raw = sweep(model, held({"x": x}), [Probe("a1", Histogram()), Probe("a1", ChannelHistograms(1))], threads=1)
     channels = raw[Probe("a1", ChannelHistograms(1))].channels  # type: ignore[attr-defined]
     whole = raw[Probe("a1", Histogram())]
@@ -185,6 +182,7 @@ def test_tiled_sweeps_give_the_same_bits() -> None:
     whole = sweep(model, data, probes, threads=1)
     least = memory.plan(model, data, probes[: len(ALL)], 8).predicted_bytes
     limit = max(memory.plan(model, data, [p for p in probes if p.tensor == t], 8).predicted_bytes for t in ("ln", "res", "act"))
+    limit += memory.with_margin(memory.statistics_bytes(model, probes))
     assert limit >= least
     assert len(memory.plan(model, data, probes, 8, limit).sweeps) > 1
     calls: list[tuple[int, int]] = []
