@@ -83,26 +83,23 @@ class Histogram:
     def empty(self) -> HistogramStat:
         return HistogramStat(self.bins, _ZERO_EXPONENT, 0, np.zeros(0, np.int64), np.asarray(np.inf), np.asarray(-np.inf))
 
-    def observe(
-        self,
-        array: NDArray[Any],
-        first_sample_index: int = 0,
-        samples: int | None = None,
-        known: HistogramStat | None = None,
-    ) -> HistogramStat:
-        """`known` is a statistic to merge with later: bins for its range from the start spare a look for the array's own.
+    def observe(self, array: NDArray[Any], first_sample_index: int = 0, samples: int | None = None) -> HistogramStat:
+        return self.added(self.empty(), array)
+
+    def added(self, known: HistogramStat, array: NDArray[Any]) -> HistogramStat:
+        """`known` and the values of `array`, in the bins of known as long as they hold them: one look at each value.
 
         Raises:
             ValueError: NaN or infinite values.
         """
         if not array.size:
-            return self.empty()
+            return known
         flat = np.ascontiguousarray(array).reshape(-1)
-        ends = (flat.min(), flat.max()) if known is None or not len(known.counts) else (known.lo, known.hi)
-        stat = self._blank(*ends)
-        scratch = np.empty(min(_BLOCK, flat.size), np.float32), np.empty(min(_BLOCK, flat.size), np.int32)
-        for i in range(0, flat.size, _BLOCK):
-            stat = self._with_block(stat, flat[i : i + _BLOCK], scratch)
+        stat = replace(known, counts=known.counts.copy()) if len(known.counts) else self._blank(flat.min(), flat.max())
+        blocks = np.array_split(flat, max(1, round(flat.size / _BLOCK)))
+        scratch = np.empty(len(blocks[0]), np.float32), np.empty(len(blocks[0]), np.int32)
+        for block in blocks:
+            stat = self._with_block(stat, block, scratch)
         return stat
 
     def _blank(self, lo: ArrayLike, hi: ArrayLike) -> HistogramStat:
@@ -116,13 +113,13 @@ class Histogram:
         return HistogramStat(self.bins, exponent, start, np.zeros(length, np.int64), low, high)
 
     def _with_block(self, stat: HistogramStat, block: NDArray[Any], scratch: Scratch) -> HistogramStat:
-        """All passes over one block while the processor's cache holds it."""
+        """All passes over one block while the processor's cache holds it; the counts change in place."""
         lo, hi = float(block.min()), float(block.max())
         if not (stat.lo <= lo and hi <= stat.hi):
             stat = stat.merge(self._blank(lo, hi))
         counts = np.zeros(len(stat.counts), np.int32)
         count_into(counts, _codes(block, stat.exponent, stat.start, lo < 0, scratch))
-        stat.counts[:] += counts
+        np.add(stat.counts, counts, out=stat.counts)
         return stat
 
 
@@ -208,7 +205,7 @@ def _codes(x: NDArray[Any], exponent: int, start: int, signed: bool, scratch: Sc
     """floor(x / 2^exponent) - start of each value; scaling by a power of two is exact (in float32 only upwards: subnormals
     would vanish)."""
     scaled, index = scratch[0][: x.size], scratch[1][: x.size]
-    if x.dtype.name in ("float16", "float32") and -120 < exponent <= 0:
+    if x.dtype.char in "ef" and -120 < exponent <= 0:  # float16 and float32
         np.multiply(x, np.float32(2.0**-exponent), out=scaled)
     else:
         scaled = np.ldexp(x.astype(np.float64), -exponent)

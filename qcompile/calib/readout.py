@@ -47,12 +47,15 @@ class Batch:
             case _:
                 return self._of_raw(probe, known)
 
-    def added(self, probe: Probe, known: SecondMomentStat, reuse: bool) -> SecondMomentStat:
-        """`known` with this batch's rows; `reuse` lets it be overwritten."""
+    def merged(self, probe: Probe, known: Stat, reuse: bool) -> Stat | None:
+        """`known` with this batch, for the observers that add to a statistic at once; `reuse` lets it be overwritten."""
         observer = probe.observer
-        assert isinstance(observer, SecondMoment)
-        weights = None if observer.weights is None else self.found[self.plan.raw[observer.weights]]
-        return observer.added(known, self.found[self.plan.raw[probe.tensor]], self.chunk_first // CHUNK, weights, reuse)
+        if isinstance(observer, SecondMoment) and isinstance(known, SecondMomentStat):
+            weights = None if observer.weights is None else self._raw(observer.weights)
+            return observer.added(known, self._raw(probe.tensor), self.chunk_first // CHUNK, weights, reuse)
+        if isinstance(observer, Histogram) and isinstance(known, HistogramStat):
+            return self._histogram(observer, probe.tensor, known)
+        return None
 
     def require_finite(self, model: Model, fetch: Callable[[str], NDArray[Any]]) -> None:
         """Look at a tensor itself where a reduction of it is not finite: the sum of finite values may overflow.
@@ -80,18 +83,20 @@ class Batch:
 
     def _of_raw(self, probe: Probe, known: Stat) -> Stat:
         """A sample of rows copies only those that can enter it."""
-        observer, array = probe.observer, self.found[self.plan.raw[probe.tensor]]
+        observer, array = probe.observer, self._raw(probe.tensor)
         if isinstance(observer, Rows) and isinstance(known, RowsStat):
             return observer.observe(array, self.first, self.held, known)
-        if isinstance(observer, Histogram) and isinstance(known, HistogramStat):
-            return self._histogram(observer, probe.tensor, array, known)
         if isinstance(observer, Moments):
             return observer.observe(array, self.chunk_first, 1)
         return observer.observe(array, self.first, self.held)
 
-    def _histogram(self, observer: Histogram, tensor: str, array: NDArray[Any], known: HistogramStat) -> HistogramStat:
+    def _histogram(self, observer: Histogram, tensor: str, known: HistogramStat) -> HistogramStat:
+        array = self._raw(tensor)
         try:
-            return observer.observe(array, known=known)
+            return observer.added(known, array)
         except ValueError:
             require_finite(self.plan.model, tensor, array, self.first)
             raise
+
+    def _raw(self, tensor: str) -> NDArray[Any]:
+        return self.found[self.plan.raw[tensor]]

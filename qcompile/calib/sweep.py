@@ -24,7 +24,6 @@ from qcompile.calib.observers import Probe, Stat
 from qcompile.calib.readout import Arrays, Batch
 from qcompile.calib.rows import Rows, RowsStat
 from qcompile.calib.serving import open_session
-from qcompile.calib.sums import SecondMomentStat
 from qcompile.errors import DataError
 from qcompile.ir.model import Model
 from qcompile.runtime.session import batch_length, run
@@ -220,8 +219,8 @@ class Sweep:
         chunk = batch.chunk_first // CHUNK
         for probe in probes:
             known = self.stats[probe]
-            if isinstance(known, SecondMomentStat):
-                self.stats[probe] = batch.added(probe, known, probe in self.own).folded(chunk)
+            if (merged := batch.merged(probe, known, probe in self.own)) is not None:
+                self.stats[probe] = merged.folded(chunk)
                 self.own.add(probe)
                 continue
             stat = batch.statistic(probe, known)
