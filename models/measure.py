@@ -1,4 +1,4 @@
-"""Measure the float models of this folder on their held-out data (numpy, onnx and onnxruntime only).
+"""Measure the models of this folder on their held-out data (numpy, onnx and onnxruntime only).
 
 usage: measure.py            measure, compare with manifest.json, exit 1 where a digest or a figure differs
        measure.py --write    measure and record digests, sizes, parameter counts and accuracies in manifest.json
@@ -66,15 +66,30 @@ def measure(entry: dict[str, Any]) -> dict[str, Any]:
     return {**facts, "data": data}
 
 
+def measure_golden(entry: dict[str, Any]) -> dict[str, Any]:
+    """Digest, size and accuracy of an integer-only model, and the digest of the integers that it must compute."""
+    path, expected = HERE / entry["file"], entry["expected"]
+    with np.load(HERE / entry["eval"]) as arrays:
+        inputs = {name: arrays[name] for name in arrays.files if name != "labels"}
+        accuracy = scores(entry["task"], logits(path, inputs), arrays["labels"])
+    facts = {"sha256": digest(path), "bytes": path.stat().st_size, "accuracy": accuracy}
+    return {**facts, "expected": {**expected, "sha256": digest(HERE / expected["file"])}}
+
+
 def main() -> int:
     """Print one line a model; return the exit code."""
     manifest = json.loads(MANIFEST.read_text(encoding="utf-8"))
     measured = [{**entry, **measure(entry)} for entry in manifest["models"]]
-    differing = [new["name"] for new, old in zip(measured, manifest["models"], strict=True) if new != old]
+    goldens = [{**entry, **measure_golden(entry)} for entry in manifest["goldens"]]
+    known = [*manifest["models"], *manifest["goldens"]]
+    differing = [new["name"] for new, old in zip([*measured, *goldens], known, strict=True) if new != old]
     for entry in measured:
         print(f"{entry['name']:24} {entry['parameters']:>8} parameters  {entry['float_accuracy']}")
+    for entry in goldens:
+        print(f"{entry['name']:24} {entry['bytes']:>8} bytes       {entry['accuracy']}")
     if "--write" in sys.argv:
-        MANIFEST.write_text(json.dumps({**manifest, "models": measured}, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps({**manifest, "models": measured, "goldens": goldens}, indent=2)
+        MANIFEST.write_text(text + "\n", encoding="utf-8")
         return 0
     print(f"differs from manifest.json: {', '.join(differing)}" if differing else "manifest.json holds")
     return 1 if differing else 0

@@ -11,6 +11,8 @@ from qcompile.passes._int_emit import INT8, INT16, INT32, Fixed, Format
 from qcompile.passes._int_plan import is_float
 from qcompile.passes._int_requant import clamped, codes
 
+_WIDEST = 1 << 30
+
 
 def quantize_inputs(scene: Scene) -> None:
     """One QuantizeLinear at each float input."""
@@ -42,13 +44,32 @@ def _dequantized(scene: Scene, value: ir.Value) -> ir.Value:
     source = clamped(scene.em, scene.em.read(value))
     axis = _scale_axis(source, value)
     if source.magnitude >= 1 << 31 or (source.zero and source.value.dtype != INT8) or (source.scale.size > 1 and axis is None):
-        source, axis = codes(scene.em, value, scene.stored_format(value)), None
+        source, axis = codes(scene.em, value, scene.decided_format(value) or _widest(source)), None
+    source = _positive(scene, source)
     stored = source.value if source.value.dtype in (INT8, INT32) else scene.em.cast(source.value, INT32)
     scale = source.scale.reshape(-1) if axis is not None else source.scale.reshape(-1)[0]
     inputs: list[ir.Value | None] = [stored, _float_constant(scene, np.asarray(scale))]
     if source.zero:
         inputs.append(scene.em.const(source.zero, INT8))
     return scene.em.emit("DequantizeLinear", inputs, value.dtype or ir.DataType.FLOAT, {} if axis is None else {"axis": axis})
+
+
+def _widest(source: Fixed) -> Format:
+    """31 bits over everything that the integers can reach: a sum beyond int32 loses its last bits, and never saturates."""
+    return Format(float(np.abs(source.scale).max()) * source.magnitude / _WIDEST, 0, -_WIDEST, _WIDEST)
+
+
+def _positive(scene: Scene, source: Fixed) -> Fixed:
+    """The same numbers with scales above 0 in float32, as DequantizeLinear's are: v s = (v sign(s)) |s|, v 0 = (v 0) 1."""
+    sign = np.sign(source.scale.astype(np.float32)).astype(np.int64)
+    if np.all(sign == 1):
+        return source
+    em, reach = scene.em, source.magnitude
+    centred = em.cast(source.value, INT32)
+    if source.zero:
+        centred = em.emit("Sub", [centred, em.const(source.zero, INT32)], INT32)
+    value = em.emit("Mul", [centred, em.const(sign, INT32)], INT32)
+    return Fixed(value, np.where(sign == 0, 1.0, np.abs(source.scale)), -reach, reach)
 
 
 def _scale_axis(source: Fixed, value: ir.Value) -> int | None:

@@ -37,16 +37,35 @@ class Scene:
         return format_of(found)
 
     def stored_format(self, value: ir.Value) -> Format:
-        """The format in which `value` is rounded: its own, else that of its readers (the finest)."""
+        """The format in which `value` is rounded.
+
+        Raises:
+            ModelError: nothing was decided.
+        """
+        found = self.decided_format(value)
+        if found is None:
+            raise ModelError(f"nothing says how {value.name!r} is stored; run annotate for --target integer first")
+        return found
+
+    def decided_format(self, value: ir.Value) -> Format | None:
+        """The format of `value`: its own, else that of its readers (the finest); None if nothing was decided."""
         last = settled(value)
         maker, index = last.producer(), last.index()
         own = decision(maker, ~index) if maker is not None and index is not None else None
         if own is not None and own.qparams is not None:
             return format_of(own)
         wanted = [f for leaf in leaves(self.plan, last) if (f := self._leaf_format(leaf.node, leaf.slot, leaf.want, leaf.factor))]
-        if not wanted:
-            raise ModelError(f"nothing says how {value.name!r} is stored; run annotate for --target integer first")
-        return min(wanted, key=lambda f: f.scale)
+        return min(wanted, key=lambda f: f.scale, default=None)
+
+    def shared_format(self, value: ir.Value) -> Format | None:
+        """The int8 codes that all readers of `value` want; None if they differ, or want something else."""
+        last = settled(value)
+        readers = list(leaves(self.plan, last))
+        maker, index = last.producer(), last.index()
+        if (maker is not None and index is not None and decision(maker, ~index)) or any(r.want != "int8" for r in readers):
+            return None
+        formats = {self._leaf_format(r.node, r.slot, r.want, r.factor) for r in readers}
+        return formats.pop() if len(formats) == 1 else None
 
     def _leaf_format(self, node: ir.Node | None, slot: int, want: str, factor: float) -> Format | None:
         if want == "scores":

@@ -9,18 +9,26 @@ import onnx_ir as ir
 from qcompile.ir.decisions import decision
 from qcompile.ir.ops import is_op, static_shape
 from qcompile.passes._int_plan import Plan, Step
+from qcompile.pipeline.base import PassContext
+
+_SUMMED = ("macs", "bops", "weight_bytes")
 
 
-def cost(found: Plan) -> dict[str, int]:
-    """`macs` of integer products, `bops` = macs times the bits of both operands, `weight_bytes` at the codes' true width.
+def note_cost(found: Plan, ctx: PassContext) -> None:
+    """A note for each convolution and product, and one with the totals."""
+    layers = {str(s.node.name): _cost(s) for s in found.steps if s.family in ("linear", "product")}
+    for name, numbers in layers.items():
+        ctx.note(name, "cost of the layer a sample", **numbers)
+    ctx.note("", "cost a sample", **{key: sum(numbers[key] for numbers in layers.values()) for key in _SUMMED})
 
-    For one sample: dimensions that are not known count as 1.
-    """
-    layers = [s for s in found.steps if s.family in ("linear", "product")]
-    macs = [_macs(s) for s in layers]
-    bops = sum(m * _bits(s.node, 0) * _bits(s.node, 1) for m, s in zip(macs, layers, strict=True))
-    bits = sum(_size(s.node.inputs[1]) * _bits(s.node, 1) for s in layers if s.family == "linear")
-    return {"macs": sum(macs), "bops": bops, "weight_bytes": bits // 8}
+
+def _cost(step: Step) -> dict[str, int]:
+    """`macs`, `activation_bits`, `weight_bits` (of the second operand), `bops` = their product, and `weight_bytes` at the
+    codes' true width; dimensions that are not known count as 1."""
+    macs, activation, weight = _macs(step), _bits(step.node, 0), _bits(step.node, 1)
+    stored = -(-_size(step.node.inputs[1]) * weight // 8) if step.family == "linear" else 0
+    widths = {"activation_bits": activation, "weight_bits": weight}
+    return {"macs": macs, **widths, "bops": macs * activation * weight, "weight_bytes": stored}
 
 
 def _macs(step: Step) -> int:

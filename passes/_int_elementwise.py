@@ -17,10 +17,11 @@ from qcompile.passes._int_context import Scene, clamp_bounds, narrowed
 from qcompile.passes._int_emit import INT8, INT16, INT32, INT64, UNBOUNDED, Fixed, Format
 from qcompile.passes._int_linear import INT32_LIMIT, with_constant
 from qcompile.passes._int_plan import Step, constant_operand, entry, is_bias
-from qcompile.passes._int_requant import clamped, codes, rounded_sum
+from qcompile.passes._int_requant import clamped, clip, codes, rounded_sum
 
 _Array = NDArray[np.float64]
-TABLE = 256
+_ANY_INT64 = 2.0**63
+_COARSEST = 0.25
 
 
 def add(scene: Scene, step: Step) -> Fixed:
@@ -64,7 +65,19 @@ def scale(scene: Scene, step: Step) -> Fixed:
     source = scene.em.read(node.inputs[1 - found[1]])
     if source.clamp != UNBOUNDED and not (factor.size == 1 and factor.reshape(-1)[0] > 0):
         source = clamped(scene.em, source)
+    if np.any(factor == 0):
+        source, factor = _silenced(scene, clamped(scene.em, source), factor)
     return source.times(factor.reshape(()) if factor.size == 1 else factor)
+
+
+def _silenced(scene: Scene, source: Fixed, factor: _Array) -> tuple[Fixed, _Array]:
+    """Integers set to 0 where the factor is 0, which gets the size of the others: what is added there later needs a unit."""
+    em, alive = scene.em, factor != 0
+    dtype = INT64 if source.value.dtype == INT64 else INT32
+    value = em.emit("Mul", [_centred(scene, source, dtype), em.const(alive, dtype)], dtype)
+    unit = float(np.abs(factor[alive]).mean()) if alive.any() else 1.0
+    reach = source.magnitude
+    return Fixed(value, source.scale, -reach, reach), np.where(alive, factor, unit)
 
 
 def multiply(scene: Scene, step: Step) -> Fixed:
@@ -109,7 +122,7 @@ def from_int(scene: Scene, step: Step) -> Fixed:
     wide = em.cast(source, INT64)
     fmt = scene.stored_format(step.output)
     low, high = math.ceil((fmt.lo - fmt.zero) * fmt.scale - 1e-3), math.floor((fmt.hi - fmt.zero) * fmt.scale + 1e-3)
-    clipped = em.emit("Clip", [wide, em.const(low, INT64), em.const(high, INT64)], INT64)
+    clipped = clip(em, wide, low, high, _ANY_INT64)
     em.ctx.note(em.at, f"integers cast to numbers are saturated to {low}..{high}, twice what calibration saw")
     return Fixed(em.cast(clipped, INT32), np.asarray(1.0), low, high)
 
@@ -132,16 +145,22 @@ def _side(scene: Scene, value: ir.Value | None, fmt: Format) -> ir.Value:
 
 
 def table(scene: Scene, step: Step) -> Fixed:
-    """Any function of one tensor: 256 answers, looked up by code."""
+    """Any function of one tensor: 256 answers, looked up by code.
+
+    Raises:
+        ModelError: one code stands for so much of a sine's period that its answers say nothing.
+    """
     em = scene.em
     fmt = scene.input_format(*entry(step))
+    if fmt.scale > _COARSEST and any(is_op(n, "Sin", "Cos") for n in step.nodes):
+        raise ModelError(f"{step.node.name}: one of 256 codes stands for {fmt.scale:.3g} rad; compute it outside of the model")
     x = codes(em, step.source, fmt)
     index = em.emit("Add", [em.cast(x.value, INT64), em.const(128, INT64)], INT64)
     reals = (np.arange(-128, 128, dtype=np.float64) - fmt.zero) * fmt.scale
     out = scene.stored_format(step.output)
     bounds = scene.clamp_behind(step.output)
     answers = out.code(np.clip(_evaluate(step, reals), *bounds))
-    narrow = INT8 if out.dtype == INT8 else INT16
+    narrow = INT8 if out.dtype == INT8 else INT16 if out.lo >= -(1 << 15) and out.hi < 1 << 15 else INT32
     value = em.emit("Gather", [em.const(answers, narrow), index], narrow, {"axis": 0})
     return Fixed(value, np.asarray(out.scale), int(answers.min()), int(answers.max()), out.zero)
 

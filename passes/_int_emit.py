@@ -18,7 +18,8 @@ from qcompile.ir.ops import const_array
 from qcompile.ir.select import ORIGIN
 from qcompile.pipeline.base import PassContext
 
-INT8, INT16, INT32, INT64 = ir.DataType.INT8, ir.DataType.INT16, ir.DataType.INT32, ir.DataType.INT64
+INT4, INT8, INT16 = ir.DataType.INT4, ir.DataType.INT8, ir.DataType.INT16
+INT32, INT64 = ir.DataType.INT32, ir.DataType.INT64
 UINT64, BOOL = ir.DataType.UINT64, ir.DataType.BOOL
 Reals = NDArray[np.float64]
 UNBOUNDED = (-math.inf, math.inf)

@@ -12,12 +12,13 @@ from qcompile.errors import ModelError
 from qcompile.ir.decisions import decision
 from qcompile.ir.ops import const_array, float_attr, input_at, int_attr, is_op
 from qcompile.passes._int_context import Scene
-from qcompile.passes._int_emit import INT8, INT32, INT64, Emitter, Fixed, Reals
+from qcompile.passes._int_emit import INT4, INT8, INT32, INT64, Emitter, Fixed, Reals
 from qcompile.passes._int_plan import Step
 from qcompile.passes._int_requant import codes
 from qcompile.quant.affine import quantize
 
 INT32_LIMIT = (1 << 31) - 1
+_DEAD_UNIT = 2.0**-15
 _CONV_ATTRIBUTES = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "strides")
 
 
@@ -50,15 +51,34 @@ def _weight(node: ir.Node) -> tuple[NDArray[np.int8], Reals]:
     quantized = np.asarray(quantize(array.astype(np.float32), d.qparams, d.spec.qtype, d.spec.granularity)).astype(np.int8)
     if is_op(node, "Gemm") and int_attr(node, "transB", 0):
         quantized = np.ascontiguousarray(quantized.T)
-    return quantized, d.qparams.scale.astype(np.float32).astype(np.float64)
+    scale = d.qparams.scale.astype(np.float32).astype(np.float64)
+    axes = tuple(range(1, quantized.ndim)) if is_op(node, "Conv") else (0,)
+    return quantized, _with_units(scale, np.asarray(quantized.any(axes)))
+
+
+def _with_units(scale: Reals, alive: NDArray[np.bool_]) -> Reals:
+    """Channels whose codes are all 0 take a finer scale, the mean of the others': a bias is all they make, and it needs a unit.
+
+    2^-15 of their own at least, so that a bias that `rtn` keeps below 2^29 units stays below 2^44.
+    """
+    mean = float(np.broadcast_to(scale, alive.shape)[alive].mean()) if alive.any() else 0.0
+    return np.where(alive, scale, np.minimum(scale, np.maximum(mean, scale * _DEAD_UNIT)))
 
 
 def _product(em: Emitter, node: ir.Node, x: Fixed, weight: NDArray[np.int8]) -> ir.Value:
-    inputs: list[ir.Value | None] = [x.value, em.const(weight, INT8), *_zero_points(em, x)]
+    inputs: list[ir.Value | None] = [x.value, _stored(em, node, weight), *_zero_points(em, x)]
     if not is_op(node, "Conv"):
         return em.emit("MatMulInteger", inputs, INT32)
     attributes: dict[str, Any] = {k: node.attributes[k].value for k in _CONV_ATTRIBUTES if k in node.attributes}
     return em.emit("ConvInteger", inputs, INT32, attributes)
+
+
+def _stored(em: Emitter, node: ir.Node, weight: NDArray[np.int8]) -> ir.Value:
+    """The weight as an initializer: two codes a byte up to 4 bits, widened by a Cast (the products read int8 only)."""
+    d = decision(node, 1)
+    if d is None or d.spec.qtype.bits > INT4.bitwidth:
+        return em.const(weight, INT8)
+    return em.cast(em.const(weight, INT4), INT8)
 
 
 def _zero_points(em: Emitter, *terms: Fixed) -> list[ir.Value | None]:
@@ -96,7 +116,7 @@ def _length(node: ir.Node) -> int:
 def with_constant(em: Emitter, acc: Fixed, constant: Reals) -> Fixed:
     """acc + round(constant / scale) in the accumulators' own integers; int64 where int32 could overflow."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        steps = np.where(acc.scale == 0, 0.0, constant / acc.scale)
+        steps = np.where(constant == 0, 0.0, constant / acc.scale)
     if np.abs(steps).max(initial=0.0) >= 2.0**45:
         raise ModelError(f"{em.at}: a constant is 2^45 times as large as the layer's unit; check the weights for dead channels")
     added = np.rint(steps).astype(np.int64)

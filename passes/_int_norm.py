@@ -1,8 +1,9 @@
-"""LayerNorm and RMSNorm in int64, with an exact integer square root."""
+"""LayerNorm, RMSNorm and GroupNorm in int64, with an exact integer square root."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
@@ -10,50 +11,85 @@ import onnx_ir as ir
 from qcompile.ir.ops import const_array
 from qcompile.passes._int_context import Scene
 from qcompile.passes._int_emit import BOOL, INT64, UINT64, Emitter, Fixed
+from qcompile.passes._int_groups import Groups, groups_of
 from qcompile.passes._int_plan import Step, entry
-from qcompile.passes._int_requant import codes, rounded_sum, shift
+from qcompile.passes._int_requant import clip, codes, rounded_sum, shift
 
-_FRACTION_BITS = 24
+_ONE = 1 << 24
 _NEWTON_STEPS = 5
 _LARGEST_ROOT = 3037000499
 _LARGEST_EPS = 1 << 60
-_WIDEST = 1024
+_EXACT_SUM = 1 << 53
 
 
 def norm(scene: Scene, step: Step) -> Fixed:
-    """gamma (x - mean) / sqrt(var + eps) + beta over the last axis, from 16-bit codes x = s q.
+    """gamma (x - mean) / sqrt(var + eps) + beta over the last axis or over groups of channels, from 16-bit codes x = s q.
 
     With d = n q - sum(q) and V = sum(d^2):  (x - mean) / sqrt(var + eps) = d sqrt(n) / sqrt(V + eps n^3 / s^2), so the only
-    rounding in front of the output's is floor(sqrt) and one division; V stays below 2^62 (wider norms shift d first).
+    rounding in front of the output's is floor(sqrt) and one division.  V stays within 2^53 (wider norms shift d first):
+    ONNX Runtime sums int64 in double.
     """
     found, em = step.info, scene.em
-    assert found is not None and found.channels is not None
+    assert found is not None
     x = codes(em, step.source, scene.input_format(*entry(step)))
-    n, relative = found.channels, found.eps / float(x.scale) ** 2
-    d, eps = (em.cast(x.value, INT64), relative * n) if found.kind == "rms" else _centred(em, x, n, relative)
-    last = em.const(np.asarray([-1]), INT64)
-    energy = em.emit("ReduceSum", [em.emit("Mul", [d, d], INT64), last], INT64, {"keepdims": 1})
-    least = int(np.clip(np.rint(eps), 1, _LARGEST_EPS))
-    root = square_root(em, em.emit("Add", [energy, em.const(least, INT64)], INT64))
-    one = 1 << _FRACTION_BITS
-    ratio = em.emit("Div", [em.emit("Mul", [d, em.const(one, INT64)], INT64), root], INT64)
-    held = em.emit("Clip", [ratio, em.const(-2 * one, INT64), em.const(2 * one, INT64)], INT64)
-    gamma, beta = (None if v is None else const_array(v) for v in (found.gamma, found.beta))
-    scale = np.asarray(math.sqrt(n) / one) * (1.0 if gamma is None else gamma.astype(np.float64))
-    normal = Fixed(held, scale, -2 * one, 2 * one)
-    offset = None if beta is None else beta.astype(np.float64)
-    return rounded_sum(em, [normal], offset, scene.stored_format(step.output))
+    gamma, beta = (None if v is None else np.asarray(const_array(v), np.float64) for v in (found.gamma, found.beta))
+    if found.kind == "group":
+        groups = groups_of(found)
+        assert isinstance(groups, Groups)
+        n, held = groups.size, _over_groups(em, x, groups, found.eps)
+        gamma, beta = (None if v is None else groups.along_channels(v) for v in (gamma, beta))
+    else:
+        assert found.channels is not None
+        n, held = found.channels, _normalised(em, x, found.channels, found.eps, centre=found.kind == "layer")
+    scale = np.asarray(math.sqrt(n) / _ONE) * (1.0 if gamma is None else gamma)
+    return rounded_sum(em, [Fixed(held, scale, -2 * _ONE, 2 * _ONE)], beta, scene.stored_format(step.output))
 
 
-def _centred(em: Emitter, x: Fixed, n: int, eps: float) -> tuple[ir.Value, float]:
-    """(n q - sum q, eps n^3), both shifted so that the sum of squares stays below 2^62."""
+def _over_groups(em: Emitter, x: Fixed, groups: Groups, eps: float) -> ir.Value:
+    """[N, C, ...] normalised as [N, groups, elements of a group]."""
+    inside = replace(x, value=_reshaped(em, x.value, groups.count, groups.size))
+    return _reshaped(em, _normalised(em, inside, groups.size, eps, centre=True), *groups.shape)
+
+
+def _reshaped(em: Emitter, value: ir.Value, *shape: int) -> ir.Value:
+    """[N, ...] as [N, *shape]."""
+    assert value.dtype is not None
+    return em.emit("Reshape", [value, em.const(np.asarray([0, *shape]), INT64)], value.dtype)
+
+
+def _normalised(em: Emitter, x: Fixed, n: int, eps: float, *, centre: bool) -> ir.Value:
+    """(x - mean) / (sqrt(var + eps) sqrt(n)) over the last axis, in 2^-24."""
+    d, reach, factor = _centred(em, x, n) if centre else (em.cast(x.value, INT64), x.magnitude, float(n))
+    bits = _spare_bits(n, reach)
+    if bits:
+        d, reach = shift(em, d, np.asarray(bits)), _shifted(reach, bits)
+    least = eps / float(x.scale) ** 2 * factor / 4.0**bits
+    return _over_length(em, d, int(np.clip(np.rint(least), 1, _LARGEST_EPS)), reach)
+
+
+def _centred(em: Emitter, x: Fixed, n: int) -> tuple[ir.Value, int, float]:
+    """n q - sum q, its bound, and the factor n^3 that epsilon takes."""
     wide = em.cast(x.value, INT64)
     total = em.emit("ReduceSum", [wide, em.const(np.asarray([-1]), INT64)], INT64, {"keepdims": 1})
     d = em.emit("Sub", [em.emit("Mul", [wide, em.const(n, INT64)], INT64), total], INT64)
-    if n <= _WIDEST:
-        return d, eps * float(n) ** 3
-    bits = math.ceil(1.5 * math.log2(n / _WIDEST))
-    return shift(em, d, np.asarray(bits)), eps * float(n) ** 3 / 4.0**bits
+    return d, n * (x.hi - x.lo), float(n) ** 3
+
+
+def _spare_bits(n: int, reach: int) -> int:
+    """By how many bits n numbers of magnitude `reach` are shifted for their squares to add up to 2^53 at most."""
+    return next(bits for bits in range(64) if n * _shifted(reach, bits) ** 2 <= _EXACT_SUM)
+
+
+def _shifted(reach: int, bits: int) -> int:
+    return reach if not bits else (reach + (1 << (bits - 1))) >> bits
+
+
+def _over_length(em: Emitter, d: ir.Value, least: int, reach: int) -> ir.Value:
+    """trunc(d 2^24 / floor(sqrt(sum(d^2) + least))) over the last axis; the clip never binds, it carries the proof."""
+    energy = em.emit("ReduceSum", [em.emit("Mul", [d, d], INT64), em.const(np.asarray([-1]), INT64)], INT64, {"keepdims": 1})
+    root = square_root(em, em.emit("Add", [energy, em.const(least, INT64)], INT64))
+    ratio = em.emit("Div", [em.emit("Mul", [d, em.const(_ONE, INT64)], INT64), root], INT64)
+    return clip(em, ratio, -2 * _ONE, 2 * _ONE, float(reach * _ONE))
 
 
 def square_root(em: Emitter, value: ir.Value) -> ir.Value:

@@ -12,12 +12,14 @@ import onnx_ir as ir
 from qcompile.ir.match_act import find_activations
 from qcompile.ir.match_core import data_uses
 from qcompile.ir.match_norm import Norm, find_norms
-from qcompile.ir.ops import const_array, const_scalar, input_at, is_const, is_op, weight_slot
+from qcompile.ir.ops import const_array, const_scalar, input_at, is_const, is_op, static_shape, weight_slot
+from qcompile.passes._int_groups import groups_of
 from qcompile.passes._int_refusals import refusal
+from qcompile.target.rules_integer import KEPT
 
 Family = Literal[
     "keep", "linear", "product", "add", "offset", "scale", "multiply", "clamp", "table", "norm", "softmax",
-    "maxpool", "avgpool", "sum", "root", "divide", "move", "concat", "where", "from-int", "refused",
+    "maxpool", "avgpool", "sum", "root", "divide", "move", "concat", "where", "from-int", "lookup", "refused",
 ]  # fmt: skip
 _MOVES = frozenset(
     {"Reshape", "Transpose", "Slice", "Split", "Squeeze", "Unsqueeze", "Flatten", "Expand", "Pad", "Gather", "Tile", "Resize"}
@@ -28,7 +30,7 @@ _TABLES = frozenset(
      "Reciprocal", "Gelu", "Mish", "Swish", "Celu", "Selu", "Softsign", "Sin", "Cos", "ThresholdedRelu"}
 )  # fmt: skip
 _ACTIVATION_CLAMPS = ("relu", "relu6", "prelu")
-_ROUNDING = frozenset({"add", "offset", "table", "norm", "softmax", "concat", "where", "divide"})
+_ROUNDING = frozenset({"add", "offset", "table", "lookup", "norm", "softmax", "concat", "where", "divide"})
 _EXACT = frozenset({"linear", "product", "sum", "multiply", "avgpool"})
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.BFLOAT16)
 
@@ -75,9 +77,8 @@ def plan(graph: ir.Graph) -> Plan:
     """Classify every node: norms and activation functions as a whole, the others one by one."""
     out = Plan()
     for norm in find_norms(graph):
-        if norm.kind in ("layer", "rms") and _closed(norm.nodes, norm.output):
-            unknown = "" if norm.channels is not None else "the number of channels is unknown"
-            out.add(Step("norm", norm.nodes, norm.input, unknown, norm))
+        if _closed(norm.nodes, norm.output):
+            out.add(Step("norm", norm.nodes, norm.input, _unknown(norm), norm))
     for act in find_activations(graph):
         if act.kind not in _ACTIVATION_CLAMPS and _closed(act.nodes, act.output) and not any(n in out.of for n in act.nodes):
             out.add(Step("table", act.nodes, act.input))
@@ -89,6 +90,14 @@ def plan(graph: ir.Graph) -> Plan:
     out.steps = [Step("refused", s.nodes, s.source, s.reason) if s.reason else s for s in out.steps]
     out.of.update({n: s for s in out.steps for n in s.nodes})
     return out
+
+
+def _unknown(norm: Norm) -> str:
+    """Why the number of elements that a norm averages over is not known."""
+    if norm.kind != "group":
+        return "" if norm.channels is not None else "the number of channels is unknown"
+    groups = groups_of(norm)
+    return groups if isinstance(groups, str) else ""
 
 
 def _closed(nodes: tuple[ir.Node, ...], output: ir.Value) -> bool:
@@ -104,6 +113,8 @@ def _single(node: ir.Node) -> Step:
     family = _family(node)
     if family is None or reason:
         return Step("refused", (node,), source, reason or f"{node.op_type} has no integer form here")
+    if family == "keep" and node.op_type not in KEPT:
+        return Step("refused", (node,), source, f"{node.op_type} on integers is not an operator of this target")
     return Step(family, (node,), source)
 
 
@@ -122,7 +133,7 @@ def _family(node: ir.Node) -> Family | None:
     if is_op(node, "Sqrt") and _of_sum(node):
         return "root"
     if node.op_type in _TABLES:
-        return "table"
+        return "table" if counted(node) is None else "lookup"
     return _others(node)
 
 
@@ -261,6 +272,20 @@ def is_bias(found: Plan, node: ir.Node) -> bool:
         producer = value.producer() if value is not None else None
     accumulates = producer is not None and found.of[producer].family in _EXACT
     return accumulates and all(leaf.want != "scores" for leaf in leaves(found, node.outputs[0]))
+
+
+def counted(node: ir.Node) -> tuple[ir.Value, np.ndarray] | None:
+    """(n, c) of Sin(n c) or Cos(n c) with n [..., 1] cast from integers and c a vector."""
+    product = node.inputs[0].producer() if is_op(node, "Sin", "Cos") and node.inputs[0] is not None else None
+    found = constant_operand(product) if product is not None and is_op(product, "Mul") else None
+    if product is None or found is None or found[0].shape[-1:] != (found[0].size,):
+        return None
+    value = product.inputs[1 - found[1]]
+    cast = value.producer() if value is not None else None
+    shape = static_shape(value)
+    if value is None or cast is None or not is_op(cast, "Cast") or is_float(cast.inputs[0]) or not shape or shape[-1] != 1:
+        return None
+    return value, found[0].reshape(-1)
 
 
 def constant_operand(node: ir.Node) -> tuple[np.ndarray, int] | None:

@@ -15,6 +15,7 @@ from qcompile.passes._int_emit import BOOL, INT8, INT32, INT64, UINT64, UNBOUNDE
 from qcompile.quant.dyadic import common_dyadic, rounding
 
 BIAS = 1 << 62
+_COMPARABLE = 1 << 31
 
 
 def codes(em: Emitter, value: ir.Value | None, fmt: Format) -> Fixed:
@@ -101,16 +102,20 @@ def stored(em: Emitter, value: ir.Value, fmt: Format, reach: float, clamp: tuple
 
 
 def clip(em: Emitter, value: ir.Value, lo: int, hi: int, reach: float) -> ir.Value:
-    """Clip of int64 values of magnitude <= reach.
-
-    ONNX Runtime 1.31's Clip, Min and Max on int64 order numbers wrongly once bit 31 is set in one and not in the other (vector
-    code on x86-64); its uint64 kernels are right, so that larger values are compared there, moved up by 2^62.
-    """
-    if reach < 1 << 31:
+    """Clip of int64 values of magnitude <= reach."""
+    if reach < _COMPARABLE:
         return em.emit("Clip", [value, em.const(lo, INT64), em.const(hi, INT64)], INT64)
-    raised = em.cast(em.emit("Add", [value, em.const(BIAS, INT64)], INT64), UINT64)
-    held = em.emit("Clip", [raised, em.const(BIAS + lo, UINT64), em.const(BIAS + hi, UINT64)], UINT64)
-    return em.emit("Sub", [em.cast(held, INT64), em.const(BIAS, INT64)], INT64)
+    return _by_comparison(em, "Min", _by_comparison(em, "Max", value, em.const(lo, INT64)), em.const(hi, INT64))
+
+
+def _by_comparison(em: Emitter, op: str, value: ir.Value, bound: ir.Value) -> ir.Value:
+    """Max or Min of int64 with a constant as Where(value < bound, bound, value).
+
+    ONNX Runtime 1.31's Clip, Max and Min on int64 order numbers wrongly once bit 31 is set in one and not in the other (vector
+    code on x86-64, https://github.com/microsoft/onnxruntime/pull/25280); its comparisons are right.
+    """
+    beyond = em.emit("Less" if op == "Max" else "Greater", [value, bound], BOOL)
+    return em.emit("Where", [beyond, bound, value], INT64)
 
 
 def limits(fmt: Format, clamp: tuple[float, float]) -> tuple[int, int]:
@@ -123,24 +128,17 @@ def clamped(em: Emitter, term: Fixed) -> Fixed:
     """The same tensor with its waiting clamp carried out (Max and Min on the integers)."""
     if term.clamp == UNBOUNDED:
         return term
-    wide = max(abs(term.lo), abs(term.hi)) >= 1 << 31
+    wide = max(abs(term.lo), abs(term.hi)) >= _COMPARABLE
     dtype = INT8 if term.value.dtype == INT8 else INT64 if wide else INT32
     value, (low, high) = em.cast(term.value, dtype), term.clamp
     bounds = [_grid(c, term) for c in (low, high)]
+    lo, hi = term.lo, term.hi
     for op, bound in zip(("Max", "Min"), bounds, strict=True):
         if bound is not None:
-            value = _limited(em, op, value, em.const(bound, dtype), wide)
-    lo = term.lo if bounds[0] is None else max(term.lo, int(bounds[0].min()))
-    hi = term.hi if bounds[1] is None else min(term.hi, int(bounds[1].max()))
-    return Fixed(value, term.scale, min(lo, hi), max(lo, hi), term.zero)
-
-
-def _limited(em: Emitter, op: str, value: ir.Value, bound: ir.Value, wide: bool) -> ir.Value:
-    """Max or Min with a constant; by comparison where int64 may pass 2^31 (see `clip`)."""
-    if not wide:
-        return em.emit(op, [value, bound], value.dtype or INT32)
-    beyond = em.emit("Less" if op == "Max" else "Greater", [value, bound], BOOL)
-    return em.emit("Where", [beyond, bound, value], INT64)
+            held, pick = em.const(bound, dtype), max if op == "Max" else min
+            value = _by_comparison(em, op, value, held) if wide else em.emit(op, [value, held], dtype)
+            lo, hi = pick(lo, int(bound.min())), pick(hi, int(bound.max()))
+    return Fixed(value, term.scale, lo, hi, term.zero)
 
 
 def _grid(bound: float, term: Fixed) -> NDArray[np.int64] | None:

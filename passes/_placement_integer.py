@@ -62,10 +62,15 @@ def _inputs(out: Placement, step: Step, scheme: Scheme) -> None:
 def _output(out: Placement, found: Plan, step: Step, value: ir.Value) -> None:
     if step.family == "from-int":
         out.add(step.node, ~0, _COUNTS)
-    if step.family in ("keep", "move", "clamp", "from-int") or value.producer() is None:
+    if step.family in ("keep", "move", "from-int") or value.producer() is None or _merged(step):
         return
     last = settled(value)
     maker, index = last.producer(), last.index()
     if must_store(found, step, last) and own_store(found, last):
         assert maker is not None and index is not None
         out.add(maker, ~index, WIDE)
+
+
+def _merged(step: Step) -> bool:
+    """Whether the step is a clamp that alone reads its input, so that it becomes the limits of that tensor's codes."""
+    return step.family == "clamp" and step.source is not None and settled(step.source) is not step.source

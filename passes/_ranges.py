@@ -19,7 +19,7 @@ from qcompile.quant.qtype import QType
 from qcompile.quant.spec import QuantSpec
 
 F64 = NDArray[np.float64]
-Method = Literal["minmax", "percentile", "entropy", "mse", "search"]
+Method = Literal["minmax", "percentile", "entropy", "mse", "weighted", "search"]
 Range = tuple[F64, F64]
 
 PERCENTILES = (99.9, 99.99, 99.999)
@@ -36,13 +36,18 @@ class Chosen:
     method: str
 
 
+def automatic(spec: QuantSpec) -> Method:
+    """The method of `annotate{range=auto}`."""
+    return "minmax" if spec.qtype.bits > 8 or spec.qtype.family == "float" else "mse"
+
+
 def range_probes(site: Site, method: str, readers: Sequence[NDArray[np.float32]]) -> list[Probe]:
     """What `choose` reads: a folded input's statistics followed the fold; anything else is observed."""
     if site.carried or (input_folded(site.node) and site.slot >= 0):
         return [Probe(site.measured, MinMax(-1)), Probe(site.measured, Rows(FOLD_ROWS))]
     if method == "minmax":
         return [Probe(site.measured, MinMax())]
-    rows = [Probe(site.measured, Rows(SEARCH_ROWS))] if method == "search" and readers else []
+    rows = [Probe(site.measured, Rows(SEARCH_ROWS))] if method in ("weighted", "search") and readers else []
     return [Probe(site.measured, Histogram()), *rows]
 
 
@@ -80,28 +85,45 @@ def choose(method: str, spec: QuantSpec, stats: Sequence[Stat], readers: Sequenc
     if method == "minmax":
         return Chosen(*ranges.minmax(stat), method)  # type: ignore[arg-type]
     assert isinstance(stat, HistogramStat)
-    if method == "search":
+    if method in ("weighted", "search"):
         rows = next((s.rows for s in stats if isinstance(s, RowsStat)), None)
-        return _searched(stat, spec, rows, readers)
+        return (_weighted if method == "weighted" else _searched)(stat, spec, rows, _joint_weight(rows, readers))
     method = "mse" if method == "entropy" and spec.qtype.family != "int" else method
     return Chosen(*_METHODS[method](stat, spec.qtype, spec.symmetric), method)
 
 
+def _joint_weight(rows: NDArray[np.float32] | None, readers: Sequence[NDArray[np.float32]]) -> NDArray[np.float32] | None:
+    """All the readers' columns side by side [K, N]; None where none fits the rows."""
+    fitting = [w for w in readers if rows is not None and rows.ndim == 2 and w.shape[0] == rows.shape[1]]
+    return np.concatenate(fitting, axis=1) if fitting and rows is not None and len(rows) > 1 else None
+
+
+def _weighted(
+    hist: HistogramStat, spec: QuantSpec, rows: NDArray[np.float32] | None, weight: NDArray[np.float32] | None
+) -> Chosen:
+    """The least squared error of sampled rows, channel k counted by |W_k|^2; unweighted where no linear layer reads them."""
+    if rows is None or weight is None:
+        return Chosen(*ranges.mse(hist, spec.qtype, spec.symmetric), "mse")
+    return Chosen(*_weighted_range(hist, spec, rows, weight), "weighted mse")
+
+
+def _weighted_range(hist: HistogramStat, spec: QuantSpec, rows: NDArray[np.float32], weight: NDArray[np.float32]) -> Range:
+    fit = _with_extremes(ranges.weighted_values(rows, np.square(weight).sum(1)), hist)
+    return ranges.mse(fit, spec.qtype, spec.symmetric)
+
+
 def _searched(
-    hist: HistogramStat, spec: QuantSpec, rows: NDArray[np.float32] | None, readers: Sequence[NDArray[np.float32]]
+    hist: HistogramStat, spec: QuantSpec, rows: NDArray[np.float32] | None, weight: NDArray[np.float32] | None
 ) -> Chosen:
     """The candidate with the least error of the layers' outputs on sampled rows, or of the values on the histogram."""
     q, symmetric = spec.qtype, spec.symmetric
     names = [m for m in _METHODS if m != "entropy" or q.family == "int"]
     found = [Chosen(*_METHODS[m](hist, q, symmetric), m) for m in names]
     found += [Chosen(*ranges.percentile(hist, p, symmetric), f"percentile {p}") for p in PERCENTILES if p != _PERCENTILE]
-    fitting = [w for w in readers if rows is not None and rows.ndim == 2 and w.shape[0] == rows.shape[1]]
-    if rows is None or not fitting or len(rows) < 2:
+    if rows is None or weight is None:
         return min(found, key=lambda c: ranges.histogram_error(hist, c.lo, c.hi, q, symmetric))
-    weight = np.concatenate(fitting, axis=1)
     # Fitted on half of the rows, judged on the other half.
-    fit = _with_extremes(ranges.weighted_values(rows[::2], np.square(weight).sum(1)), hist)
-    found.append(Chosen(*ranges.mse(fit, q, symmetric), "weighted mse"))
+    found.append(Chosen(*_weighted_range(hist, spec, rows[::2], weight), "weighted mse"))
     return min(found, key=lambda c: ranges.output_error(rows[1::2], weight, c.lo, c.hi, q, symmetric))
 
 

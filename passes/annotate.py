@@ -15,7 +15,7 @@ from qcompile.ir.select import selected, with_width
 from qcompile.passes import _placement_integer, _placement_ort, _placement_trt
 from qcompile.passes._placement import Placement, Site
 from qcompile.passes._placement_trt import Choices
-from qcompile.passes._ranges import Readers
+from qcompile.passes._ranges import Readers, automatic
 from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult, quantized_forms
 from qcompile.quant.affine import qparams_from_range
 from qcompile.quant.minifloat import nvfp4_tensor_scale
@@ -32,17 +32,18 @@ class Annotate(Pass):
 
     before: MatMul(x, W)     after: the same graph; MatMul carries the decisions {x: int8 per tensor, W: int8 per column}
     Activation ranges: min-max, percentile (99.99), entropy (KL divergence, as TensorRT's calibrator) or the least squared
-    error, all from one power-of-two histogram; search takes for each tensor the candidate with the least error of the
-    linear layers that read it, on sampled rows (of the values themselves where a convolution reads them).
+    error, all from one power-of-two histogram; weighted counts the squared errors of sampled rows by the energy of the
+    weights that read each channel; search takes for each tensor the candidate with the least error of the linear layers
+    that read it, on sampled rows (of the values themselves where a convolution reads them).
     """
 
     name = "annotate"
     kind = Kind.ANNOTATE
     requires = frozenset({Fact.CANONICAL, Fact.PADS_FOLDED, Fact.BN_FOLDED})
     establishes = frozenset({Fact.DECIDED})
-    range_: Annotated[Literal["auto", "minmax", "percentile", "entropy", "mse", "search"], "how activation ranges are chosen"] = (
-        "auto"
-    )
+    range_: Annotated[
+        Literal["auto", "minmax", "percentile", "entropy", "mse", "weighted", "search"], "how activation ranges are chosen"
+    ] = "auto"
     attention: Annotated[
         Literal["auto", "all", "none"], "quantize the two products of attention (auto: where the fused kernel survives it)"
     ] = "auto"
@@ -91,9 +92,7 @@ class Annotate(Pass):
     def _method(self, site: Site, ctx: PassContext) -> str:
         if site.spec.qtype.bits > 8:
             return "minmax"
-        if self.range_ != "auto":
-            return self.range_
-        return "minmax" if site.spec.qtype.family == "float" else "mse"
+        return automatic(site.spec) if self.range_ == "auto" else self.range_
 
     def _probes(self, site: Site, ctx: PassContext, readers: Readers) -> list[Probe]:
         """MXFP8 needs no statistics."""

@@ -1,113 +1,165 @@
-"""bias-correct: take the mean error of rounded weights out of the bias."""
+"""bias-correct: take the mean error of quantized layers out of their biases."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Annotated, Literal
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompile.calib.observers import Moments, MomentsStat, Probe
-from qcompile.ir.decisions import Decision, decisions, value_at
-from qcompile.ir.edit import add_constant, set_constant
+from qcompile.ir.decisions import Decision, clear_decisions, decisions, value_at
 from qcompile.ir.model import Model
-from qcompile.ir.ops import activation_channel_axis, const_array, int_attr, is_compute, is_op, output_channel_axis, weight_slot
-from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
+from qcompile.ir.ops import activation_channel_axis, const_array, is_compute, is_op, output_activation_axis, weight_slot
+from qcompile.passes._bn_means import expected
+from qcompile.passes._layers import bias_at, bias_site, mean_output, set_bias
+from qcompile.passes._qdq import grouped, materialise
+from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult, StatisticsProvider
 from qcompile.quant.affine import fake_quant
+
+F64 = NDArray[np.float64]
+Layer = tuple[ir.Node, int, Decision]
 
 
 @dataclass(frozen=True)
 class BiasCorrection(Pass):
-    """Correct biases for the shift that weight rounding causes: c' = c - (Q(W) - W) E[x].
+    """Correct biases for the shift that rounding causes: c' = c - (Q(W) - W) E[x], or layer by layer from measured means.
 
-    (Nagel et al. 2019, arXiv:1906.04721, section 4.2, with E[x] measured on calibration data.)
     before: Conv(x, Q(W), c)    after: Conv(x, Q(W), c')
-    The squared error of the layer falls by the square of its mean, so it never rises on the calibration data.
-    Refuses layers without a bias that a constant could be added to.
+    empirical: E[x] on calibration data (Nagel et al. 2019, arXiv:1906.04721, section 4.2).  The squared error of the layer
+    falls by the square of its mean, so it never rises on the calibration data.
+    bn: E[x] without data, from the BatchNormalization in front: x = clip(N(beta, gamma^2)), through ReLU, ReLU6, average
+    pooling and residual sums (section 4.2.1).  A model of x: nothing holds it to the data.
+    sequential: c' = c + E[y] - E[y~] in order, y~ measured with everything in front quantized and corrected already
+    (appendix D): rounded activations count too.  One sweep for each layer of the network's depth.
+    Weight-side on every target, without a new node.
+    Refuses layers without a bias that a constant could be added to; in mode=bn those behind no BatchNormalization.
     """
 
     name = "bias-correct"
     kind = Kind.FIT
     requires = frozenset({Fact.DECIDED, Fact.FITTED})
+    mode: Annotated[Literal["empirical", "sequential", "bn"], "where the means come from"] = "empirical"
 
     def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:
-        """Per-channel means of the inputs of quantized layers (of all layers, where nothing is decided yet)."""
+        """Per-channel means of the inputs (sequential: outputs) of quantized layers; of all layers before the decisions."""
+        if self.mode == "bn":
+            return ()
+        probe = _output_probe if self.mode == "sequential" else _input_probe
         if any(True for _ in decisions(model.graph)):
-            return dict.fromkeys(_probe(node) for node, _, _ in _layers(model.graph))
-        return dict.fromkeys(_probe(node) for node in model.graph if is_compute(node) and weight_slot(node) == 1)
+            return dict.fromkeys(probe(node) for node, _, _ in _layers(model.graph))
+        return dict.fromkeys(probe(node) for node in model.graph if is_compute(node) and weight_slot(node) == 1)
 
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
         """Correct every layer that has a bias."""
-        changed = [_correct(model.graph, node, slot, d, ctx) for node, slot, d in list(_layers(model.graph))]
-        return PassResult(any(changed))
+        layers = list(_layers(model.graph))
+        if self.mode == "sequential":
+            return PassResult(_Sequence(model, ctx).correct(layers))
+        done = [_correct(model.graph, layer, self._mean(layer[0], ctx), ctx) for layer in layers]
+        return PassResult(any(done))
+
+    def _mean(self, node: ir.Node, ctx: PassContext) -> F64 | str:
+        """E[x] of each input channel, or why it is not known."""
+        if self.mode == "bn":
+            stats = expected(value_at(node, 0))
+            return "no BatchNormalization says what its input is like" if stats is None else stats.mean
+        stat = ctx.stats.get(_input_probe(node))
+        return stat.mean if isinstance(stat, MomentsStat) else "its input was not measured"
 
 
-def _layers(graph: ir.Graph) -> Iterator[tuple[ir.Node, int, Decision]]:
+def _layers(graph: ir.Graph) -> Iterator[Layer]:
     for node, slot, d in decisions(graph):
         right = slot == 1 and is_op(node, "MatMul", "Gemm", "Conv")
         if right and value_at(node, slot).const_value is not None:
             yield node, slot, d
 
 
-def _probe(node: ir.Node) -> Probe:
+def _input_probe(node: ir.Node) -> Probe:
     return Probe(str(value_at(node, 0).name), Moments(activation_channel_axis(node)))
 
 
-def _correct(graph: ir.Graph, node: ir.Node, slot: int, d: Decision, ctx: PassContext) -> bool:
-    site = bias_site(node)
-    stat = ctx.stats.get(_probe(node))
-    if site is None or d.qparams is None or not isinstance(stat, MomentsStat) or stat.mean.ndim != 1:
+def _output_probe(node: ir.Node) -> Probe:
+    return Probe(str(node.outputs[0].name), Moments(output_activation_axis(node)))
+
+
+def _correct(graph: ir.Graph, layer: Layer, mean: F64 | str, ctx: PassContext) -> bool:
+    node, slot, d = layer
+    site, array = bias_site(node), const_array(node.inputs[slot])
+    if site is None or d.qparams is None or array is None:
         ctx.missed(str(node.name), "the layer has no constant bias to correct")
         return False
-    array = const_array(node.inputs[slot])
-    assert array is not None
+    if isinstance(mean, str):
+        ctx.missed(str(node.name), mean)
+        return False
     weight = array.astype(np.float32)
     error = fake_quant(weight, d.qparams, d.spec.qtype, d.spec.granularity).astype(np.float64) - weight
-    shift = mean_output(node, error, stat.mean)
+    shift = mean_output(node, error, mean) if mean.ndim == 1 else None
     if shift is None:
         ctx.missed(str(node.name), "its input channels do not match the measured means")
         return False
-    owner, bias_slot = site
-    old = const_array(owner.inputs[bias_slot]) if bias_slot < len(owner.inputs) else None
-    base = np.zeros(shift.shape) if old is None else old.astype(np.float64)
-    _set(graph, owner, bias_slot, base - shift.reshape(base.shape if base.size == shift.size else shift.shape))
+    set_bias(graph, site, bias_at(site, shift.size) - shift)
     ctx.applied(str(node.name), "bias corrected", largest_shift=float(np.abs(shift).max()))
     return True
 
 
-def mean_output(node: ir.Node, weight: NDArray[np.float64], mean: NDArray[np.float64]) -> NDArray[np.float64] | None:
-    """E[output] of a linear layer without bias: `weight` as stored, `mean` [C_in]; None if they do not fit."""
-    if is_op(node, "Conv"):
-        per_input = weight.reshape(weight.shape[0], weight.shape[1], -1).sum(2)
-        groups = int_attr(node, "group", 1)
-        if groups * weight.shape[1] != mean.size:
-            return None
-        means = mean.reshape(groups, weight.shape[1]).repeat(weight.shape[0] // groups, axis=0)
-        return (per_input * means).sum(1)
-    k = weight if output_channel_axis(node) == 1 else weight.T
-    return mean @ k if k.shape[0] == mean.size else None
+@dataclass
+class _Sequence:
+    """Layer-by-layer correction of `model`, measured on a twin whose decisions are real Q/DQ nodes."""
+
+    model: Model
+    ctx: PassContext
+    twin: Model = field(init=False)
+
+    def correct(self, layers: list[Layer]) -> bool:
+        """All layers in order of depth; those of one depth do not feed each other and share a sweep."""
+        if not layers or self.ctx.statistics is None:
+            self.ctx.missed("", "no calibration data to measure quantized layers on")
+            return False
+        self.twin = _quantized(self.model, self.ctx)
+        depths = _depths(self.model.graph, {node for node, _, _ in layers})
+        ordered = sorted((node for node, _, _ in layers), key=depths.__getitem__)
+        done = [self._level(list(level), self.ctx.statistics) for _, level in groupby(ordered, key=depths.__getitem__)]
+        return any(done)
+
+    def _level(self, nodes: list[ir.Node], statistics: StatisticsProvider) -> bool:
+        fit = [(node, site) for node in nodes if (site := bias_site(node)) is not None]
+        for node in nodes:
+            if bias_site(node) is None:
+                self.ctx.missed(str(node.name), "the layer has no constant bias to correct")
+        names = {n.name: n for n in self.twin.graph}
+        measured = statistics.collect(self.twin, [_twin_probe(names[n.name], n) for n, _ in fit]) if fit else {}
+        for node, site in fit:
+            stat, reference = measured[_twin_probe(names[node.name], node)], self.ctx.stats[_output_probe(node)]
+            assert isinstance(stat, MomentsStat) and isinstance(reference, MomentsStat)
+            shift = reference.mean - stat.mean
+            bias = bias_at(site, shift.size) + shift
+            set_bias(self.model.graph, site, bias)
+            set_bias(self.twin.graph, (names[site[0].name], site[1]), bias)
+            self.ctx.applied(str(node.name), "bias corrected in order", largest_shift=float(np.abs(shift).max()))
+        return bool(fit)
 
 
-def bias_site(node: ir.Node) -> tuple[ir.Node, int] | None:
-    """Where the constant bias of a layer is read: its own slot (made if missing), or the Add behind a MatMul."""
-    if is_op(node, "Conv", "Gemm"):
-        present = len(node.inputs) > 2 and node.inputs[2] is not None
-        return None if present and const_array(node.inputs[2]) is None else (node, 2)
-    uses = list(node.outputs[0].uses())
-    if len(uses) != 1 or not is_op(uses[0][0], "Add"):
-        return None
-    add, slot = uses[0]
-    bias = const_array(add.inputs[1 - slot])
-    return (add, 1 - slot) if bias is not None and bias.size == bias.shape[-1] > 1 else None
+def _quantized(model: Model, ctx: PassContext) -> Model:
+    twin = model.clone()
+    for uses in grouped(twin.graph, ctx).values():
+        materialise(twin.graph, uses, ctx)
+    clear_decisions(twin.graph)
+    return twin
 
 
-def _set(graph: ir.Graph, owner: ir.Node, slot: int, bias: NDArray[np.float64]) -> None:
-    if slot < len(owner.inputs) and owner.inputs[slot] is not None:
-        set_constant(owner, slot, bias)
-        return
-    dtype = owner.inputs[1].dtype if owner.inputs[1] is not None else None
-    owner.resize_inputs(slot + 1)
-    array = bias.astype(dtype.numpy() if dtype is not None else np.float32)
-    owner.replace_input_with(slot, add_constant(graph, f"{owner.name}_bias", array, dtype))
+def _twin_probe(twin: ir.Node, node: ir.Node) -> Probe:
+    return Probe(str(twin.outputs[0].name), Moments(output_activation_axis(node)))
+
+
+def _depths(graph: ir.Graph, layers: set[ir.Node]) -> dict[ir.Node, int]:
+    """How many layers stand in front of each node on its longest path."""
+    behind: dict[ir.Value, int] = {}
+    depths: dict[ir.Node, int] = {}
+    for node in graph:
+        depths[node] = max((behind.get(v, 0) for v in node.inputs if v is not None), default=0)
+        behind |= dict.fromkeys(node.outputs, depths[node] + (node in layers))
+    return depths

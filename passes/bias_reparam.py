@@ -26,6 +26,7 @@ class BiasReparam(Pass):
     before: MatMul(T[q] - d, Q(W)) + c    after: MatMul(T[q], Q(W)) + (c - d colsum(Q(W)))
     T holds powers of the base alone, as shift hardware has them; the layer's output stays what it was.
     The sum is that of the rounded weight: run it behind everything that fits weights.
+    Simulated like the codes that it belongs to: right numbers on `ort`, no site elsewhere; exact in the layer's output.
     """
 
     name = "bias-reparam"

@@ -11,10 +11,22 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompile.calib.observers import MinMax, MinMaxStat, Probe
-from qcompile.ir.edit import add_constant, drop_if_unused, new_node, replace_value, set_constant
+from qcompile.ir.channel_stats import move_channel_stats
+from qcompile.ir.edit import add_constant, erase, new_node, replace_value, set_constant
 from qcompile.ir.match import ConvChain, find_conv_chains
 from qcompile.ir.model import Model
-from qcompile.ir.ops import const_array, const_scalar, input_at, int_attr, ints_attr, is_op, str_attr
+from qcompile.ir.ops import const_array, const_scalar, ints_attr, is_op, str_attr
+from qcompile.passes._layers import (
+    bias_at,
+    bias_site,
+    by_input,
+    by_output,
+    groups_of,
+    input_tops,
+    mean_output,
+    set_bias,
+    weight_array,
+)
 from qcompile.pipeline.base import AffineMap, Fact, Kind, Pass, PassContext, PassResult
 
 F64 = NDArray[np.float64]
@@ -36,7 +48,8 @@ class CrossLayerEqualization(Pass):
     scale a tensor is as good as one a channel; else s = max|x_c|^alpha / max|W2_c|^(1 - alpha) (SmoothQuant).
     Exact in float on every target; ReLU6 and centred ReLU become Max and Min with a constant.
     center: t = half of each channel's range, exact in front of convolutions without padding; symmetric codes regain the sign
-    bit that ReLU leaves unused.  Refused: other activations, outputs with several readers, grouped convolutions.
+    bit that ReLU leaves unused: Clip(z, 0, 6) - 3 = Clip(z - 3, -3, 3).
+    Refused: other activations, outputs with several readers, transposed convolutions.
     """
 
     name = "equalize"
@@ -80,13 +93,13 @@ class CrossLayerEqualization(Pass):
         maps: dict[str, AffineMap],
         changed: set[str],
     ) -> None:
-        channels = _weight(chain.first).shape[0]
+        channels = len(weight_array(chain.first))
         stat = ctx.stats.get(_probe(chain))
         if stat is not None and (not isinstance(stat, MinMaxStat) or stat.lo.shape != (channels,)):
             ctx.missed(str(chain.first.name), "the measured channels do not match its weight")
             return
         s = _rounded(by_weights if by_weights.size else self._scales(chain, stat), self.steps)
-        t = _centre(chain, stat, s) if self.center and isinstance(stat, MinMaxStat) else np.zeros(channels)
+        t = self._centre(chain, stat, s, ctx)
         spread = float(s.max() / s.min())
         if spread < _PAYS and not t.any():
             ctx.missed(str(chain.first.name), "its channels have like ranges", spread=round(spread, 2))
@@ -104,10 +117,20 @@ class CrossLayerEqualization(Pass):
 
     def _scales(self, chain: ConvChain, stat: MinMaxStat | None) -> F64:
         assert stat is not None
-        top, r2 = np.maximum(-stat.lo, stat.hi), np.abs(_columns(chain.second)).max(1)
+        top, r2 = np.maximum(-stat.lo, stat.hi), input_tops(chain.second, weight_array(chain.second))
         if _depthwise(chain.second):
             return _clean(top, np.ones_like(top))
         return _clean(np.maximum(top, 0) ** self.alpha, np.maximum(r2, 0) ** (1 - self.alpha))
+
+    def _centre(self, chain: ConvChain, stat: MinMaxStat | None, s: F64, ctx: PassContext) -> F64:
+        """Half of each channel's range after the division by s, where the second convolution pads nothing."""
+        bounded = chain.activation is None or chain.activation.kind in ("relu", "relu6")
+        if not self.center or stat is None or not bounded:
+            return np.zeros_like(s)
+        if _pads(chain.second):
+            ctx.note(str(chain.first.name), f"not centred: {chain.second.name} pads with zeros, its border would need -t")
+            return np.zeros_like(s)
+        return (stat.lo + stat.hi) / 2 / s
 
 
 def _usable(graph: ir.Graph, ctx: PassContext) -> Iterable[ConvChain]:
@@ -125,16 +148,16 @@ def _usable(graph: ir.Graph, ctx: PassContext) -> Iterable[ConvChain]:
 
 def _equal_weights(chains: list[ConvChain]) -> list[F64]:
     """s of each pair (eq. 11), repeated on copies of the weights until no pair moves by 1 %."""
-    weights = {node: _weight(node).astype(np.float64) for c in chains for node in (c.first, c.second)}
+    weights = {node: weight_array(node) for c in chains for node in (c.first, c.second)}
     scales = [np.ones(len(weights[c.first])) for c in chains]
     for _ in range(_ROUNDS):
         moved = 1.0
         for i, c in enumerate(chains):
-            r1, r2 = _row_tops(weights[c.first]), _column_tops(weights[c.second], _depthwise(c.second))
+            r1, r2 = _row_tops(weights[c.first]), input_tops(c.second, weights[c.second])
             s = _clean(np.sqrt(r1 * r2), r2)
             scales[i] = scales[i] * s
-            weights[c.first] /= _along(s, weights[c.first], 0)
-            weights[c.second] *= _along(s, weights[c.second], 0 if _depthwise(c.second) else 1)
+            weights[c.first] /= by_output(c.first, s)
+            weights[c.second] *= by_input(c.second, s)
             moved = max(moved, float(s.max() / s.min()))
         if moved < _CONVERGED:
             break
@@ -143,14 +166,6 @@ def _equal_weights(chains: list[ConvChain]) -> list[F64]:
 
 def _row_tops(weight: F64) -> F64:
     return np.abs(weight.reshape(len(weight), -1)).max(1)
-
-
-def _column_tops(weight: F64, depthwise: bool) -> F64:
-    return _row_tops(weight if depthwise else np.moveaxis(weight, 1, 0))
-
-
-def _along(s: F64, weight: F64, axis: int) -> F64:
-    return s.reshape([-1 if i == axis else 1 for i in range(weight.ndim)])
 
 
 def _clean(numerator: F64, denominator: F64) -> F64:
@@ -165,14 +180,6 @@ def _clean(numerator: F64, denominator: F64) -> F64:
 def _rounded(s: F64, steps: int) -> F64:
     """The nearest 2^(k / steps) inside [2^-10, 2^10]."""
     return np.exp2(np.rint(np.clip(np.log2(s), -10, 10) * steps) / steps)
-
-
-def _centre(chain: ConvChain, stat: MinMaxStat, s: F64) -> F64:
-    """Half of each channel's range after the division by s, where the second convolution pads nothing."""
-    bounded = chain.activation is None or chain.activation.kind in ("relu", "relu6")
-    if not bounded or _pads(chain.second):
-        return np.zeros_like(s)
-    return (stat.lo + stat.hi) / 2 / s
 
 
 def _probe(chain: ConvChain) -> Probe:
@@ -196,64 +203,32 @@ def _refusal(chain: ConvChain) -> str | None:
         return f"{chain.activation.kind} is not positively homogeneous"
     if chain.activation is not None and len(chain.activation.nodes) != 1:
         return "its activation is spread over several nodes"
-    if int_attr(chain.second, "group", 1) > 1 and not _depthwise(chain.second):
-        return "the second convolution is grouped"
-    if len(chain.first.inputs) > 2 and chain.first.inputs[2] is not None and const_array(chain.first.inputs[2]) is None:
-        return "its bias is not constant"
-    return None
+    odd = next((node for node in (chain.first, chain.second) if bias_site(node) is None), None)
+    return None if odd is None else f"the bias of {odd.name} is not constant"
 
 
 def _depthwise(node: ir.Node) -> bool:
-    weight = _weight(node)
-    return int_attr(node, "group", 1) == weight.shape[0] and weight.shape[1] == 1
+    weight = weight_array(node)
+    return groups_of(node) == len(weight) and weight.shape[1] == 1
 
 
 def _pads(node: ir.Node) -> bool:
     return any(ints_attr(node, "pads") or ()) or str_attr(node, "auto_pad", "NOTSET").startswith("SAME")
 
 
-def _weight(node: ir.Node) -> NDArray:
-    weight = const_array(node.inputs[1])
-    assert weight is not None
-    return weight
-
-
-def _columns(node: ir.Node) -> F64:
-    """The weight by input channel, [channels, rest]."""
-    weight = _weight(node).astype(np.float64)
-    return weight.reshape(len(weight), -1) if _depthwise(node) else np.moveaxis(weight, 1, 0).reshape(weight.shape[1], -1)
-
-
 def _fold(graph: ir.Graph, chain: ConvChain, s: F64, t: F64) -> ir.Value:
     """Rewrite the pair; returns the tensor between the activation and the second convolution."""
     first, second = chain.first, chain.second
-    weight = _weight(first).astype(np.float64)
-    set_constant(first, 1, weight / s.reshape(-1, *(1,) * (weight.ndim - 1)))
-    bias = const_array(input_at(first, 2))
-    _set_bias(graph, first, (0.0 if bias is None else bias.astype(np.float64)) / s - t)
-    columns = _columns(second) * s[:, None]
-    shift = columns.sum(1) * t if _depthwise(second) else t @ _by_output(second, columns)
-    shape = _weight(second).shape
-    stretched = columns if _depthwise(second) else np.moveaxis(columns.reshape(shape[1], shape[0], *shape[2:]), 0, 1)
-    set_constant(second, 1, stretched.reshape(shape))
+    set_constant(first, 1, weight_array(first) / by_output(first, s))
+    set_bias(graph, (first, 2), bias_at((first, 2), s.size) / s - t)
+    move_channel_stats(first.outputs[0], 1 / s, -t)
+    stretched = weight_array(second) * by_input(second, s)
+    set_constant(second, 1, stretched)
+    shift = mean_output(second, stretched, t)
+    assert shift is not None
     if t.any():
-        old = const_array(input_at(second, 2))
-        _set_bias(graph, second, (0.0 if old is None else old.astype(np.float64)) + shift)
+        set_bias(graph, (second, 2), bias_at((second, 2), shift.size) + shift)
     return _bounded(graph, chain, s, t)
-
-
-def _by_output(node: ir.Node, columns: F64) -> F64:
-    shape = _weight(node).shape
-    return columns.reshape(shape[1], shape[0], -1).sum(2)
-
-
-def _set_bias(graph: ir.Graph, node: ir.Node, bias: F64) -> None:
-    if const_array(input_at(node, 2)) is not None:
-        set_constant(node, 2, bias)
-    elif bias.any():
-        dtype = _weight(node).dtype
-        node.resize_inputs(3)
-        node.replace_input_with(2, add_constant(graph, f"{node.name}_bias", bias.astype(dtype)))
 
 
 def _bounded(graph: ir.Graph, chain: ConvChain, s: F64, t: F64) -> ir.Value:
@@ -267,7 +242,9 @@ def _bounded(graph: ir.Graph, chain: ConvChain, s: F64, t: F64) -> ir.Value:
     top = 6.0 if len(node.inputs) < 3 else const_scalar(node.inputs[2])
     bounds = [("Max", -t)] + ([("Min", (top or 6.0) / s - t)] if act.kind == "relu6" else [])
     made: list[ir.Node] = []
-    dtype, shape = _weight(chain.first).dtype, (1, -1, *(1,) * (_weight(chain.first).ndim - 2))
+    weight = const_array(chain.first.inputs[1])
+    assert weight is not None
+    dtype, shape = weight.dtype, (1, -1, *(1,) * (weight.ndim - 2))
     for op, bound in bounds:
         if op == "Max" and not t.any():
             made.append(new_node(graph, "Relu", [source], name=f"{node.name}_low", like=value))
@@ -277,8 +254,5 @@ def _bounded(graph: ir.Graph, chain: ConvChain, s: F64, t: F64) -> ir.Value:
         source = made[-1].outputs[0]
     graph.insert_before(node, made)
     replace_value(graph, value, source)
-    limits = [v for v in node.inputs[1:] if v is not None]
-    graph.remove(node, safe=True)
-    for limit in limits:
-        drop_if_unused(graph, limit)
+    erase(graph, node)
     return source

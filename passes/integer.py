@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
@@ -15,13 +16,15 @@ from qcompile.ir.model import Model
 from qcompile.passes import _int_divide as divides
 from qcompile.passes import _int_elementwise as elementwise
 from qcompile.passes import _int_linear as linear
+from qcompile.passes import _int_lookup as lookups
 from qcompile.passes import _int_move as moves
 from qcompile.passes import _int_norm as norms
 from qcompile.passes import _int_softmax as softmaxes
 from qcompile.passes._int_boundary import dequantize_outputs, quantize_inputs
 from qcompile.passes._int_context import Scene
-from qcompile.passes._int_cost import cost
+from qcompile.passes._int_cost import note_cost
 from qcompile.passes._int_emit import Emitter, Fixed
+from qcompile.passes._int_fused import ROUNDING, fused
 from qcompile.passes._int_plan import Plan, Step, is_float, plan
 from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
 
@@ -32,7 +35,7 @@ _LOWER: dict[str, Callable[[Scene, Step], Fixed]] = {
     "scale": elementwise.scale, "multiply": elementwise.multiply, "clamp": elementwise.clamp, "table": elementwise.table,
     "from-int": elementwise.from_int, "where": elementwise.where, "move": moves.move, "concat": moves.concat,
     "maxpool": moves.max_pool, "avgpool": moves.average_pool, "sum": moves.reduce_sum, "norm": norms.norm,
-    "softmax": softmaxes.softmax, "root": divides.root, "divide": divides.divide,
+    "lookup": lookups.lookup, "softmax": softmaxes.softmax, "root": divides.root, "divide": divides.divide,
 }  # fmt: skip
 
 
@@ -43,8 +46,11 @@ class Integer(Pass):
     before: Relu(Conv(x, W, b)) with decisions on x, W and the output
     after:  DQ(clip(floor((ConvInteger(Q(x), W_q, z) + b_q) m + 2^(e-1)) / 2^e) + z')
     Between the first QuantizeLinear and the last DequantizeLinear no tensor is float.  One rounding, half up, for each stored
-    tensor; residual adds sum on one exponent.  GELU and its kind are 256-entry tables, softmax is 2^x by table and shift, norms
-    take an exact integer square root.  (HAWQ-V3, arXiv:2011.10680; I-BERT, arXiv:2101.01321.)
+    tensor; residual adds sum on one exponent.  GELU and its kind are 256-entry tables, sines of a time step
+    tables of their own; softmax is 2^x by table and shift, LayerNorm, RMSNorm and GroupNorm take an exact integer square root.
+    (HAWQ-V3, arXiv:2011.10680; I-BERT, arXiv:2101.01321.)
+    Profile ort-fused writes a layer whose readers all want the same int8 codes as QLinearConv or QLinearMatMul, which ONNX
+    Runtime rescales in float32 and rounds half to even; all other layers keep the strict form.
     Refuses the model, naming each node and the reason, if one operator has no integer form.
     """
 
@@ -52,6 +58,9 @@ class Integer(Pass):
     kind = Kind.LOWER
     requires = frozenset({Fact.DECIDED, Fact.FITTED})
     establishes = frozenset({Fact.QUANTIZED})
+    profile: Annotated[
+        Literal["strict", "ort-fused"], "no float at all, or QLinearConv and QLinearMatMul with float scales inside"
+    ] = "strict"
 
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
         """Raises ModelError: an operator has no integer form, or a sum could overflow."""
@@ -61,15 +70,15 @@ class Integer(Pass):
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model.ir)
         found = plan(model.graph)
         _require_all(found, ctx)
-        price = cost(found)
+        note_cost(found, ctx)
         scene = Scene(Emitter(model.graph, ctx), found)
         quantize_inputs(scene)
         for step in found.steps:
-            _lower(scene, step)
+            _lower(scene, step, self.profile)
         dequantize_outputs(scene)
         _tidy(model)
-        model.metadata.update({"qcompile.rounding": "half_up", "qcompile.integer": "strict"})
-        ctx.note("", "cost a sample", **price)
+        rounding = "half_up" if self.profile == "strict" else ROUNDING
+        model.metadata.update({"qcompile.rounding": rounding, "qcompile.integer": self.profile})
         ctx.note("", "integer form complete", nodes=len(model.graph))
         return PassResult(True)
 
@@ -83,14 +92,15 @@ def _require_all(found: Plan, ctx: PassContext) -> None:
         raise ModelError(f"the model has no integer-only form: {named}{more}; change these nodes, or compile for --target ort")
 
 
-def _lower(scene: Scene, step: Step) -> None:
+def _lower(scene: Scene, step: Step, profile: str) -> None:
     em = scene.em
     em.at = str(step.node.name)
     if step.family == "keep":
         _keep(scene, step.node)
         return
     first = len(em.graph)
-    em.fixed[step.output] = _LOWER[step.family](scene, step)
+    made = _LOWER[step.family](scene, step)
+    em.fixed[step.output] = fused(scene, step, made) if profile == "ort-fused" else made
     em.ctx.applied(em.at, f"{step.family} in integers", nodes=len(em.graph) - first)
 
 

@@ -22,7 +22,7 @@ from qcompile.passes._rms_norm import to_rms
 from qcompile.passes._rotation import Reading, proxy_error, stream_rotation
 from qcompile.passes._scale_branch import fold_branch_scales
 from qcompile.pipeline.base import FOLD_ROWS, Fact, Kind, Pass, PassContext, PassResult, keep_float
-from qcompile.quant.hadamard import block_order, rotation
+from qcompile.quant.hadamard import block_order, klt_rotation, rotation
 
 F64 = NDArray[np.float64]
 _BLOCK = 128
@@ -42,8 +42,9 @@ class Rotate(Pass):
     over the channels, LayerNorm becomes RMSNorm and R is any rotation (SliceGPT, arXiv:2401.15024); never for an RMSNorm.
     r2: W_v R2 and R2^T W_o in each head, biases included.  r4=block: Reshape -> MatMul [b, b] -> Reshape in front of the
     second MLP linear, which takes the inverse: a small cost at run time.
-    kind=klt: the eigenvectors of the stream's second moment first (MambaQuant, arXiv:2501.13484).  search: that many draws;
-    the one with the least quantization error of the reading layers on calibration rows is kept.  Folded in float64.
+    kind=klt: the eigenvectors of the second moment of the stream, of each head's values and of the hidden blocks first: equal
+    energy in all channels (MambaQuant, arXiv:2501.13484).  search: that many draws of r1; the one with the least quantization
+    error of the reading layers on calibration rows is kept.  Folded in float64.
     Exact in float on every target: r1 and r2 without a new node, r4 and mean=fold with some.
     Refused: post-norm blocks (BERT), adaLN, a nonlinearity on the stream, the stream as graph output.
     """
@@ -63,10 +64,14 @@ class Rotate(Pass):
         self.check_range("search", 1, 1000)
 
     def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:
-        """Rows of the stream in front of each norm, where the rotation depends on data."""
+        """Rows of what is rotated, where the rotation depends on data."""
         if self.r1 and self._measures():
             for region in find_regions(model.graph):
                 yield from (_probe(n.norm.input) for n in region.norms)
+        if self.kind_ == "klt":
+            values = (site.linear for site in find_v_projections(model.graph) if self.r2)
+            yield from (_probe(linear.output) for linear in values if linear.channel_axis == -1)
+            yield from (_probe(mlp.fc2.input) for mlp in find_mlps(model.graph) if self.r4 == "block")
 
     def may_change(self, model: Model, ctx: PassContext) -> Iterable[str]:
         """The stream, what its norms make, the values, and what stands in front of a branch's scale."""
@@ -134,7 +139,7 @@ class Rotate(Pass):
     def _chosen(
         self, region: Region, readings: list[Reading], keep_mean: bool, ctx: PassContext, rng: np.random.Generator
     ) -> tuple[F64, dict[str, float]]:
-        moment = sum((x.rows.T @ x.rows for x in readings), np.zeros(())) if self.kind_ == "klt" else None
+        moment = sum((_moment(x.rows) for x in readings), np.zeros(())) if self.kind_ == "klt" else None
         draws = [stream_rotation(region.channels, rng, keep_mean, moment) for _ in range(self.search)]
         if len(draws) == 1:
             return draws[0], {}
@@ -161,7 +166,7 @@ class Rotate(Pass):
                 continue
             changed |= set(names_between([site.linear.node], site.out.node))
             unique = np.unique(heads, axis=0)
-            _rotate_heads(site, unique, rng)
+            _rotate_heads(site, unique, rng, self._rows(site.linear.output, ctx))
             ctx.applied(str(site.attention.pv.name), f"values of {len(unique)} heads of {heads.shape[1]} channels rotated")
 
     def _hidden(self, model: Model, ctx: PassContext, rng: np.random.Generator) -> None:
@@ -174,8 +179,19 @@ class Rotate(Pass):
             if reason:
                 ctx.missed(str(mlp.fc2.node.name), f"hidden layer not rotated: {reason}")
                 continue
-            _rotate_online(model.graph, mlp.fc2, rotation(block, rng, block))
+            rows = self._rows(mlp.fc2.input, ctx)
+            r = rotation(block, rng, block) if rows is None else klt_rotation(_moment(rows.reshape(-1, block)), rng)
+            _rotate_online(model.graph, mlp.fc2, r)
             ctx.applied(str(mlp.fc2.node.name), f"hidden layer rotated in blocks of {block}", block=block)
+
+    def _rows(self, value: ir.Value, ctx: PassContext) -> F64 | None:
+        """Sampled rows of a tensor for kind=klt; None for a random Hadamard."""
+        stat = ctx.stats.get(_probe(value)) if self.kind_ == "klt" else None
+        return stat.rows.astype(np.float64) if isinstance(stat, RowsStat) and len(stat.rows) else None
+
+
+def _moment(rows: F64) -> F64:
+    return rows.T @ rows
 
 
 def _fold_refusal(region: Region) -> str | None:
@@ -238,11 +254,11 @@ def _free_norm(graph: ir.Graph, norm: Norm, linears: tuple[Linear, ...]) -> None
             set_constant(*site, like(array, np.full(array.shape, value)))
 
 
-def _rotate_heads(site: VProjection, heads: NDArray[np.int64], rng: np.random.Generator) -> None:
+def _rotate_heads(site: VProjection, heads: NDArray[np.int64], rng: np.random.Generator, values: F64 | None) -> None:
     """One rotation for each value head: columns of W_v and its bias, and the rows of W_o that read them (once a query head)."""
     outputs, inputs = np.eye(site.linear.out_channels), np.eye(site.out.in_channels)
     for columns in heads:
-        r = rotation(len(columns), rng)
+        r = rotation(len(columns), rng) if values is None else klt_rotation(_moment(values[:, columns]), rng)
         outputs[np.ix_(columns, columns)] = r
         rows = np.stack([np.flatnonzero(site.columns == c) for c in columns])
         for group in rows.T:

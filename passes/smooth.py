@@ -13,15 +13,15 @@ from qcompile.calib.observers import MinMax, MinMaxStat, Probe, Rows, RowsStat
 from qcompile.ir.match import VProjection
 from qcompile.ir.model import Model
 from qcompile.passes._affine_fold import Folded, FoldSite, fold, hidden_sites, norm_sites, usable, value_sites
+from qcompile.passes._smooth_search import Types, best_alpha, halves
 from qcompile.pipeline.base import FOLD_ROWS, Fact, Kind, Pass, PassContext, PassResult, quantized_forms
-from qcompile.quant.affine import fake_quant, qparams_from_range
-from qcompile.quant.qtype import INT8, QType
-from qcompile.quant.spec import PerAxis, Scheme
+from qcompile.quant.qtype import INT8
+from qcompile.quant.spec import PerTensor, QuantSpec, Scheme
 from qcompile.target.target import Target
 
 F64 = NDArray[np.float64]
-_COLUMNS, _SEARCH_ROWS = 512, 256
-_COARSE, _STEP = (0.0, 0.3, 0.5, 0.7, 0.9), 0.1
+# Less is within the noise of a sample of rows.
+_MARGIN_DB = 0.2
 # A Mul behind GELU is fused by TensorRT and costs time on the CPU provider.
 _PAYS_DB = 1.0
 _PAYS_DB_CPU = 6.0
@@ -35,8 +35,9 @@ class SmoothQuant(Pass):
     after:  LayerNorm(gamma / r, (beta - t) / r) -> MatMul(diag(r) W) -> Add(c + t W)
     r_j = max|x_j - t_j|^alpha / max_o|W_jo|^(1 - alpha) (Xiao et al. 2022, arXiv:2211.10438, eq. 4); with `shift`
     t_j = (max x_j + min x_j) / 2 (SQ-b of MPTQ-ViT, arXiv:2401.14895), else 0.  Also V -> output projection, and where it
-    gains at least 1 dB (6 dB on `ort`), GELU -> fc2 (one Mul is inserted).  `search` picks alpha
-    a site by the layer's output error.
+    gains at least 1 dB (6 dB on `ort`), GELU -> fc2 (one Mul is inserted).  `search` picks alpha a site by the layer's output
+    error on held-out rows: each half of the samples is judged with the ratios and the range of the other, and a site that
+    gains less than 0.2 dB is left alone.
     Refuses a norm that also feeds the residual stream (post-norm), a graph output, or anything that is no linear layer.
     """
 
@@ -45,7 +46,7 @@ class SmoothQuant(Pass):
     requires = frozenset({Fact.CANONICAL, Fact.BN_FOLDED})
     alpha: Annotated[float, "migration strength in [0, 1]: 0 leaves activations, 1 equalizes them"] = 0.5
     shift: Annotated[bool, "centre each channel first (SQ-b)"] = False
-    search: Annotated[bool, "choose alpha for each site by the layer's output error on calibration rows"] = False
+    search: Annotated[bool, "choose alpha for each site by the layer's output error on held-out calibration rows"] = False
     sites: Annotated[Literal["all", "norm"], "fold all sites, or only norm -> linear"] = "all"
     override: Annotated[bool, "fold sites again that another pass has folded"] = False
 
@@ -92,11 +93,10 @@ class SmoothQuant(Pass):
         shift = self._shift(site, stat)
         alpha, gain = self.alpha, None
         if self.search or not site.free:
-            alpha, gain = self._best(site, stat, shift, weight, ctx)
-        if alpha == 0.0 or (not site.free and (gain or 0.0) < (_PAYS_DB if ctx.target.symmetric else _PAYS_DB_CPU)):
-            ctx.missed(
-                str(site.anchor.name), "does not pay: the layer's output error would hardly fall", gain_db=round(gain or 0.0, 2)
-            )
+            alpha, gain = self._best(site, stat, weight, ctx)
+        if alpha == 0.0 or (gain is not None and gain < _needed_db(site, ctx.target)):
+            reason = "does not pay: the layer's output error on held-out rows would hardly fall"
+            ctx.missed(str(site.anchor.name), reason, gain_db=round(gain or 0.0, 2))
             return False
         r = ratios(stat, shift, weight, alpha)
         if site.channels is not None:
@@ -117,24 +117,24 @@ class SmoothQuant(Pass):
             return np.zeros_like(stat.lo)
         return (stat.lo + stat.hi) / 2
 
-    def _best(self, site: FoldSite, stat: MinMaxStat, shift: F64, weight: F64, ctx: PassContext) -> tuple[float, float]:
-        """The alpha with the least output error, and its gain over no smoothing in dB."""
+    def _best(self, site: FoldSite, stat: MinMaxStat, weight: F64, ctx: PassContext) -> tuple[float, float]:
+        """The alpha that pays most on rows that it was not fitted to, and its gain over no smoothing in dB."""
         rows = ctx.stats[Probe(str(site.tensor.name), Rows(FOLD_ROWS))]
         assert isinstance(rows, RowsStat)
-        x, columns = rows.rows[:_SEARCH_ROWS].astype(np.float32), _subset(weight)
-        exact = x @ columns
-        types = (ctx.scheme.activation or INT8, ctx.scheme.weight or INT8)
 
-        def error(a: float) -> float:
-            t, r = shift * (a > 0), _row_ratios(stat, shift, weight, a, site)
-            return _output_error(x, columns, exact, stat, t, r, types, ctx.target.symmetric)
+        def fitted(extremes: MinMaxStat, alpha: float) -> tuple[F64, F64]:
+            shift = self._shift(site, extremes) * (alpha > 0)
+            return shift, _row_ratios(extremes, shift, weight, alpha, site)
 
-        errors = {a: error(a) for a in (_COARSE if self.search else (0.0, self.alpha))}
-        best = min(errors, key=lambda a: (errors[a], a))
-        if self.search and best > 0:
-            errors |= {a: error(a) for a in (round(best - _STEP, 1), round(best + _STEP, 1))}
-            best = min(errors, key=lambda a: (errors[a], a))
-        return best, 10 * float(np.log10((errors[0.0] + 1e-30) / (errors[best] + 1e-30)))
+        activation = QuantSpec(ctx.scheme.activation or INT8, PerTensor(), ctx.target.symmetric)
+        types = Types(activation, ctx.scheme.weight or INT8)
+        return best_alpha(halves(stat, rows), weight, fitted, types, None if self.search else self.alpha)
+
+
+def _needed_db(site: FoldSite, target: Target) -> float:
+    if site.free:
+        return _MARGIN_DB
+    return _PAYS_DB if target.symmetric else _PAYS_DB_CPU
 
 
 def ratios(stat: MinMaxStat, shift: F64, weight: F64, alpha: float) -> F64:
@@ -160,31 +160,3 @@ def _by_channel(r: F64, site: FoldSite) -> F64:
     out = np.zeros(site.match.linear.out_channels)
     np.maximum.at(out, site.channels, r)
     return np.where(out > 0, out, 1.0)
-
-
-def _subset(weight: F64) -> NDArray[np.float32]:
-    step = max(1, weight.shape[1] // _COLUMNS)
-    return weight[:, ::step].astype(np.float32)
-
-
-def _output_error(
-    x: NDArray[np.float32],
-    w: NDArray[np.float32],
-    exact: NDArray[np.float32],
-    stat: MinMaxStat,
-    t: F64,
-    r: F64,
-    types: tuple[QType, QType],
-    symmetric: bool,
-) -> float:
-    """|| Q((x - t) / r) Q(diag(r) W) + t W - x W ||^2 over the sampled rows; `exact` is x W."""
-    lo, hi = ((stat.lo - t) / r).min(), ((stat.hi - t) / r).max()
-    a = ((x - t) / r).astype(np.float32)
-    b = (w * r[:, None]).astype(np.float32)
-    top = np.abs(b).max(0).astype(np.float64)
-    qa = fake_quant(a, qparams_from_range(lo, hi, types[0], symmetric), types[0])
-    qb = fake_quant(b, qparams_from_range(-top, top, types[1], True), types[1], PerAxis(1))
-    residual = qa @ qb
-    residual += (t @ w).astype(np.float32)
-    residual -= exact
-    return float(np.einsum("ij,ij->", residual, residual))

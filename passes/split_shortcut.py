@@ -11,7 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompile.calib.observers import MinMax, MinMaxStat, Probe
-from qcompile.ir.edit import add_constant, drop_if_unused, erase_dead, new_node, replace_value
+from qcompile.ir.edit import add_constant, erase, erase_dead, new_node, replace_value
 from qcompile.ir.match import Norm, find_activations, find_norms
 from qcompile.ir.match_core import Refusal, data_uses, label
 from qcompile.ir.match_shape import dims, rank
@@ -201,10 +201,7 @@ def split(graph: ir.Graph, site: Shortcut) -> None:
     joined = _join(graph, site, branches)
     graph.insert_before(node, [*made, *branches, *joined])
     replace_value(graph, out, joined[-1].outputs[0])
-    constants = [v for v in node.inputs[1:] if v is not None]
-    graph.remove(node, safe=True)
-    for value in constants:
-        drop_if_unused(graph, value)
+    erase(graph, node)
 
 
 def _cut(graph: ir.Graph, site: Shortcut) -> list[ir.Node]:

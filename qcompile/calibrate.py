@@ -28,7 +28,7 @@ from qcompile.calib.observers import KINDS, Probe, Stat
 from qcompile.calib.shards import DataSpec, ShardTask, merge_shards, run_shard, shard_range, split
 from qcompile.calib.store import Gathered, Key, Range, Statistics, from_bytes, joined, load, probe_to_json, save
 from qcompile.calib.sweep import batch_size, sweep
-from qcompile.calibration import data_spec, data_warnings, open_data
+from qcompile.calibration import data_spec, data_warnings, open_data, tell_data
 from qcompile.emulate.runnable import runnable
 from qcompile.errors import DataError, QcompileError, UsageError
 from qcompile.ir.model import Model
@@ -150,7 +150,7 @@ class Gatherer:
     def _task(self, path: Path, digest: str, held: Gathered, r: Range) -> ShardTask:
         key = json.dumps(dataclasses.asdict(self.statistics.key))
         probes = json.dumps([probe_to_json(p) for p in held.stats])
-        return ShardTask(str(path), digest, held.graph, self.spec, key, probes, *r, self.threads)
+        return ShardTask(str(path), digest, held.graph, self.spec, key, probes, *r, self.threads, self.mem_limit)
 
     @contextlib.contextmanager
     def _model_file(self, model: Model) -> Any:
@@ -199,7 +199,7 @@ def calibrate(
     data = open_data(job)
     if data is None:
         raise UsageError("these passes read no statistics; choose others, or name --observers")
-    progress.note(f"calibrating on {len(data)} samples of {data.source}")
+    tell_data(data, progress)
     warnings = data_warnings(job, data)
     for text in warnings:
         progress.note(f"warning: {text}")
@@ -286,8 +286,8 @@ def _fresh(job: Job, data: Dataset, warnings: Sequence[str]) -> Statistics:
     versions = {"qcompile": __version__, "onnxruntime": ort.__version__}
     fixed = fixed_batch(job.model.inputs())
     key = Key(
-        job.model.digest(), data.fingerprint(), len(data), chunk_samples(fixed), batch_size(job.model, len(data)),
-        job.options.seed, versions,
+        job.model.digest(), data.fingerprint(), len(data), chunk_samples(fixed),
+        batch_size(job.model, len(data), job.options.batch), job.options.seed, versions,
     )  # fmt: skip
     about = {
         "source": data.source, "random": data.random, "shapes": shapes(data), "warnings": list(warnings),

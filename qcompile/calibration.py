@@ -8,13 +8,15 @@ from typing import Any
 
 from qcompile.calib.checks import check_data, check_ranges, shapes, with_extremes
 from qcompile.calib.data import Dataset
+from qcompile.calib.memory import MemoryPlan
 from qcompile.calib.observers import Probe, Stat
 from qcompile.calib.shards import DataSpec
 from qcompile.calib.stored import StoredStatistics, Sweeps
-from qcompile.errors import DataError
+from qcompile.errors import DataError, QcompileError
 from qcompile.ir.model import Model
 from qcompile.job import DEFAULT_SAMPLES, Job, Progress
 from qcompile.providers import OrtComparator, SweepStatistics, comparator
+from qcompile.runtime.session import device_note
 
 
 @dataclass
@@ -30,6 +32,23 @@ class RangeChecks:
         found = self.source.collect(model, with_extremes(probes))
         self.warnings += [w for w in check_ranges(found, self.index) if w not in self.warnings]
         return {p: found[p] for p in probes}
+
+
+class Planned(QcompileError):
+    """The first sweep is planned: nothing has to run."""
+
+
+@dataclass
+class FirstSweep:
+    """Stands in for the sweeps: plans the first one's memory and ends there."""
+
+    source: SweepStatistics
+    plan: MemoryPlan | None = None
+
+    def collect(self, model: Model, probes: Sequence[Probe]) -> dict[Probe, Stat]:
+        """Raises Planned."""
+        self.plan = self.source.plan(model, with_extremes(probes))
+        raise Planned("planned")
 
 
 @dataclass(frozen=True)
@@ -100,12 +119,12 @@ def open_calibration(job: Job, progress: Progress) -> Calibration | None:
 
 
 def _from_data(job: Job, data: Dataset, progress: Progress) -> Calibration:
-    progress.note(f"calibrating on {len(data)} samples of {data.source}")
-    sweeper = _sweeper(job, data, progress)
+    tell_data(data, progress)
+    source = sweeper(job, data, progress)
     warnings = data_warnings(job, data)
-    checked = RangeChecks(sweeper, data.index)
+    checked = RangeChecks(source, data.index)
     described = (data.source, len(data), data.fingerprint(), data.random, shapes(data))
-    return Calibration(checked, *described, sweeper, data, warnings=tuple(warnings))
+    return Calibration(checked, *described, source, data, warnings=tuple(warnings))
 
 
 def data_warnings(job: Job, data: Dataset) -> list[str]:
@@ -113,21 +132,29 @@ def data_warnings(job: Job, data: Dataset) -> list[str]:
     return [] if data.random else check_data(data, job.model.inputs(), job.options.preprocess)
 
 
+def tell_data(data: Dataset, progress: Progress) -> None:
+    """What is calibrated on, and where models run."""
+    progress.note(f"calibrating on {len(data)} samples of {data.source}")
+    if (note := device_note()) is not None:
+        progress.note(note)
+
+
 def _from_file(job: Job, path: str, progress: Progress) -> Calibration:
     """Data is used beside the file only where the command names it."""
     data = open_data(job) if job.options.calib is not None else None
-    sweeper = None if data is None else _sweeper(job, data, progress)
-    stored = StoredStatistics.open(path, job.model, sweeper, data)
+    swept = None if data is None else sweeper(job, data, progress)
+    stored = StoredStatistics.open(path, job.model, swept, data)
     key, about = stored.statistics.key, stored.statistics.about
     progress.note(f"statistics of {key.samples} samples from {path}")
     source = f"{about.get('source', 'unknown data')} ({path})"
     compared = data if data is not None else stored.feeds()
     described = (source, key.samples, key.data, bool(about.get("random")), dict(about.get("shapes", {})))
-    return Calibration(stored, *described, sweeper, compared, stored.known(), tuple(about.get("warnings", ())))
+    return Calibration(stored, *described, swept, compared, stored.known(), tuple(about.get("warnings", ())))
 
 
-def _sweeper(job: Job, data: Dataset, progress: Progress) -> SweepStatistics:
-    return SweepStatistics(data, job.options.threads, progress=progress.on_sweep, mem_limit=job.options.mem_limit)
+def sweeper(job: Job, data: Dataset, progress: Progress) -> SweepStatistics:
+    """Sweeps over `data` as the job's options ask."""
+    return SweepStatistics(data, job.options.threads, job.options.batch, progress.on_sweep, mem_limit=job.options.mem_limit)
 
 
 def _wants_data(job: Job) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shlex
@@ -11,11 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from qcompile import __version__
-from qcompile.calib.blocks import block_bytes
 from qcompile.calib.memory import MemoryPlan
-from qcompile.calib.memory import plan as plan_memory
-from qcompile.calib.sweep import batch_size
-from qcompile.calibration import Calibration, open_calibration, open_data
+from qcompile.calibration import Calibration, FirstSweep, Planned, open_calibration, open_data, sweeper
 from qcompile.errors import GateError, InputError, ModelError, UsageError
 from qcompile.guards import unmatched
 from qcompile.ir.atomic import write_atomic
@@ -28,8 +26,8 @@ from qcompile.report import SCHEMA_VERSION, PassReport, Remark, json_text
 from qcompile.target.catalog import TARGETS
 
 __all__ = [
-    "DEFAULT_SAMPLES", "SCHEMES", "TARGETS", "Job", "Options", "Progress", "Result", "Silent", "compile", "describe_plan",
-    "first_line", "prepare", "run", "write_report",
+    "DEFAULT_SAMPLES", "SCHEMES", "TARGETS", "Job", "MemoryPlan", "Options", "Progress", "Result", "Silent", "compile",
+    "describe_plan", "first_line", "planned_memory", "prepare", "run", "write_report",
 ]  # fmt: skip
 
 
@@ -152,21 +150,18 @@ def _done(report: PassReport, model: Model, job: Job, progress: Progress) -> Non
 
 
 def planned_memory(job: Job) -> MemoryPlan | None:
-    """The first sweep's memory plan; None without data, where no pass reads statistics, and in blocks.
+    """The first sweep's memory plan; None without data and where no pass reads statistics.
 
     Raises:
         UsageError: `mem_limit` is below what a single probe needs.
     """
     data = open_data(job) if job.data_source is not None and job.options.stats is None else None
-    model, ctx = job.model.clone(), job.context()
-    for p in job.plan.passes if data is not None else ():
-        probes = list(dict.fromkeys(p.probes(model, ctx)))
-        if probes and data is not None:
-            if block_bytes(model, job.options.mem_limit) is not None:
-                return None  # in blocks, each planned by itself
-            return plan_memory(model, data, probes, batch_size(model, len(data)), job.options.mem_limit)
-        p.apply(model, ctx)
-    return None
+    if data is None:
+        return None
+    first = FirstSweep(sweeper(job, data, Silent()))
+    with contextlib.suppress(Planned):
+        Runner(first, None, "off").run(job.model, job.plan.passes, job.context())
+    return first.plan
 
 
 def _describe(model: Model, job: Job, calibration: Calibration | None, digest: str) -> None:
@@ -179,6 +174,7 @@ def _describe(model: Model, job: Job, calibration: Calibration | None, digest: s
             "qcompile.pipeline": job.pipeline,
             "qcompile.target": job.target.name,
             "qcompile.scheme": job.scheme.name,
+            "qcompile.seed": str(job.options.seed),
             "qcompile.source": digest,
             "qcompile.facts": json.dumps(sorted(f.value for f in facts)),
         }
@@ -228,6 +224,7 @@ def _reproduce(failure: Failure, job: Job) -> str:
     words += ["--stats", str(job.options.stats)] if job.options.stats else []
     words += ["--calib", job.data_source] if job.data_source and (job.options.calib or not job.options.stats) else []
     words += ["--samples", str(job.options.samples)] if job.options.samples else []
+    words += ["--batch", str(job.options.batch)] if job.options.batch else []
     words += ["--preprocess", job.options.preprocess] if job.options.preprocess else []
     for option, texts in job.options.selectors.items():
         words += [w for text in texts for w in (f"--{option.replace('_', '-')}", text)]

@@ -41,6 +41,18 @@ def require_numbers(model: Model, path: str | Path) -> None:
             raise ModelError(f"{path}: the weight {name!r} holds NaN; export the model again")
 
 
+def require_batch(batch: int | None, fixed: int | None) -> None:
+    """A model whose batch axis is fixed takes no other.
+
+    Raises:
+        UsageError: `batch` is another one, or less than 1.
+    """
+    if batch is not None and batch < 1:
+        raise UsageError(f"batch is {batch}; give at least 1")
+    if batch is not None and fixed is not None and batch != fixed:
+        raise UsageError(f"--batch {batch}: the model takes exactly {fixed} samples a run; leave --batch out")
+
+
 def require_place(out: Path | None, what: str, taken: Sequence[Path]) -> None:
     """Guard for files that are written beside the output.
 

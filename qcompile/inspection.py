@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from qcompile.backend.audit import audit
@@ -17,6 +18,7 @@ from qcompile.backend.precision import audit_figures, compute_nodes
 from qcompile.errors import UsageError
 from qcompile.ir import match, ops
 from qcompile.ir.model import Model
+from qcompile.oracle.ranges import prove
 from qcompile.report import SCHEMA_VERSION
 
 PREFIX = "qcompile."
@@ -91,7 +93,8 @@ def inspect_model(
         `schema_version, path, size_mb, ir_version, opset, inputs, outputs, nodes` (count by operator), `parameters`
         (elements of the weights), `metadata` (what qcompile wrote), `quantized` (one entry a tensor), `weights`
         (elements in all and quantized, `share`), `compute` (one entry a GEMM, convolution or attention product:
-        `qcompile.backend.precision.compute_nodes`), `audit` (the audit's figures or null) and `structures` (null for a
+        `qcompile.backend.precision.compute_nodes`), `integer` (what an integer-only model costs a sample:
+        `qcompile.oracle.ranges.Proof.cost`, else null), `audit` (the audit's figures or null) and `structures` (null for a
         quantized model: its weights are behind DequantizeLinear, where the matchers do not look).
 
     Raises:
@@ -114,9 +117,15 @@ def inspect_model(
         "quantized": quantized,
         "weights": _weight_share(model.graph),
         "compute": compute_nodes(Path(path), audited, remarks),
+        "integer": _integer_cost(model, Path(path)),
         "audit": None if audited is None else audit_figures(audited),
         "structures": None if quantized else _structures(model.graph),
     }
+
+
+def _integer_cost(model: Model, path: Path) -> dict[str, Any] | None:
+    """`macs, bops, weight_bytes, layers`; the widths follow from the proven ranges."""
+    return prove(onnx.load(str(path)), str(path.parent)).cost if "qcompile.integer" in model.metadata else None
 
 
 def model_bytes(model: Model, path: Path) -> int:

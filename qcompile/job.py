@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from qcompile.calib.data import find_beside
+from qcompile.calib.data import find_beside, fixed_batch
 from qcompile.errors import ModelError, UsageError
-from qcompile.guards import require_numbers, require_sane
+from qcompile.guards import require_batch, require_numbers, require_sane
 from qcompile.ir.model import Model
 from qcompile.pipeline import registry
 from qcompile.pipeline.base import Fact, Pass, PassContext
@@ -53,6 +53,7 @@ class Options:
     calib: str | None = None
     stats: str | Path | None = None
     samples: int | None = None
+    batch: int | None = None
     preprocess: str | None = None
     output: str | Path | None = None
     verify: VerifyMode = "each"
@@ -95,7 +96,9 @@ class Job:
     def context(self) -> PassContext:
         """What every pass is told."""
         o = self.options
-        return PassContext(self.scheme, self.target, seed=o.seed, **o.selectors)
+        return PassContext(
+            self.scheme, self.target, seed=o.seed, keep_float=o.keep_float, only=o.only, quantize=o.quantize, bits=o.bits
+        )
 
 
 def prepare(path: str | Path, options: Options) -> Job:
@@ -130,6 +133,7 @@ def prepare(path: str | Path, options: Options) -> Job:
     if not output.parent.is_dir():
         raise UsageError(f"the folder of the output {output} does not exist; create it first, or choose another with -o")
     require_numbers(model, path)
+    require_batch(options.batch, fixed_batch(model.inputs()))
     return Job(model, options, target, scheme, plan, output, options.calib or find_beside(path))
 
 

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qcompile.calib.blocks import block_bytes, blocked_sweep
+from qcompile.calib.blocks import block_bytes, blocked_sweep, plan_blocks
 from qcompile.calib.data import Dataset, fixed_batch
+from qcompile.calib.memory import MemoryPlan
+from qcompile.calib.memory import plan as plan_memory
 from qcompile.calib.observers import Probe, Stat
 from qcompile.calib.serving import open_session, run_in_parts
-from qcompile.calib.sweep import sweep
+from qcompile.calib.sweep import batch_size, sweep
 from qcompile.emulate.runnable import runnable
 from qcompile.errors import DataError
 from qcompile.ir.model import InputInfo, Model
@@ -53,6 +55,13 @@ class SweepStatistics:
             progress=self.progress,
             mem_limit=self.mem_limit,
         )
+
+    def plan(self, model: Model, probes: Sequence[Probe]) -> MemoryPlan:
+        """The memory that `collect` would take.  Raises as `qcompile.calib.memory.plan`."""
+        ready = runnable(model)
+        limit = block_bytes(ready, self.mem_limit)
+        plan = plan_memory if limit is None else partial(plan_blocks, limit=limit)
+        return plan(ready, self.data, probes, batch_size(ready, len(self.data), self.batch), self.mem_limit)
 
 
 @dataclass

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests import evaluation_graphs as graphs
@@ -54,4 +55,23 @@ def test_a_cell_that_fails_holds_the_reason(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "tiny.eval.npz").write_bytes(b"nothing")
-    assert "dB" not in run(folder, monkeypatch, capsys, "--pipeline", "none")
+    (cell,) = json.loads(run(folder, monkeypatch, capsys, "--pipeline", "none", "--json"))["cells"].values()
+    assert "tiny.eval.npz" in cell["error"] and "sqnr_db" not in cell
+    assert "tiny.eval.npz" in run(folder, monkeypatch, capsys, "--pipeline", "none")
+
+
+def test_equal_files_are_evaluated_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls, real = [], bench_passes.judged
+    monkeypatch.setattr(bench_passes, "judged", lambda *a: calls.append(a) or real(*a))
+    cells = json.loads(run(folder, monkeypatch, capsys, "--pipeline", "none", "--pipeline", "split-shortcut", "--json"))["cells"]
+    first, second = cells.values()
+    assert len(calls) == 1 and first["sqnr_db"] == second["sqnr_db"] and second["passes"] == "split-shortcut"
+
+
+def test_pairs_are_ranked(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(folder / "tiny.pairs.npy", np.arange(4.0))
+    (cell,) = json.loads(run(folder, monkeypatch, capsys, "--pipeline", "none", "--float-rest", "--json"))["cells"].values()
+    assert -1 <= cell["metrics"]["spearman"] <= 1 and cell["samples"] == 8
+    assert np.array_equal(bench_passes.ranks(np.array([3.0, 1.0, 3.0])), [2.5, 1.0, 2.5])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from qcompile.calib.store import load
@@ -132,10 +133,11 @@ def test_observers_of_the_model_as_it_is(tmp_path: Path, capsys: Capture) -> Non
     [
         (["--samples", "64"], "data ("),
         (["--seed", "3"], "seed (0 against 3)"),
+        (["--batch", "4"], "batch (8 against 4)"),
         (["--passes", "smooth"], "the passes ("),
         (["--keep-float", "*onv*"], "other probes than this command asks for"),
     ],
-    ids=["data", "seed", "passes", "selectors"],
+    ids=["data", "seed", "batch", "passes", "selectors"],
 )
 def test_a_file_of_something_else_is_not_continued(
     options: list[str], words: str, whole: Path, tmp_path: Path, capsys: Capture
@@ -170,6 +172,32 @@ def test_usage(options: list[str], code: int, words: str, tmp_path: Path, capsys
     assert words in capsys.readouterr().err
 
 
+def test_batch_size(tmp_path: Path, capsys: Capture) -> None:
+    """Recorded, and a fixed batch axis takes no other."""
+    out = tmp_path / "s.qstats"
+    assert call("calibrate", CNN, *COMMON, "--batch", 16, "-o", out) == 0
+    assert load(out).key.batch == 16
+    fixed = tmp_path / "fixed.onnx"
+    proto = onnx.load(CNN)
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 8
+    onnx.save(proto, fixed)
+    assert call("calibrate", fixed, *COMMON, "--batch", 4, "-o", tmp_path / "f.qstats") == 2
+    assert "--batch 4: the model takes exactly 8 samples a run; leave --batch out" in capsys.readouterr().err
+    assert call("calibrate", fixed, *COMMON, "--batch", 8, "-o", tmp_path / "f.qstats") == 0
+
+
+def test_dry_run_predicts_memory(capsys: Capture) -> None:
+    assert call(CNN, *COMMON, "--dry-run") == 0
+    assert "memory       the first sweep grows the process by at most" in capsys.readouterr().out
+    assert call(CNN, *COMMON, "--dry-run", "--json", "--batch", 4, "--mem-limit", "1GiB") == 0
+    memory = json.loads(capsys.readouterr().out)["memory"]
+    assert (memory["batch"], memory["blocks"], memory["limit_bytes"]) == (4, 1, 1 << 30)
+    assert [r["predicted_bytes"] < 1 << 30 for r in memory["runs"]] == [True]
+    assert call(CNN, *COMMON, "--dry-run", "--mem-limit", "1MiB") == 2
+    out, err = capsys.readouterr()
+    assert not out and "no batch size fits; give at least" in err
+
+
 def test_passes_that_read_nothing(tmp_path: Path) -> None:
     job = prepare(CNN, Options(target="ort", passes="canonicalize", exact=True, calib=str(DATA)))
     with pytest.raises(UsageError, match="read no statistics of this model"):
@@ -177,14 +205,24 @@ def test_passes_that_read_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("method", ["minmax", "percentile", "entropy", "mse", "search"])
+@pytest.mark.parametrize("method", ["minmax", "percentile", "entropy", "mse", "weighted", "search"])
 def test_ranges_by_every_method(method: str, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "q.onnx"
     words: list[Any] = [CNN, *COMMON, "--samples", 16, "--target", "trt", "--range", method, "--verify", "end", "-o", out]
     assert call(*words, "--json") == 0
     document = json.loads(capsys.readouterr().out)
     used = {r["numbers"]["range"] for p in document["passes"] for r in p["remarks"] if "range" in r["numbers"]}
-    assert used and (method == "search" or used == {method}) and f"range={method}" in document["pipeline"]
+    expected = "mse" if method == "weighted" else method  # convolutions have no weights for each channel of a row
+    assert used and (method == "search" or used == {expected}) and f"range={method}" in document["pipeline"]
+
+
+def test_weighted_ranges_are_of_linear_layers(tmp_path: Path, capsys: Capture) -> None:
+    vit = ROOT / "models" / "vit_digits.onnx"
+    options = ["--range", "weighted", "--passes", "", "--samples", 16, "--verify", "end", "-o", tmp_path / "q.onnx"]
+    assert call(vit, *options, "--threads", 1, "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    used = [r["numbers"]["range"] for p in document["passes"] for r in p["remarks"] if "range" in r["numbers"]]
+    assert used.count("weighted mse") > 20 and document["sqnr_db"] > 30
 
 
 def test_range_and_annotate_must_agree(tmp_path: Path, capsys: Capture) -> None:

@@ -118,6 +118,24 @@ def test_selectors_reach_the_passes_and_the_report(tmp_path: Path, capsys: Captu
     assert all(n.input[1] in quantized for n in graph.node if n.op_type == "Gemm")
 
 
+def test_widths_by_layer_show_in_every_report(tmp_path: Path, capsys: Capture) -> None:
+    out, widths = (
+        tmp_path / "mixed.onnx",
+        ("--bits", "region:/stages/stages.1/Relu_1..=w4a4", "--bits", "op:Gemm=w8a8", "--bits", "nil=w4a4"),
+    )
+    code, said, err = call(capsys, CNN, "--target", "integer", "--samples", 8, "-o", out, *widths)
+    assert code == 0 and "--bits nil=w4a4 selects no node" in err and "GBOPs a sample" in said, err
+    _, text, _ = call(capsys, "check", out, "--target", "integer", "--json")
+    checked = json.loads(text)
+    _, text, _ = call(capsys, "inspect", out, "--json")
+    assert checked["cost"] == json.loads(text)["integer"] and not checked["errors"]
+    found = [(x["weight_bits"], x["activation_bits"]) for x in checked["cost"]["layers"]]
+    assert found == [(8, 8)] * 6 + [(4, 4)] * 4 + [(8, 8)]
+    assert checked["cost"]["bops"] == sum(x["macs"] * w * a for x, (w, a) in zip(checked["cost"]["layers"], found, strict=True))
+    call(capsys, "check", out, "--target", "integer", "--proof")
+    call(capsys, "inspect", out)
+
+
 # ---- what fails, and how ------------------------------------------------------------------------------------------
 
 
@@ -129,6 +147,8 @@ def test_selectors_reach_the_passes_and_the_report(tmp_path: Path, capsys: Captu
         ((VIT, "--nonsense"), 2, "No such option"),
         ((VIT, "--target", "gpu"), 2, "is not one of"),
         ((VIT, "--target", "ort", "--scheme", "fp8"), 2, "has no scheme"),
+        ((VIT, "--target", "ort", "--bits", "fc*=w4a4"), 2, "widths of integer-only models; use --target integer"),
+        ((VIT, "--target", "integer", "--bits", "fc*=w9a4"), 2, "'w9a4' is no width"),
         ((VIT, "--target", "ort", "--engine", "x.engine"), 2, "builds no engine"),
         ((VIT, "--target", "rtx", "--scheme", "w4a4", "--engine", "x.engine"), 2, "only simulated"),
         ((VIT, "--target", "rtx", "--engine", "no/such/folder/x.engine"), 2, "does not exist"),

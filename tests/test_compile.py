@@ -71,6 +71,7 @@ def test_the_output_says_how_it_was_made(tmp_path: Path) -> None:
     metadata = Model.load(tmp_path / "q.onnx").metadata
     assert metadata["qcompile.pipeline"] == result.pipeline and "smooth" in result.pipeline
     assert metadata["qcompile.target"] == "ort" and metadata["qcompile.scheme"] == "w8a8"
+    assert metadata["qcompile.seed"] == "0"
     assert metadata["qcompile.source"] == Model.load(MODELS / "digits_cnn.onnx").digest()
     assert '"random": false' in metadata["qcompile.calibration"]
 

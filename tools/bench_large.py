@@ -152,7 +152,7 @@ def measured(command: list[str]) -> Run:
         return Run(time.perf_counter() - start, peak, out.read())
 
 
-def anonymous(pid: int) -> int:
+def anonymous(pid: int | str) -> int:
     """Resident bytes that are not mapped from files; 0 when the process is gone."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()

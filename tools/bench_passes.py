@@ -4,36 +4,49 @@ python tools/bench_passes.py                                        models/, all
 python tools/bench_passes.py --models DIR --model char_gpt --scheme w4a4 --scheme w8a8 --pipeline none --pipeline rotate
 python tools/bench_passes.py --cells RESULTS.json                   resumable: cells that the file holds are not run again
 
-DIR holds NAME.onnx; the data folder (`--calib`, default DIR) NAME.calib.npz, and NAME.eval.npz with `labels` for the metric.  The
-`best` line of a table is the pipeline with the highest SQNR on the calibration samples: nothing is chosen on what is reported.
+DIR holds NAME.onnx; the data folder (`--calib`, default DIR) NAME.calib.npz, and NAME.eval.npz with `labels` for the metric.
+An encoder's NAME.pairs.npy holds one human score for the evaluation samples 2i and 2i + 1: the metric is Spearman's rank
+correlation with the cosine of their embeddings.  The `best` line of a table is the pipeline with the highest SQNR on the
+calibration samples: nothing is chosen on what is reported.  A pipeline that makes the same file as one before it is not evaluated
+again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from qcompile.calib.data import load_data  # noqa: E402
+from qcompile.calib.data import Dataset, load_data  # noqa: E402
 from qcompile.compile import Options  # noqa: E402
 from qcompile.compile import compile as compile_model  # noqa: E402
+from qcompile.emulate.runnable import runnable  # noqa: E402
 from qcompile.errors import QcompileError  # noqa: E402
 from qcompile.evaluate import evaluate  # noqa: E402
 from qcompile.ir.model import Model  # noqa: E402
+from qcompile.layers import simulate  # noqa: E402
 from qcompile.pipeline import registry  # noqa: E402
+from qcompile.target.catalog import TARGETS  # noqa: E402
 from tools.transplant import transplant  # noqa: E402
 
 SCHEMA_VERSION = 1
 SCHEMES = ("w8a8", "w6a6", "w4a8", "w4a4", "w4a16")
+METRICS = ("top1", "nll", "mse")
 PIPELINES: dict[str, str] = {
     "none": "",
     "smooth": "smooth{search}",
@@ -64,7 +77,12 @@ class Case:
     @property
     def key(self) -> str:
         """The name under which the cell is stored."""
-        return f"{self.model}/{self.variant}/{self.scheme}/{self.pipeline}"
+        return f"{self.group}/{self.pipeline}"
+
+    @property
+    def group(self) -> str:
+        """The cells that are compared with each other."""
+        return f"{self.model}/{self.variant}/{self.scheme}"
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
@@ -81,16 +99,15 @@ def _data(options: argparse.Namespace, stem: str, part: str) -> Path | None:
     return path if path.is_file() else None
 
 
-def run(case: Case, source: Path, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Compile and evaluate one cell; what fails is a cell with the reason."""
+def run(case: Case, source: Path, options: argparse.Namespace, folder: Path, made: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Compile and evaluate one cell; what fails is a cell with the reason.  `made`: the group's cells by their file's digest."""
     out, start = folder / "candidate.onnx", time.perf_counter()
-    calib = _data(options, case.model, "calib")
     passes = PIPELINES.get(case.pipeline, case.pipeline)
     settings = Options(
         passes=passes,
         scheme=case.scheme,
         target=options.target,
-        calib=str(calib),
+        calib=str(_data(options, case.model, "calib")),
         samples=options.samples,
         output=out,
         verify="end",
@@ -98,28 +115,55 @@ def run(case: Case, source: Path, options: argparse.Namespace, folder: Path) -> 
     )
     try:
         result = compile_model(source, settings)
-        found = evaluate(source, out, dataset(case, source, options), threads=options.threads)
+        digest = Model.load(out).digest()
+        found = made[digest] if digest in made else judged(case, source, out, options)
     except QcompileError as e:
         return {"passes": passes, "error": str(e).splitlines()[0]}
     applied = sum(r.kind == "applied" for p in result.passes if p.spec in passes for r in p.remarks)
-    metrics = {k: v for k, v in found["candidate"].items() if k in ("top1", "nll", "mse")}
-    reference = {k: v for k, v in found["reference"].items() if k in ("top1", "nll", "mse")}
-    return {
+    made[digest] = found | {
         "passes": passes,
         "applied": applied,
-        "sqnr_db": found["sqnr_db"],
         "calibration_sqnr_db": result.sqnr_db,
-        "metrics": metrics,
-        "float_metrics": reference,
-        "samples": found["samples"],
+        "digest": digest,
         "seconds": round(time.perf_counter() - start, 1),
     }
+    return made[digest]
 
 
-def dataset(case: Case, source: Path, options: argparse.Namespace) -> Any:
+def judged(case: Case, source: Path, candidate: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """SQNR, metrics and the share of equal top-1 answers on the evaluation samples."""
+    data = dataset(case, source, options)
+    found = evaluate(source, candidate, data, threads=options.threads)
+    metrics = [{k: v for k, v in found[side].items() if k in METRICS} for side in ("candidate", "reference")]
+    pairs = (options.calib or options.models) / f"{case.model}.pairs.npy"
+    if pairs.is_file():
+        metrics = [m | {"spearman": pair_spearman(p, data, pairs)} for m, p in zip(metrics, (candidate, source), strict=True)]
+    elif not metrics[0] and found["agreement"] is not None:
+        metrics = [{"agreement": found["agreement"]}, {"agreement": 1.0}]
+    return {"sqnr_db": found["sqnr_db"], "metrics": metrics[0], "float_metrics": metrics[1], "samples": found["samples"]}
+
+
+def pair_spearman(path: Path, data: Dataset, scores: Path) -> float:
+    """Spearman's rank correlation of human scores with the cosine of the embeddings [N, D] of samples 2i and 2i + 1."""
+    session = simulate(runnable(Model.load(path)), 1)
+    made = np.concatenate([np.asarray(session.run(None, feeds)[0]) for feeds in data.batches(16)])
+    unit = made / np.linalg.norm(made, axis=-1, keepdims=True)
+    cosine, human = (unit[0::2] * unit[1::2]).sum(-1), np.load(scores, allow_pickle=False)
+    return float(np.corrcoef(ranks(cosine), ranks(human[: len(cosine)]))[0, 1])
+
+
+def ranks(values: NDArray[Any]) -> NDArray[np.float64]:
+    """Ranks; equal values share their mean rank."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+
+def dataset(case: Case, source: Path, options: argparse.Namespace) -> Dataset:
     """The samples that are reported on: NAME.eval.npz, else those for calibration."""
     path = _data(options, case.model, "eval") or _data(options, case.model, "calib")
-    return load_data(str(path), Model.load(source).inputs(), samples=options.eval_samples)
+    paired = ((options.calib or options.models) / f"{case.model}.pairs.npy").is_file()
+    data = load_data(str(path), Model.load(source).inputs(), samples=None)
+    return data if paired or options.eval_samples is None else data.take(min(options.eval_samples, len(data)))
 
 
 def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -133,10 +177,18 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
             if case.key in cells:
                 continue
             print(f"{i + 1}/{len(selected)} {case.key}", file=sys.stderr)
-            cells[case.key] = run(case, prepared(case, options, Path(name)), options, Path(name))
+            made = {c["digest"]: c for k, c in cells.items() if k.rpartition("/")[0] == case.group and "digest" in c}
+            cells[case.key] = run(case, prepared(case, options, Path(name)), options, Path(name), made)
             if options.cells is not None:
-                options.cells.write_text(json.dumps(document(cells, options), indent=1), encoding="utf-8")
+                _write(options.cells, json.dumps(document(cells, options), indent=1))
     return {c.key: cells[c.key] for c in selected}
+
+
+def _write(path: Path, text: str) -> None:
+    """All or nothing: a killed run leaves the cells that it had."""
+    beside = path.with_name(f"{path.name}.part")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
 
 
 def prepared(case: Case, options: argparse.Namespace, folder: Path) -> Path:
@@ -152,12 +204,13 @@ def prepared(case: Case, options: argparse.Namespace, folder: Path) -> Path:
 
 def document(cells: dict[str, dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
     """The JSON form."""
-    return {"schema_version": SCHEMA_VERSION, "target": options.target, "samples": options.samples, "cells": cells}
+    kept = ("target", "samples", "eval_samples", "float_rest")
+    return {"schema_version": SCHEMA_VERSION, **{k: getattr(options, k) for k in kept}, "cells": cells}
 
 
-def table(cells: dict[str, dict[str, Any]]) -> str:
+def table(cells: dict[str, dict[str, Any]]) -> Table:
     """One line a cell; the best of each scheme by calibration SQNR is marked."""
-    lines: list[str] = []
+    view = Table("model / variant / scheme", "pipeline", "SQNR, dB", "metric", "float", "sites", "", box=None)
     groups: dict[str, dict[str, dict[str, Any]]] = {}
     for key, cell in cells.items():
         group, _, pipeline = key.rpartition("/")
@@ -165,18 +218,17 @@ def table(cells: dict[str, dict[str, Any]]) -> str:
     for group, held in groups.items():
         good = {p: c for p, c in held.items() if "error" not in c and c["calibration_sqnr_db"] is not None}
         best = max(good, key=lambda p: good[p]["calibration_sqnr_db"], default=None)
-        float_metrics = next((_metrics(c["float_metrics"]) for c in good.values()), "")
-        lines.append(f"{group}  float {float_metrics}")
-        lines += [_line(p, c, p == best) for p, c in held.items()]
-    return "\n".join(lines)
+        for i, (pipeline, cell) in enumerate(held.items()):
+            view.add_row("" if i else group, pipeline, *_columns(cell, pipeline == best), end_section=i == len(held) - 1)
+    return view
 
 
-def _line(pipeline: str, cell: dict[str, Any], best: bool) -> str:
+def _columns(cell: dict[str, Any], best: bool) -> tuple[str, ...]:
     if "error" in cell:
-        return f"  {pipeline:<18} {cell['error']}"
-    mark = " best on calibration data" if best else ""
+        return "-", "", "", "", cell["error"]
     sqnr = "-" if cell["sqnr_db"] is None else f"{cell['sqnr_db']:.2f}"
-    return f"  {pipeline:<18} {sqnr:>7} dB  {_metrics(cell['metrics'])}  {cell['applied']} sites{mark}"
+    mark = "best on calibration data" if best else ""
+    return sqnr, _metrics(cell["metrics"]), _metrics(cell["float_metrics"]), str(cell["applied"]), mark
 
 
 def _metrics(metrics: dict[str, float]) -> str:
@@ -193,8 +245,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--variant", action="append", choices=("plain", "outliers"))
     p.add_argument("--pipeline", action="append", help=f"{', '.join(PIPELINES)}, or any pipeline string")
     p.add_argument("--target", default="rtx", choices=("trt", "rtx", "ort"))
-    p.add_argument("--samples", type=int, default=64)
-    p.add_argument("--eval-samples", type=int)
+    p.add_argument("--samples", type=int, default=64, help="calibration samples")
+    p.add_argument("--eval-samples", type=int, help="at most as many evaluation samples (default: all; pairs are never cut)")
+    p.add_argument("--float-rest", action="store_true", help="leave the float rest in float32: half precision is slow on a CPU")
     p.add_argument("--threads", type=int, default=1)
     p.add_argument("--cells", type=Path, help="JSON file that keeps finished cells")
     p.add_argument("--json", action="store_true")
@@ -206,8 +259,13 @@ def main() -> None:
     options = parser().parse_args()
     for name in (p for p in options.pipeline or () if p not in PIPELINES):
         registry.parse(name)
+    if options.float_rest:
+        TARGETS[options.target] = replace(TARGETS[options.target], half_body=False)
     cells = measure(options)
-    print(json.dumps(document(cells, options), indent=2) if options.json else table(cells))
+    if options.json:
+        print(json.dumps(document(cells, options), indent=2))
+    else:
+        Console(width=160).print(table(cells))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from qcompile.evaluate import evaluate
 from qcompile.ir.model import Model
 
 MODELS = Path(__file__).parents[1] / "models"
-RANGES = ("minmax", "percentile", "entropy", "mse", "search")
+RANGES = ("minmax", "percentile", "entropy", "mse", "weighted", "search")
 
 
 def measure(path: Path, method: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:

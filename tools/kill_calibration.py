@@ -1,13 +1,14 @@
 """Kill calibrations at random points and compare what they end with: python tools/kill_calibration.py [--kills 20] [--json]
 
 Four victims in turn: the process itself, a worker of its pool, a worker of a dask cluster, and the client of that cluster.
-A run whose process was killed is started again with the same command.  Every final file must be, byte for byte, the one
-of an undisturbed run in a single process.
+A run whose process was killed is started again with the same command; runs that end before the kill do not count.
+Every final file must be, byte for byte, the one of an undisturbed run in a single process.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import random
 import signal
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "models" / "vit_digits.onnx"
 VICTIMS = ("process", "pool worker", "dask worker", "dask client")
 PORT = 18786
+ATTEMPTS = 3  # runs for each kill: some end before it comes
 
 
 def command(output: Path, samples: int, *extra: str) -> list[str]:
@@ -61,23 +64,39 @@ def workers_of(process: psutil.Process) -> list[psutil.Process]:
     return [p for p in below if not p.children() and "resource_tracker" not in " ".join(p.cmdline())]
 
 
-def pick(victim: str, main: psutil.Process, cluster: list[subprocess.Popen[bytes]]) -> psutil.Process | None:
-    if victim in ("process", "dask client"):
-        return main
-    parent = main if victim == "pool worker" else psutil.Process(cluster[1].pid)
-    workers = workers_of(parent)
-    return random.choice(workers) if workers else None
+def pick(victim: str, process: subprocess.Popen[bytes], cluster: list[subprocess.Popen[bytes]]) -> psutil.Process | None:
+    """Whom to kill, as soon as there is one; None once the process has ended."""
+    while process.poll() is None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            main = psutil.Process(process.pid)
+            if victim in ("process", "dask client"):
+                return main
+            if workers := workers_of(main if victim == "pool worker" else psutil.Process(cluster[1].pid)):
+                return random.choice(workers)
+        time.sleep(0.05)
+    return None
+
+
+def ended_after(process: subprocess.Popen[bytes], seconds: float) -> float | None:
+    """Seconds until the process ended by itself; None if it still runs."""
+    start = time.perf_counter()
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
+    return time.perf_counter() - start
 
 
 def one_kill(
-    victim: str, output: Path, samples: int, seconds: float, cluster: list[subprocess.Popen[bytes]]
+    victim: str, output: Path, samples: int, took: dict[str, float], cluster: list[subprocess.Popen[bytes]]
 ) -> dict[str, object]:
+    """One disturbed run; `took` learns how long a run with this victim takes when the kill came too late."""
     words = command(output, samples, *extra_options(victim))
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    main = psutil.Process(process.pid)
-    delay = random.uniform(0.2, 1.0) * seconds
-    time.sleep(delay)
-    hit = pick(victim, main, cluster) if process.poll() is None else None
+    delay = random.uniform(0.2, 1.0) * took[victim]
+    ended = ended_after(process, delay)
+    hit = pick(victim, process, cluster)
+    took[victim] = ended or took[victim]
     if hit is not None:
         hit.send_signal(signal.SIGKILL)
     _, errors = process.communicate(timeout=600)
@@ -109,11 +128,11 @@ def main() -> int:
         seconds = time.perf_counter() - start
         expected = (folder / "whole.qstats").read_bytes()
         cluster = start_cluster(folder) if any(v.startswith("dask") for v in victims) else []
+        kills, took = list[dict[str, object]](), dict.fromkeys(victims, seconds)
         try:
-            kills = []
-            for i in range(options.kills):
-                output = folder / f"{i}.qstats"
-                kill = one_kill(victims[i % len(victims)], output, options.samples, seconds, cluster)
+            while sum(bool(k["hit"]) for k in kills) < options.kills and len(kills) < ATTEMPTS * options.kills:
+                output = folder / f"{len(kills)}.qstats"
+                kill = one_kill(victims[len(kills) % len(victims)], output, options.samples, took, cluster)
                 kill["identical"] = output.read_bytes() == expected
                 kills.append(kill)
                 print(json.dumps(kill), file=sys.stderr, flush=True)
@@ -126,7 +145,9 @@ def main() -> int:
     if options.json:
         print(json.dumps(document, indent=2))
     else:
-        print(f"{len(kills)} kills, {sum(bool(k['hit']) for k in kills)} hit a running process, {len(bad)} ended in other bytes")
+        hits = Counter(str(k["victim"]) for k in kills if k["hit"])
+        print(f"{len(kills)} runs, {hits.total()} killed ({', '.join(f'{n} {v}' for v, n in hits.items())})")
+        print(f"{len(bad)} ended in other bytes than the undisturbed run")
     return 1 if bad else 0
 
 

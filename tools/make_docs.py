@@ -13,7 +13,7 @@ from qcompile.pipeline import registry
 from qcompile.pipeline.describe import PassHelp, describe_pass
 from qcompile.target.accepted import ACCEPTED
 from qcompile.target.findings import Rule
-from qcompile.target.rules import ORT_RULES, TRT_RULES
+from qcompile.target.rules import INTEGER_RULES, ORT_RULES, TRT_RULES
 
 DOCS = Path(__file__).parents[1] / "docs"
 RULES_PAGE = "guide/rules.md"
@@ -64,7 +64,9 @@ def rules_page() -> str:
     accepted = [f"| {a.name} | {a.outcome} | {a.reason} |" for a in ACCEPTED]
     what = "Forms that people ask about and that no rule reports; each is built by the tests too.\n"
     parts = [RULES_NOTE, "# The rules of `qcompile check`\n", intro, "## TensorRT (`--target trt`, `--target rtx`)\n"]
-    parts += [rules_table(TRT_RULES), "## ONNX Runtime (`--target ort`)\n", rules_table(ORT_RULES), "## No rule\n", what]
+    parts += [rules_table(TRT_RULES), "## ONNX Runtime (`--target ort`)\n", rules_table(ORT_RULES)]
+    parts += ["## Integers only (`--target integer`, see [integer.md](integer.md))\n", rules_table(INTEGER_RULES)]
+    parts += ["## No rule\n", what]
     return "\n".join([*parts, "| form | runs as | why there is no rule |", "| --- | --- | --- |", *accepted]) + "\n"
 
 

@@ -15,8 +15,8 @@ SHAPES_KEY = "qcompile.shapes"
 BATCH = (1, 8, 32)
 OTHER = (8, 32, 128)
 _OUTSIDE = (
-    "axis {1} of {0!r} runs from {2} to {3} in the profile, but was calibrated at {4}: longer inputs may exceed the ranges;"
-    " calibrate at the largest size, or lower the profile"
+    "axis {1} of {0!r} runs from {2} to {3} in the profile, but was calibrated at {4}: inputs of other sizes may exceed the"
+    " ranges; calibrate at the largest size, or change the profile"
 )
 FORM = "write input:MINxDIMS,OPTxDIMS,MAXxDIMS, e.g. x:1x3x224x224,8x3x224x224,32x3x224x224"
 
@@ -113,36 +113,42 @@ def _axis_range(axis: int, size: int, recorded: int) -> tuple[int, int, int]:
     return (min(lo, recorded), recorded, max(hi, recorded)) if recorded > 0 else (lo, opt, hi)
 
 
-def _recorded(model: ModelProto) -> Mapping[str, Sequence[int]]:
+def _recorded(model: ModelProto, end: str = "max") -> Mapping[str, Sequence[int]]:
+    """The largest dims (or the "min") of each input over the calibration samples."""
     text = next((p.value for p in model.metadata_props if p.key == SHAPES_KEY), "{}")
     try:
         found: Any = json.loads(text)
     except json.JSONDecodeError:
         return {}
-    return {name: _largest(seen) for name, seen in found.items()} if isinstance(found, dict) else {}
+    return {name: _dims(seen, end) for name, seen in found.items()} if isinstance(found, dict) else {}
 
 
-def _largest(seen: Any) -> Sequence[int]:
-    """The dims of one sample as older models record them, or the largest of {"min": dims, "max": dims}."""
-    dims: Any = seen.get("max", []) if isinstance(seen, dict) else seen
+def _dims(seen: Any, end: str) -> Sequence[int]:
+    """The dims of one sample as older models record them, or one end of {"min": dims, "max": dims}."""
+    dims: Any = seen.get(end, []) if isinstance(seen, dict) else seen
     return dims if isinstance(dims, list) else []
 
 
 def outside_calibration(model: ModelProto, profile: Profile) -> list[str]:
     """Where `profile` leaves the shapes that the model was calibrated at (recorded as `qcompile.shapes`), one line an axis.
 
-    Axis 0 is the batch, which moves no range.  On another axis, sizes that calibration never saw may exceed its ranges.
+    Axis 0 is the batch, which moves no range.  On another axis, larger sizes than calibration saw may exceed its ranges, and
+    a profile of smaller sizes only was never seen at all.
     """
-    recorded = _recorded(model)
-    lines = (_outside(name, r, recorded.get(name, [])) for name, r in profile.shapes.items())
+    smallest, largest = _recorded(model, "min"), _recorded(model)
+    lines = (_outside(name, r, smallest.get(name, []), largest.get(name, [])) for name, r in profile.shapes.items())
     return [line for found in lines for line in found]
 
 
-def _outside(name: str, r: ShapeRange, seen: Sequence[int]) -> list[str]:
-    if len(seen) != len(r.min):
+def _outside(name: str, r: ShapeRange, smallest: Sequence[int], largest: Sequence[int]) -> list[str]:
+    if not len(smallest) == len(largest) == len(r.min):
         return []
-    axes = [(i, r.min[i], r.max[i], int(seen[i])) for i in range(1, len(seen))]
-    return [_OUTSIDE.format(name, i, lo, hi, n) for i, lo, hi, n in axes if n < hi]
+    axes = [(i, r.min[i], r.max[i], int(smallest[i]), int(largest[i])) for i in range(1, len(largest))]
+    return [
+        _OUTSIDE.format(name, i, lo, hi, top if low == top else f"{low} to {top}")
+        for i, lo, hi, low, top in axes
+        if hi > top or hi < low
+    ]
 
 
 def check_profile(model: ModelProto, profile: Profile) -> None:

@@ -5,6 +5,8 @@ The weights of one block are read at a time, once.  What crosses to the next blo
 
 from __future__ import annotations
 
+import functools
+import itertools
 import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,30 +20,34 @@ from numpy.typing import NDArray
 
 from qcompile.calib.chunks import chunk_samples
 from qcompile.calib.data import Dataset, fixed_batch
+from qcompile.calib.memory import MemoryPlan, statistics_bytes, tensor_bytes, tiled, with_margin
 from qcompile.calib.observers import Probe, SecondMoment, Stat
 from qcompile.calib.readers import Arrays
 from qcompile.calib.sweep import batch_size, sweep
 from qcompile.errors import DataError
-from qcompile.ir.cut import Block, cut, part, typed
+from qcompile.ir.cut import Block, computed_bytes, cut, part, typed
 from qcompile.ir.model import Model
 from qcompile.ir.spill import is_large, mark_large, scratch_folder
 
-_SEGMENT_CHUNKS = 64
 _SAMPLES = "qcompile_samples"
 _LOADING = 5  # times its weights (see `qcompile.calib.memory`)
+_COMPUTED = 1 << 28  # bytes of dequantized weights at a time
 
 
 def block_bytes(model: Model, mem_limit: int | None = None) -> int | None:
     """Bytes of weights for a block, where `model` should run in blocks, else None.
 
     A large model, whose weights are mapped, should when they exceed half the memory (or `mem_limit`): each run would read
-    them from the disk again.  A smaller one should when loading it whole takes more than `mem_limit`.
+    them from the disk again.  It also should when it dequantizes weights: those of a whole graph are computed before the
+    first is used, and are not mapped.  A smaller one should when loading it whole takes more than `mem_limit`.
     """
     weights = model.weight_bytes()
     if is_large(model.graph):
         memory = psutil.virtual_memory().total if mem_limit is None else mem_limit
+        if computed_bytes(typed(model)) > _COMPUTED:
+            return min(memory // 4, _COMPUTED)
         return memory // 4 if weights > memory // 2 else None
-    return mem_limit // 8 if mem_limit is not None and _LOADING * weights > mem_limit else None
+    return mem_limit // 16 if mem_limit is not None and _LOADING * weights > mem_limit else None
 
 
 def blocked_sweep(
@@ -62,7 +68,7 @@ def blocked_sweep(
     """`qcompile.calib.sweep.sweep`, in blocks that read at most `limit` bytes of weights.
 
     The statistics of a large model (`qcompile.ir.spill.is_large`) are those of `sweep` bit for bit; where the sessions
-    optimize, a fusion across a cut may round otherwise.  `on_batch` is called after every 64 chunks.
+    optimize, a fusion across a cut may round otherwise.  `on_batch` is called after every chunk.
 
     Raises:
         as `sweep`; DataError: no room for the activations in the temporary directory.
@@ -72,18 +78,35 @@ def blocked_sweep(
     wanted = list(dict.fromkeys(probes))
     stats: dict[Probe, Stat] = {p: p.observer.empty() for p in wanted} | {p: s for p, s in (known or {}).items() if p in wanted}
     source = typed(model)
-    blocks = cut(source, [_group(p) for p in wanted], limit)
-    parts = [_part(source, b, [p for p in wanted if _group(p) in b.answers]) for b in blocks]
+    parts = _parts(source, wanted, limit)
+    if mem_limit is not None:
+        plan_blocks(source, data, wanted, batch_size(model, len(data), batch), mem_limit, limit=limit)
     end = len(data) if stop is None else min(stop, len(data))
     size = batch_size(model, len(data), batch)
-    step = end - start if on_batch is None else _SEGMENT_CHUNKS * chunk_samples(fixed_batch(model.inputs()))
-    for first in range(start, end, max(step, 1)):
-        last = min(first + step, end)
-        tell = _Progress(progress, len(blocks), start, first, end)
+    for first, last in _segments(start, end, None if on_batch is None else chunk_samples(fixed_batch(model.inputs()))):
+        tell = _Progress(progress, len(parts), start, first, end)
         stats |= _segment(parts, data, stats, first, last, tell, batch=size, threads=threads, mem_limit=mem_limit)
         if on_batch is not None:
             on_batch(stats, last)
     return stats
+
+
+def _segments(start: int, end: int, length: int | None) -> Iterator[tuple[int, int]]:
+    """`start` to `end`, cut at the multiples of `length`: a batch never ends elsewhere because of a segment."""
+    cuts = [] if length is None else range((start // length + 1) * length, end, length)
+    return (r for r in itertools.pairwise([start, *cuts, end]) if r[0] < r[1])
+
+
+def plan_blocks(
+    model: Model, data: Dataset, probes: Sequence[Probe], batch: int, mem_limit: int | None = None, *, limit: int
+) -> MemoryPlan:
+    """The memory of `blocked_sweep`: the sweeps of one block after the other.  Raises as `qcompile.calib.memory.plan`."""
+    source, spool = typed(model), Spool(Path())
+    sizes, held = functools.cache(functools.partial(tensor_bytes, source, data)), statistics_bytes(source, probes)
+    parts = _parts(source, list(dict.fromkeys(probes)), limit)
+    asked = [[*each.probes, *(Probe(name, Keep(spool)) for name in each.block.gives)] for each in parts]
+    sweeps = [s for p, wanted in zip(parts, asked, strict=True) for s in tiled(p.model, sizes, wanted, batch, mem_limit, held)]
+    return MemoryPlan(tuple(sweeps), batch, len(parts))
 
 
 @dataclass(frozen=True)
@@ -91,6 +114,12 @@ class _Part:
     block: Block
     model: Model
     probes: list[Probe]
+
+    def room(self, mem_limit: int | None, statistics: int) -> int | None:
+        """What is left of `mem_limit` beside the statistics of the other blocks."""
+        if mem_limit is None:
+            return None
+        return mem_limit - with_margin(statistics - statistics_bytes(self.model, self.probes))
 
 
 @dataclass
@@ -110,6 +139,11 @@ class _Progress:
             self.tell(before + done, (self.end - self.start) * self.blocks)
 
 
+def _parts(source: Model, probes: Sequence[Probe], limit: int) -> list[_Part]:
+    blocks = cut(source, [_group(p) for p in probes], limit)
+    return [_part(source, b, [p for p in probes if _group(p) in b.answers]) for b in blocks]
+
+
 def _part(source: Model, block: Block, probes: list[Probe]) -> _Part:
     made = part(source, block)
     if is_large(source.graph):
@@ -124,20 +158,25 @@ def _group(probe: Probe) -> tuple[str, ...]:
 
 
 def _segment(
-    parts: Sequence[_Part], data: Dataset, stats: Mapping[Probe, Stat], first: int, last: int, progress: _Progress, **options: Any
-) -> dict[Probe, Stat]:
+    parts: Sequence[_Part], data: Dataset, stats: Mapping[Probe, Stat], first: int, last: int, progress: _Progress,
+    mem_limit: int | None, **options: Any
+) -> dict[Probe, Stat]:  # fmt: skip
     """Samples `first` to `last` through all blocks; their activations are forgotten afterwards."""
     found: dict[Probe, Stat] = {}
+    held = sum(statistics_bytes(each.model, each.probes) for each in parts)
     with tempfile.TemporaryDirectory(dir=scratch_folder()) as folder:
         spools: dict[str, Spool] = {}
         for i, each in enumerate(parts):
             progress.block = i
-            held = _stored(data, {n: spools[n] for n in each.block.takes}, each.model) if each.block.takes else data
-            last = min(last, held.length) if isinstance(held, _Stored) else last
+            source = _stored(data, {n: spools[n] for n in each.block.takes}, each.model) if each.block.takes else data
+            last = min(last, source.length) if isinstance(source, _Stored) else last
             new = {name: Spool(Path(folder) / f"{len(spools) + k}.data") for k, name in enumerate(each.block.gives)}
             asked = [*each.probes, *(Probe(name, Keep(spool)) for name, spool in new.items())]
             known = {p: stats[p] for p in each.probes}
-            answers = sweep(each.model, held, asked, start=first, stop=last, known=known, progress=progress, **options)
+            answers = sweep(
+                each.model, source, asked, start=first, stop=last, known=known, progress=progress,
+                mem_limit=each.room(mem_limit, held), **options
+            )  # fmt: skip
             found |= {p: answers[p] for p in each.probes}
             spools |= new
             _drop(spools, parts[i + 1 :])

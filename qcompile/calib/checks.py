@@ -129,8 +129,10 @@ def _of_input(one: _Input, info: InputInfo, index: Sequence[int], preprocess: st
 
 
 def _constant(one: _Input, index: Sequence[int]) -> list[str]:
-    """Samples of one value; an input where all are (an all-ones mask, a time step) is meant to be so."""
-    bad = [k for k, (low, high, size) in enumerate(zip(one.lows, one.highs, one.sizes, strict=True)) if low == high and size > 1]
+    """Samples of one value; an input where all are (a time step) is meant to be so, and a mask may be all ones."""
+    usual = 1.0 if not one.floating and min(one.lows) >= 0 and max(one.highs) <= 1 else None
+    spans = zip(one.lows, one.highs, one.sizes, strict=True)
+    bad = [k for k, (low, high, size) in enumerate(spans) if low == high != usual and size > 1]
     if not bad or len(bad) == len(index):
         return []
     return [f"input {one.name!r}: {_many(bad, index)} constant (all {one.lows[bad[0]]:g}): blank or damaged? Remove them"]

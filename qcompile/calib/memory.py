@@ -1,14 +1,15 @@
 """How much memory a sweep needs, predicted, and the probes spread over as few sweeps as fit a limit.
 
-peak = max(loading, running)
+peak = max(loading, running) + the statistics of all sweeps
 loading = 4 x weights: the model, its bytes, ONNX Runtime's copy of both (none for a large model, whose weights are mapped)
 running = 2 x weights (plain and packed for the kernels) + the largest set of tensors alive at once
           + 3 x what leaves the session (ONNX Runtime's, its copy, and the batch before, which is being merged)
-          + the statistics, twice while merged
+          + the sweep's statistics once more, while they are merged
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -42,10 +43,11 @@ class SweepPlan:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The sweeps that answer all probes at `batch` samples a run."""
+    """The sweeps that answer all probes at `batch` samples a run; of each of `blocks` parts of a large model at least one."""
 
     sweeps: tuple[SweepPlan, ...]
     batch: int
+    blocks: int = 1
 
     @property
     def predicted_bytes(self) -> int:
@@ -61,39 +63,67 @@ def plan(model: Model, data: Dataset, probes: Sequence[Probe], batch: int, mem_l
     Raises:
         UsageError: one tensor's probes alone do not fit; the message says which batch size or limit would do.
     """
-    tensors = list(dict.fromkeys(p.tensor for p in probes))
-    shapes = _shapes(model, data, batch)
+    sizes = functools.cache(functools.partial(tensor_bytes, model, data))
+    return MemoryPlan(tiled(model, sizes, probes, batch, mem_limit, statistics_bytes(model, probes)), batch)
 
-    def sweep_of(names: Sequence[str]) -> SweepPlan:
+
+def tiled(
+    model: Model, sizes: Callable[[int], dict[str, int]], probes: Sequence[Probe], batch: int, mem_limit: int | None, held: int
+) -> tuple[SweepPlan, ...]:
+    """The sweeps of `plan`; `sizes` gives the bytes of every tensor at a batch size, `held` those of all statistics.
+
+    Raises as `plan`.
+    """
+    tensors = list(dict.fromkeys(p.tensor for p in probes))
+
+    def sweep_of(names: Sequence[str], size: int = batch) -> SweepPlan:
         chosen = tuple(p for p in probes if p.tensor in set(names))
-        return SweepPlan(chosen, predict(model, shapes, chosen))
+        return SweepPlan(chosen, predict(model, sizes(size), chosen, held))
+
+    def need(tensor: str, size: int) -> int:
+        return sweep_of([tensor], size).predicted_bytes
 
     whole = sweep_of(tensors)
     if mem_limit is None or whole.predicted_bytes <= mem_limit:
-        return MemoryPlan((whole,), batch)
+        return (whole,)
     sweeps: list[SweepPlan] = []
     rest = tensors
     while rest:
         found = _longest(sweep_of, rest, mem_limit)
         if found is None:
-            raise UsageError(_refusal(model, data, [p for p in probes if p.tensor == rest[0]], batch, mem_limit))
+            raise UsageError(_refusal(functools.partial(need, rest[0]), rest[0], batch, mem_limit))
         count, sweep = found
         sweeps.append(sweep)
         rest = rest[count:]
-    return MemoryPlan(tuple(sweeps), batch)
+    return tuple(sweeps)
 
 
-def predict(model: Model, shapes: dict[str, int], probes: Sequence[Probe]) -> int:
-    """Bytes that a sweep of `probes` makes the process grow by; `shapes` gives each tensor's bytes."""
+def statistics_bytes(model: Model, probes: Sequence[Probe]) -> int:
+    """Bytes of all statistics, which stay from sweep to sweep."""
+    values = named_values(model)
+    return sum(_statistic_bytes(p.observer, values[p.tensor]) for p in probes)
+
+
+def predict(model: Model, sizes: dict[str, int], probes: Sequence[Probe], held: int) -> int:
+    """Bytes that a sweep of `probes` makes the process grow by.
+
+    Args:
+        sizes: each tensor's bytes.
+        held: bytes of the statistics of all sweeps.
+    """
     made = instrument(model, probes)
     graph = made.model.graph
     mapped = is_large(graph)
     weights = 0 if mapped else sum(v.const_value.nbytes for v in graph.initializers.values() if v.const_value is not None)
-    sizes = _with_reductions(graph, shapes)
-    outputs = sum(sizes.get(str(o.name), 0) for o in graph.outputs)
-    statistics = sum(_statistic_bytes(p.observer, named_values(made.model)[p.tensor]) for p in probes)
-    running = 2 * weights + _alive(graph, sizes) + 3 * outputs + 2 * statistics
-    return int(_BASE + _MARGIN * max(4 * weights, running))
+    reduced = _with_reductions(graph, sizes)
+    outputs = sum(reduced.get(str(o.name), 0) for o in graph.outputs)
+    running = 2 * weights + _alive(graph, reduced) + 3 * outputs + statistics_bytes(model, probes)
+    return _BASE + with_margin(held + max(4 * weights, running))
+
+
+def with_margin(size: int) -> int:
+    """`size` bytes as an allocator takes them."""
+    return int(_MARGIN * size)
 
 
 def _longest(sweep_of: Callable[[Sequence[str]], SweepPlan], tensors: list[str], limit: int) -> tuple[int, SweepPlan] | None:
@@ -109,12 +139,12 @@ def _longest(sweep_of: Callable[[Sequence[str]], SweepPlan], tensors: list[str],
     return best
 
 
-def _refusal(model: Model, data: Dataset, probes: Sequence[Probe], batch: int, limit: int) -> str:
-    need = plan(model, data, probes, batch).predicted_bytes
-    what = f"a sweep of tensor {probes[0].tensor!r} alone needs about {_mib(need)} at batch {batch}, --mem-limit is {_mib(limit)}"
-    smaller = next((b for b in _halves(batch) if plan(model, data, probes, b).predicted_bytes <= limit), None)
+def _refusal(need_at: Callable[[int], int], tensor: str, batch: int, limit: int) -> str:
+    need = need_at(batch)
+    what = f"a sweep of tensor {tensor!r} alone needs about {_mib(need)} at batch {batch}, --mem-limit is {_mib(limit)}"
+    smaller = next((b for b in _halves(batch) if need_at(b) <= limit), None)
     advice = (
-        f"use batch {smaller}, or give at least {_mib(need)}"
+        f"use --batch {smaller}, or give at least {_mib(need)}"
         if smaller is not None
         else f"no batch size fits; give at least {_mib(need)}"
     )
@@ -129,7 +159,7 @@ def _mib(size: int) -> str:
     return f"{-(-size // (1 << 20))} MiB"
 
 
-def _shapes(model: Model, data: Dataset, batch: int) -> dict[str, int]:
+def tensor_bytes(model: Model, data: Dataset, batch: int) -> dict[str, int]:
     """Bytes of every tensor at `batch` samples of the data's largest shape; an unknown one is as large as the largest."""
     copy = model.clone()
     feeds = _largest_sample(data)

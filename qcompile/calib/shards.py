@@ -53,6 +53,7 @@ class ShardTask:
     start: int
     stop: int
     threads: int | None = None
+    mem_limit: int | None = None
 
 
 def run_shard(task: ShardTask) -> bytes:
@@ -64,9 +65,11 @@ def run_shard(task: ShardTask) -> bytes:
     model, key = _model(task.path, task.digest), _key(task.key)
     data = _data(task.data, task.path, task.digest, key.data)
     probes = [probe_from_json(p) for p in json.loads(task.probes)]
-    limit = block_bytes(model)
+    limit = block_bytes(model, task.mem_limit)
     run = sweep if limit is None else functools.partial(blocked_sweep, limit=limit)
-    found = run(model, data, probes, batch=key.batch, threads=task.threads, start=task.start, stop=task.stop)
+    found = run(
+        model, data, probes, batch=key.batch, threads=task.threads, start=task.start, stop=task.stop, mem_limit=task.mem_limit
+    )
     return to_bytes(Statistics(key, (Gathered(task.graph, ((task.start, task.stop),), found),)))
 
 

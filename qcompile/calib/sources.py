@@ -8,6 +8,7 @@ import importlib.util
 import itertools
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -54,8 +55,7 @@ def _folder(path: Path, inputs: Sequence[InputInfo], preprocess: str | None) -> 
     files = sorted(p for p in path.iterdir() if p.is_file())
     archives = [p for p in files if p.suffix == ".npz"]
     if archives:
-        parts = [_load_npz(p, inputs) for p in archives]
-        return _array_dataset(_joined(parts, archives), inputs, preprocess, str(path))
+        return _archives(path, archives, inputs, preprocess)
     pictures = [p for p in files if p.suffix.lower() in PICTURES]
     if not pictures:
         raise DataError(f"{path} holds neither .npz files nor pictures; give a folder that does")
@@ -95,15 +95,27 @@ def _require_names(there: Iterable[str], inputs: Sequence[InputInfo], source: st
     )
 
 
-def _joined(parts: Sequence[Arrays], files: Sequence[Path]) -> Arrays:
+def _archives(folder: Path, files: Sequence[Path], inputs: Sequence[InputInfo], preprocess: str | None) -> Dataset:
+    """One data set of all files; shapes may differ from file to file (lengths of sentences) where nothing is preprocessed."""
+    parts = [_load_npz(p, inputs) for p in files]
     names = parts[0].keys()
     for part, file in zip(parts, files, strict=True):
         if part.keys() != names:
             raise DataError(f"{file} holds {sorted(part)} and {files[0]} holds {sorted(names)}; give all files the same arrays")
-    try:
-        return {n: np.concatenate([p[n] for p in parts]) for n in names}
-    except ValueError as e:
-        raise DataError(f"the arrays of {files[0].parent} do not fit together ({e}); give all files the same shapes") from e
+    if all(len({p[n].shape[1:] for p in parts}) == 1 for n in names):
+        return _array_dataset({n: np.concatenate([p[n] for p in parts]) for n in names}, inputs, preprocess, str(folder))
+    if preprocess is not None:
+        raise DataError(f"the arrays of {folder} differ in shape; pictures to preprocess need one size, or a folder of pictures")
+    return _varied(folder, parts, inputs)
+
+
+def _varied(folder: Path, parts: Sequence[Arrays], inputs: Sequence[InputInfo]) -> Dataset:
+    data = _feed_dataset(parts, inputs, str(folder))
+    if "labels" in data.names or "labels" not in parts[0]:
+        return data
+    labels = np.concatenate([p["labels"] for p in parts])
+    _require_equal_lengths({data.names[0]: np.empty(len(data)), "labels": labels}, str(folder))
+    return replace(data, all_labels=labels)
 
 
 def _array_dataset(arrays: Arrays, inputs: Sequence[InputInfo], preprocess: str | None, source: str) -> Dataset:

@@ -10,7 +10,7 @@ import click
 
 from qcompile.calibrate import Calibrated, calibrate, executor_for, merge_files, words
 from qcompile.cli.compile_command import DELIVERED, SELECTORS
-from qcompile.cli.options import MODEL, Size, as_json, range_option
+from qcompile.cli.options import MODEL, Size, as_json, batch_option, range_option
 from qcompile.cli.output import megabytes, print_json, print_text
 from qcompile.cli.progress import reporter
 from qcompile.compile import DEFAULT_SAMPLES, TARGETS, Options, prepare
@@ -38,6 +38,7 @@ class Shard(click.ParamType):
 @click.option("-o", "--output", type=MODEL, metavar="STATS.qstats", help="Default here: MODEL.qstats. Continued if it is there.")
 @click.option("--calib", metavar="DATA", help="As in compile; default: the data beside MODEL.")
 @click.option("--samples", type=click.IntRange(1), help=f"Spread evenly over DATA; default: at most {DEFAULT_SAMPLES}.")
+@batch_option
 @click.option("--preprocess", metavar="SPEC", help="For pictures: a preset or a TOML file.")
 @click.option("--passes", help="The pipeline that will read the statistics; default: the target's.")
 @click.option("--target", type=click.Choice(list(TARGETS)), help="Default trt.")
@@ -53,7 +54,7 @@ class Shard(click.ParamType):
 @click.option("--workers", type=click.IntRange(1), help="Spread the samples over processes here.")
 @click.option("--dask", metavar="ADDRESS", help="Spread them over a dask cluster: tcp://host:port, local or local:N.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of everything random.")
-@click.option("--mem-limit", type=Size(), metavar="SIZE", help="As in compile; then saved every 1,024 samples only.")
+@click.option("--mem-limit", type=Size(), metavar="SIZE", help="Of each process; then saved every 1,024 samples only.")
 @click.option("--threads", type=click.IntRange(1), help="ONNX Runtime threads of each process; default: all cores.")
 @as_json
 def calibrate_command(  # one argument an option: click's way

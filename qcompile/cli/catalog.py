@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qcompile.cli.cards import show_compute, show_engine_card
+from qcompile.cli.check_view import show_cost
 from qcompile.cli.output import number, percent, print_table, print_text
 from qcompile.pipeline.describe import OptionHelp, PassHelp
 
@@ -54,6 +55,9 @@ def _show_model(document: dict[str, Any]) -> None:
     if document["metadata"]:
         print_text("", "made by qcompile")
         print_table(["", ""], [(k, str(v)) for k, v in document["metadata"].items()])
+    if document["integer"]:
+        print_text("")
+        show_cost(document["integer"], every_layer=True)
     if document["quantized"]:
         _show_quantized(document)
     if document["quantized"] or document["audit"]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from qcompile.checking import Checked
-from qcompile.cli.output import print_table, print_text
+from qcompile.cli.output import flops, megabytes, print_table, print_text
 from qcompile.oracle.ranges import Bound, Proof
 from qcompile.target.findings import Finding, Rule
 from qcompile.target.rules import RULES
@@ -70,6 +71,24 @@ def show_proof(checked: Checked, *, every_node: bool) -> None:
         [_bound(b) for b in _shown(proof, every_node)],
         right=(3, 4, 5, 6),
     )
+    if proof.layers:
+        print_text("")
+        show_cost(proof.cost, every_layer=every_node)
+
+
+def show_cost(cost: Mapping[str, Any], *, every_layer: bool) -> None:
+    """Integer multiply-accumulates, bit operations and bytes of weights a sample: in all, and layer by layer."""
+    print_text(cost_line(cost))
+    if every_layer:
+        columns = ["layer", "operator", "MACs", "weight bits", "activation bits", "BOPs", "weight bytes"]
+        keys = ("node", "op", "macs", "weight_bits", "activation_bits", "bops", "weight_bytes")
+        print_table(columns, [tuple(str(x[key]) for key in keys) for x in cost["layers"]], right=range(2, 7))
+
+
+def cost_line(cost: Mapping[str, Any]) -> str:
+    """The totals."""
+    stored = f"{megabytes(cost['weight_bytes'])} of weight codes"
+    return f"cost         {flops(cost['macs'])}MACs and {flops(cost['bops'])}BOPs a sample, {stored}"
 
 
 def _shown(proof: Proof, every_node: bool) -> Sequence[Bound]:

@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
-from qcompile.cli.options import Size, range_option
+from qcompile.cli.options import Size, batch_option, range_option
 from qcompile.cli.output import print_json
 from qcompile.cli.progress import Reporter, reporter
-from qcompile.cli.views import calibration_line, show_engine, show_plan, show_result, sweeps_line
+from qcompile.cli.views import calibration_line, memory_document, show_engine, show_plan, show_result, sweeps_line
 from qcompile.compile import DEFAULT_SAMPLES, SCHEMES, TARGETS, Job, Options, Result, describe_plan, prepare, run, write_report
 from qcompile.engine import DEFAULT_GPU, EngineResult, gpu_list, make_engine, profiles_from, require_engine
 from qcompile.errors import UsageError
@@ -32,6 +32,7 @@ _TARGET_HELP = "; ".join(f"{t.name}: {t.title}" for t in TARGETS.values())
 @click.option("--calib", metavar="DATA", help=_DATA_HELP)
 @click.option("--stats", type=click.Path(path_type=Path), metavar="FILE", help="What qcompile calibrate gathered: no sweep.")
 @click.option("--samples", type=click.IntRange(1), help=f"Spread evenly over DATA; default: at most {DEFAULT_SAMPLES}.")
+@batch_option
 @click.option("--preprocess", metavar="SPEC", help="For pictures: a preset or a TOML file.")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), metavar="OUT.onnx", help="Default here: MODEL.TARGET-SCHEME.onnx."
@@ -50,7 +51,9 @@ _TARGET_HELP = "; ".join(f"{t.name}: {t.title}" for t in TARGETS.values())
 @click.option(
     "--quantize", multiple=True, metavar="SELECTOR", help="Quantize these too, although the default leaves them in float."
 )
-@click.option("--bits", multiple=True, metavar="SELECTOR=wXaY", help="Integer target: other widths for these layers, e.g. 'fc*=w4a4'.")
+@click.option(
+    "--bits", multiple=True, metavar="SELECTOR=wXaY", help="Integer target: other widths for these layers, e.g. 'fc*=w4a4'."
+)
 @click.option("--min-sqnr", type=float, metavar="DB", help="Fail (exit 1) if the output's SQNR is lower.")
 @click.option("--report", type=click.Path(path_type=Path), metavar="OUT.json", help="Write everything that happened.")
 @click.option("--remarks", type=click.Path(path_type=Path), metavar="OUT.json", help="Write what happened at every site.")
@@ -128,5 +131,6 @@ def _plan_document(job: Job) -> dict[str, Any]:
     passes = [{"pass": spec, "help": text, "inserted": inserted} for spec, text, inserted in describe_plan(job)]
     return {
         "schema_version": SCHEMA_VERSION, "pipeline": job.pipeline, "target": job.target.name, "scheme": job.scheme.name,
-        "output": str(job.output), "calibration": calibration_line(job), "sweeps": sweeps_line(job), "passes": passes,
+        "output": str(job.output), "calibration": calibration_line(job), "sweeps": sweeps_line(job),
+        "memory": memory_document(job), "passes": passes,
     }  # fmt: skip

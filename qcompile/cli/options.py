@@ -27,9 +27,12 @@ class Size(click.ParamType):
         return int(float(match[1]) * _UNITS[match[2] or ""])
 
 
-RANGES = ("minmax", "percentile", "entropy", "mse", "search")
+RANGES = ("minmax", "percentile", "entropy", "mse", "weighted", "search")
 range_option = click.option(
     "--range", type=click.Choice(RANGES), help="How activation ranges are found; default: mse for integers, minmax for floats."
+)
+batch_option = click.option(
+    "--batch", type=click.IntRange(1), help="Samples a run of calibration; default: what the model takes, else 8."
 )
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document, nothing else, on standard output.")
 profile_option = click.option(

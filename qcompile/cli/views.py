@@ -6,9 +6,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from qcompile.cli.check_view import cost_line
 from qcompile.cli.output import flops, megabytes, number, percent, print_table, print_text
 from qcompile.cli.progress import tally
-from qcompile.compile import DEFAULT_SAMPLES, Job, Result, describe_plan, planned_memory
+from qcompile.compile import DEFAULT_SAMPLES, Job, MemoryPlan, Result, describe_plan, planned_memory
 from qcompile.engine import EngineResult
 from qcompile.pipeline.describe import statistics_readers
 from qcompile.report import PassReport
@@ -19,11 +20,14 @@ FLOAT_NODES = 8
 
 def show_plan(job: Job) -> None:
     """`--dry-run`: the pipeline, its passes, the data and the sweeps."""
+    memory = planned_memory(job)
     print_text(job.pipeline, "")
     plan = describe_plan(job)
     chosen = "default" if job.options.passes is None else "you"
     print_table(["pass", "from", "what"], [(spec, "inserted" if inserted else chosen, text) for spec, text, inserted in plan])
     print_text("", f"output       {job.output}", f"calibration  {calibration_line(job)}", f"sweeps       {sweeps_line(job)}")
+    if memory is not None:
+        print_text(f"memory       {_memory_line(memory, job.options.mem_limit)}")
 
 
 def sweeps_line(job: Job) -> str:
@@ -32,16 +36,24 @@ def sweeps_line(job: Job) -> str:
     if not readers:
         return "none"
     shared = "passes share one where nothing between them moves their tensors"
-    return f"at most {len(readers)} ({', '.join(readers)}); {shared}{_memory(job)}"
+    return f"at most {len(readers)} ({', '.join(readers)}); {shared}"
 
 
-def _memory(job: Job) -> str:
-    """How `--mem-limit` tiles the first sweep."""
-    if job.options.mem_limit is None or (plan := planned_memory(job)) is None:
-        return ""
-    runs = f"{len(plan.sweeps)} run{'s' * (len(plan.sweeps) > 1)} over the data at batch {plan.batch}"
-    sizes = ", ".join(megabytes(s.predicted_bytes) for s in plan.sweeps)
-    return f"; the first takes {runs}, predicted memory {sizes} (limit {megabytes(job.options.mem_limit)})"
+def _memory_line(plan: MemoryPlan, limit: int | None) -> str:
+    """The predicted peak of the first sweep, and what it is tiled into."""
+    blocks = f"{plan.blocks} blocks, " if plan.blocks > 1 else ""
+    runs = f"{blocks}{len(plan.sweeps)} run{'s' * (len(plan.sweeps) > 1)} over the data at batch {plan.batch}"
+    bound = "" if limit is None else f", --mem-limit {megabytes(limit)}"
+    return f"the first sweep grows the process by at most {megabytes(plan.predicted_bytes)} ({runs}{bound})"
+
+
+def memory_document(job: Job) -> dict[str, Any] | None:
+    """The same as JSON; None where nothing is swept."""
+    plan = planned_memory(job)
+    if plan is None:
+        return None
+    sweeps = [{"probes": len(s.probes), "predicted_bytes": s.predicted_bytes} for s in plan.sweeps]
+    return {"batch": plan.batch, "blocks": plan.blocks, "limit_bytes": job.options.mem_limit, "runs": sweeps}
 
 
 def calibration_line(job: Job) -> str:
@@ -64,6 +76,7 @@ def show_result(job: Job, result: Result, source_bytes: int) -> None:
     print_text("", f"output       {result.output}")
     print_text(f"size         {megabytes(size)} (float model {megabytes(source_bytes)})")
     print_text(f"SQNR         {number(result.sqnr_db, unit=' dB')} against the float model, on calibration samples")
+    print_text(*(cost_line(r.numbers) for r in result.remarks if "bops" in r.numbers and not r.node))
     print_text(f"calibration  {_used(job, result)}")
     print_text(f"sweeps       {result.sweeps}")
     for note in result.notes:

@@ -8,11 +8,12 @@ import onnx_ir as ir
 
 from qcompile.emulate.bf16 import emulate_bf16
 from qcompile.emulate.fp4 import emulate_fp4
+from qcompile.emulate.fp8_clip import keep_clips
 from qcompile.emulate.mxfp8 import emulate_mxfp8
 from qcompile.ir.edit import erase_dead
 from qcompile.ir.model import Model
 
-REWRITES: tuple[Callable[[ir.Graph], bool], ...] = (emulate_fp4, emulate_mxfp8, emulate_bf16)
+REWRITES: tuple[Callable[[ir.Graph], bool], ...] = (emulate_fp4, emulate_mxfp8, keep_clips, emulate_bf16)
 
 
 def runnable(model: Model) -> Model:

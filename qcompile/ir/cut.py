@@ -30,7 +30,7 @@ def cut(model: Model, wanted: Iterable[tuple[str, ...]], limit: int) -> list[Blo
 
     Args:
         wanted: groups of tensors; a group is answered by the first block that has all of them.
-        limit: bytes of weights that a block reads; only a node that reads more makes a larger one.
+        limit: bytes of weights that a block reads or dequantizes; only a node that takes more makes a larger one.
     """
     groups = list(dict.fromkeys(wanted))
     constant = _constant(model.graph)
@@ -39,6 +39,12 @@ def cut(model: Model, wanted: Iterable[tuple[str, ...]], limit: int) -> list[Blo
     lives = _lives(order, groups)
     bounds = _bounds(_alive(lives, len(order)), [_weights(node, constant) for node in order], limit)
     return [_block(order, lives, groups, *span) for span in zip([0, *bounds], [*bounds, len(order)], strict=True)]
+
+
+def computed_bytes(model: Model) -> int:
+    """Bytes of what nodes compute from weights alone, as far as shapes are known: dequantized weights above all."""
+    constant = _constant(model.graph)
+    return sum(_computed(v) for node in constant if node.op_type != "Constant" for v in node.outputs)
 
 
 def part(model: Model, block: Block) -> Model:
@@ -167,14 +173,23 @@ def _reads(node: ir.Node) -> list[ir.Value]:
 
 
 def _weights(node: ir.Node, constant: Collection[ir.Node]) -> dict[str, int]:
-    """Name and bytes of the weights that a node reads, itself or through constant nodes."""
+    """Name and bytes of the weights that a node reads, itself or through constant nodes, and of what those compute.
+
+    A dequantized weight takes four times the memory of its codes.
+    """
     read = _reads(node)
     found = {str(v.name): int(v.const_value.nbytes) for v in read if v.const_value is not None}
     for value in read:
         maker = value.producer()
         if maker is not None and maker in constant:
-            found |= _weights(maker, constant)
+            found |= {str(value.name): _computed(value)} | _weights(maker, constant)
     return found
+
+
+def _computed(value: ir.Value) -> int:
+    """Bytes of what a constant node computes; nothing where its shape is not known."""
+    size = _bytes(value) if value.shape is not None else inf
+    return 0 if size == inf else int(size)
 
 
 def _bytes(value: ir.Value) -> float:

@@ -137,6 +137,14 @@ def replace_value(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
         swap_output(graph, old, new)
 
 
+def erase(graph: ir.Graph, node: ir.Node) -> None:
+    """Remove a node that nothing reads any more, and the initializers that it alone read."""
+    inputs = [v for v in node.inputs if v is not None]
+    graph.remove(node, safe=True)
+    for value in inputs:
+        drop_if_unused(graph, value)
+
+
 def erase_dead(model: Model) -> None:
     """Remove nodes and initializers that no output depends on."""
     RemoveUnusedNodesPass()(model.ir)

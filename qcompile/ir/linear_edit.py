@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from qcompile.ir.channel_stats import forget_channel_stats, move_channel_stats
 from qcompile.ir.edit import add_constant, new_node, set_constant, splice_after
 from qcompile.ir.match_linear import Linear, match_linear
 from qcompile.ir.ops import const_array
@@ -35,16 +36,25 @@ def weight_of(linear: Linear) -> F64:
 def map_outputs(linear: Linear, m: F64) -> None:
     """y' = y m: W' = W m and b' = b m for m [out, out]."""
     _edit_outputs(linear, lambda y: y @ m)
+    forget_channel_stats(linear.output)
 
 
 def scale_outputs(linear: Linear, s: F64) -> None:
     """y' = y s for s [out]: the columns of W and b, times s."""
     _edit_outputs(linear, lambda y: y * s)
+    move_channel_stats(linear.output, scale=s)
 
 
 def divide_outputs(linear: Linear, s: F64) -> None:
     """y' = y / s for s [out]."""
     _edit_outputs(linear, lambda y: y / s)
+    move_channel_stats(linear.output, scale=1 / s)
+
+
+def shift_outputs(graph: ir.Graph, linear: Linear, t: F64) -> None:
+    """y' = y + t for t [out]."""
+    add_to_bias(graph, linear, t)
+    move_channel_stats(linear.output, shift=t)
 
 
 def map_inputs(linear: Linear, m: F64) -> None:

@@ -10,8 +10,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from qcompile.errors import ModelError
 from qcompile.oracle.fuse import Layer, layers
-from qcompile.oracle.graph import Border, integer_graph
+from qcompile.oracle.graph import Border, IntegerGraph, integer_graph
 from qcompile.oracle.ranges import inferred
 
 Array = NDArray[Any]
@@ -22,9 +23,10 @@ def export_document(model: onnx.ModelProto, base_dir: str = "") -> dict[str, Any
     """`format, version, rounding, profile, inputs, outputs, constants, layers`; everything else follows from these.
 
     Raises:
-        ModelError: the model's borders are not Q and DQ (see `integer_graph`).
+        ModelError: the model's borders are not Q and DQ (see `integer_graph`), or it is not of the profile strict.
     """
     graph = integer_graph(model, base_dir)
+    _require_strict(graph)
     types, shapes = inferred(model)
     made = layers(graph)
     used = {name for layer in made for name in layer.inputs if name in graph.constants}
@@ -34,12 +36,18 @@ def export_document(model: onnx.ModelProto, base_dir: str = "") -> dict[str, Any
         "version": VERSION,
         "rounding": graph.metadata.get("qcompile.rounding", "half_up"),
         "profile": graph.metadata.get("qcompile.integer", "strict"),
-        "inputs": [*(_border(e) for e in graph.entries), *(integers[n] for n in graph.inputs)],
-        "outputs": [*(_border(e) for e in graph.exits), *(integers[n] for n in graph.outputs)],
+        "inputs": [*(_border(e, e.dtype) for e in graph.entries), *(integers[n] for n in graph.inputs)],
+        "outputs": [*(_border(e, types.get(e.codes, e.dtype)) for e in graph.exits), *(integers[n] for n in graph.outputs)],
         "constants": {name: tensor(graph.constants[name]) for name in sorted(used)},
         "tensors": {out: _described(out, types, shapes) for layer in made for out in layer.outputs if out},
         "layers": [_layer(layer) for layer in made],
     }
+
+
+def _require_strict(graph: IntegerGraph) -> None:
+    profile = graph.metadata.get("qcompile.integer", "strict")
+    if profile != "strict":
+        raise ModelError(f"the model's profile {profile} rescales in float; compile it with integer{{profile=strict}}")
 
 
 def tensor(array: Array) -> dict[str, Any]:
@@ -48,11 +56,11 @@ def tensor(array: Array) -> dict[str, Any]:
     return {"dtype": str(array.dtype), "shape": list(array.shape), "data": base64.b64encode(little.tobytes()).decode()}
 
 
-def _border(border: Border) -> dict[str, Any]:
+def _border(border: Border, dtype: np.dtype[Any]) -> dict[str, Any]:
     return {
         "name": border.outer,
         "tensor": border.codes,
-        "dtype": str(border.dtype),
+        "dtype": str(dtype),
         "scale": [float(s) for s in border.scale.reshape(-1)],
         "zero_point": [int(z) for z in border.zero_point.reshape(-1)],
         "axis": border.axis if border.scale.size > 1 else None,

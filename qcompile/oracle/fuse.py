@@ -14,7 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
+from qcompile.oracle.cost import bits_of
 from qcompile.oracle.graph import IntegerGraph, Op
+from qcompile.oracle.interval import constant
 
 Array = NDArray[Any]
 BIAS = 1 << 62
@@ -112,7 +114,8 @@ def _weighted(fuser: Fuser, op: Op) -> Layer | None:
         covers, output = [op, add], add.outputs[0]
         parameters["bias"] = beside[1]
     name = "conv" if op.type == "ConvInteger" else "matmul"
-    return Layer(op.name, name, op.inputs[:1], (output,), parameters, dict(op.attributes), _names(covers))
+    attributes = {**op.attributes, "weight_bits": bits_of(constant(parameters["weight"]))}
+    return Layer(op.name, name, op.inputs[:1], (output,), parameters, attributes, _names(covers))
 
 
 # ---- requantization -----------------------------------------------------------------------------------------------

@@ -97,12 +97,13 @@ def integer_graph(model: onnx.ModelProto, base_dir: str = "") -> IntegerGraph:
     given = {i.name: i.type.tensor_type.elem_type for i in model.graph.input if i.name not in constants}
     made = {o.name: o.type.tensor_type.elem_type for o in model.graph.output}
     nodes = [n for n in model.graph.node if n.op_type != "Constant"]
+    constants |= _unpacked(nodes, constants)
     entries = tuple(_border(n, constants, n.input[0], n.output[0]) for n in nodes if n.op_type == "QuantizeLinear")
     exits = tuple(_border(n, constants, n.output[0], n.input[0]) for n in nodes if n.op_type == "DequantizeLinear")
     _require_interface("input", given, [e.outer for e in entries], "QuantizeLinear")
     _require_interface("output", made, [e.outer for e in exits], "DequantizeLinear")
     borders = ("QuantizeLinear", "DequantizeLinear")
-    ops = tuple(_op(n) for n in nodes if n.op_type not in borders)
+    ops = tuple(_op(n) for n in nodes if n.op_type not in borders and n.output[0] not in constants)
     inputs = tuple(n for n, t in given.items() if t not in FLOATS)
     outputs = tuple(n for n, t in made.items() if t not in FLOATS)
     return IntegerGraph(ops, constants, entries, exits, inputs, outputs, {p.key: p.value for p in model.metadata_props})
@@ -119,6 +120,13 @@ def _constants(graph: onnx.GraphProto, base_dir: str) -> dict[str, Array]:
     return found
 
 
+def _unpacked(nodes: list[NodeProto], constants: Mapping[str, Array]) -> dict[str, Array]:
+    """Weights stored as INT4 are their int8 codes: the Cast that widens them is storage, not arithmetic."""
+    casts = (n for n in nodes if n.op_type == "Cast" and n.input[0] in constants)
+    packed = (n for n in casts if constants[n.input[0]].dtype.name == "int4" and _attributes(n)["to"] == TensorProto.INT8)
+    return {n.output[0]: constants[n.input[0]].astype(np.int8) for n in packed}
+
+
 def _constant_value(node: NodeProto) -> Array:
     attribute = node.attribute[0]
     value = helper.get_attribute_value(attribute)
@@ -128,8 +136,11 @@ def _constant_value(node: NodeProto) -> Array:
 
 
 def _op(node: NodeProto) -> Op:
-    attributes = {a.name: _attribute(a) for a in node.attribute}
-    return Op(node.name or node.output[0], node.op_type, tuple(node.input), tuple(node.output), attributes)
+    return Op(node.name or node.output[0], node.op_type, tuple(node.input), tuple(node.output), _attributes(node))
+
+
+def _attributes(node: NodeProto) -> dict[str, Any]:
+    return {a.name: _attribute(a) for a in node.attribute}
 
 
 def _attribute(attribute: AttributeProto) -> Any:

@@ -111,9 +111,9 @@ def _correlate(view: Array, weight: Array) -> Array:
 
 
 def product(a: Array, b: Array) -> Array:
-    """[M, K] x [K, N] in int64; einsum's integer loop is twice as fast as matmul's."""
+    """[M, K] x [K, N] in int64; einsum's integer loop over two contiguous rows is the fastest that numpy has."""
     require_product(a, b)
-    return np.einsum("mk,kn->mn", np.ascontiguousarray(a), np.ascontiguousarray(b))
+    return np.einsum("mk,nk->mn", np.ascontiguousarray(a), np.ascontiguousarray(b.T))
 
 
 def require_product(a: Array, b: Array) -> None:

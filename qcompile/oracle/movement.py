@@ -136,10 +136,23 @@ def _pad(op: Op, inputs: Inputs) -> list[Array]:
 def _gather(op: Op, inputs: Inputs) -> list[Array]:
     x, indices = present(inputs)
     axis = int(op.attributes.get("axis", 0))
-    low, high = checked.extent(indices)
-    if low < -x.shape[axis] or high >= x.shape[axis]:
-        raise checked.Overflow(f"an index {low if low < -x.shape[axis] else high} into {x.shape[axis]} entries")
+    _require_entries(indices, x.shape[axis])
     return [np.take(x, indices, axis=axis)]
+
+
+def _gather_elements(op: Op, inputs: Inputs) -> list[Array]:
+    x, indices = present(inputs)
+    axis = int(op.attributes.get("axis", 0))
+    _require_entries(indices, x.shape[axis])
+    part = tuple(slice(None) if i == axis % x.ndim else slice(n) for i, n in enumerate(indices.shape))
+    return [np.take_along_axis(x[part], indices, axis)]
+
+
+def _require_entries(indices: Array, length: int) -> None:
+    """Raises Overflow: an index outside -length .. length - 1."""
+    low, high = checked.extent(indices)
+    if low < -length or high >= length:
+        raise checked.Overflow(f"an index {low if low < -length else high} into {length} entries")
 
 
 def _depth_to_space(op: Op, inputs: Inputs) -> list[Array]:
@@ -248,6 +261,7 @@ MOVEMENT: dict[str, Kernel] = {
     "Tile": _tile,
     "Pad": _pad,
     "Gather": _gather,
+    "GatherElements": _gather_elements,
     "DepthToSpace": _depth_to_space,
     "Shape": _shape,
     "ConstantOfShape": _constant_of_shape,

@@ -16,6 +16,7 @@ import onnx
 from onnx import helper
 
 from qcompile.oracle import interval
+from qcompile.oracle.cost import LayerCost, layer_cost
 from qcompile.oracle.graph import IntegerGraph, Op, integer_graph
 from qcompile.oracle.interval import Range, between
 from qcompile.oracle.scene import Scene, Shape, Unbounded
@@ -31,8 +32,9 @@ _ARITHMETIC = frozenset({"Add", "Sub", "Mul", "ReduceSum", "ConvInteger", "MatMu
 class Bound:
     """What one operator can make: `lo` .. `hi`, the bits that this needs, and log2(end of the type / bound).
 
-    For ConvInteger and MatMulInteger it covers every partial sum.  The margin of adding a constant is that of the other
-    operand in what the constant leaves free (2^62 takes half of int64 by design, whatever is added to it).
+    For ConvInteger and MatMulInteger it covers every partial sum; the sums inside QLinearConv and QLinearMatMul are listed as
+    such.  The margin of adding a constant is that of the other operand in what the constant leaves free (2^62 takes half of
+    int64 by design, whatever is added to it).
     """
 
     node: str
@@ -63,11 +65,12 @@ class Problem:
 
 @dataclass(frozen=True)
 class Proof:
-    """A bound for each operator, what stands in the way, and what is assumed about inputs and unknown axes."""
+    """A bound for each operator, what stands in the way, what is assumed about inputs and unknown axes, what layers cost."""
 
     bounds: tuple[Bound, ...]
     problems: tuple[Problem, ...]
     assumptions: tuple[str, ...]
+    layers: tuple[LayerCost, ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -84,11 +87,17 @@ class Proof:
         """The arithmetic operator nearest to the end of its type."""
         return min(self.arithmetic, key=lambda b: b.margin_bits, default=None)
 
+    @property
+    def cost(self) -> dict[str, Any]:
+        """`macs, bops, weight_bytes` of all layers, for one sample, and `layers` (see `LayerCost.to_json`)."""
+        total = {key: sum(getattr(layer, key) for layer in self.layers) for key in ("macs", "bops", "weight_bytes")}
+        return {**total, "layers": [layer.to_json() for layer in self.layers]}
+
     def to_json(self) -> dict[str, Any]:
-        """The keys proof_complete, assumptions, worst, proof (a list of bounds, see `Bound.to_json`)."""
+        """The keys proof_complete, assumptions, worst, proof (a list of bounds, see `Bound.to_json`), cost."""
         worst = None if self.worst is None else self.worst.to_json()
         found = {"proof_complete": self.complete, "assumptions": list(self.assumptions), "worst": worst}
-        return {**found, "proof": [b.to_json() for b in self.bounds]}
+        return {**found, "cost": self.cost, "proof": [b.to_json() for b in self.bounds]}
 
 
 def prove(model: onnx.ModelProto, base_dir: str = "") -> Proof:
@@ -102,12 +111,13 @@ def prove(model: onnx.ModelProto, base_dir: str = "") -> Proof:
     types |= {name: array.dtype for name, array in graph.constants.items()}
     makers = {out: op for op in graph.ops for out in op.outputs}
     scene = Scene(_start(graph, types), graph.constants, shapes, makers, frozenset(graph.inputs))
-    bounds, problems = list[Bound](), list[Problem]()
+    bounds, problems, layers = list[Bound](), list[Problem](), list[LayerCost | None]()
     for op in graph.ops:
         bounds += _visit(scene, op, types)
         problems += [Problem(kind, op.name, f"{op.type}: {message}") for kind, message in scene.problems]
         scene.problems.clear()
-    return Proof(tuple(bounds), tuple(problems), tuple(sorted(scene.assumptions)))
+        layers.append(layer_cost(scene, op))
+    return Proof(tuple(bounds), tuple(problems), tuple(sorted(scene.assumptions)), tuple(x for x in layers if x is not None))
 
 
 def inferred(model: onnx.ModelProto) -> tuple[dict[str, np.dtype[Any]], dict[str, Shape]]:
@@ -155,7 +165,9 @@ def _visit(scene: Scene, op: Op, types: dict[str, np.dtype[Any]]) -> list[Bound]
     stored = _store(scene, op, found, dtype)
     _kernel_problems(scene, op, dtype)
     scene.ranges |= dict.fromkeys(names, stored)
-    return [_bound(scene, op, found, dtype)]
+    inside = [_bound(scene, inner, total, np.dtype(np.int32)) for inner, total in scene.sums]
+    scene.sums.clear()
+    return [*inside, _bound(scene, op, found, dtype)]
 
 
 def _store(scene: Scene, op: Op, found: Range, dtype: np.dtype[Any]) -> Range:

@@ -16,9 +16,10 @@ from qcompile.oracle.elementwise import ELEMENTWISE, Kernel
 from qcompile.oracle.graph import Border, IntegerGraph, Op, integer_graph
 from qcompile.oracle.linear import LINEAR
 from qcompile.oracle.movement import MOVEMENT, REDUCTIONS
+from qcompile.oracle.qlinear import QLINEAR
 
 Array = NDArray[Any]
-KERNELS: dict[str, Kernel] = {**ELEMENTWISE, **MOVEMENT, **REDUCTIONS, **LINEAR}
+KERNELS: dict[str, Kernel] = {**ELEMENTWISE, **MOVEMENT, **REDUCTIONS, **LINEAR, **QLINEAR}
 OPERATORS = frozenset(KERNELS)
 
 

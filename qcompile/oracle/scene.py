@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -25,7 +25,8 @@ class Unbounded(Exception):
 class Scene:
     """What is known about the tensors of one graph, and what had to be assumed or is wrong.
 
-    `shapes` hold None for axes of unknown length; `problems` are (rule, message) of the operator at hand.
+    `shapes` hold None for axes of unknown length; `problems` are (rule, message) of the operator at hand,
+    `sums` the int32 sums inside it (QLinearConv, QLinearMatMul).
     """
 
     ranges: dict[str, Range]
@@ -35,6 +36,7 @@ class Scene:
     inputs: frozenset[str]
     assumptions: set[str] = field(default_factory=set[str])
     problems: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    sums: list[tuple[Op, Range]] = field(default_factory=list[tuple[Op, Range]])
 
     def of(self, op: Op, slot: int) -> Range:
         """The range of an input."""
@@ -65,3 +67,6 @@ class Scene:
     def problem(self, rule: str, message: str) -> None:
         """Note what is wrong with the operator at hand."""
         self.problems.append((rule, message))
+
+
+Transfer = Callable[[Scene, Op], Range]

@@ -95,11 +95,15 @@ class Comparator(Protocol):
 
 @dataclass
 class PassContext:
-    """What a pass is told, and where its remarks go."""
+    """What a pass is told, and where its remarks go.
+
+    `stats` answer its probes; `statistics` measures other models, for passes whose later steps depend on the first.
+    """
 
     scheme: Scheme
     target: Target
     stats: Mapping[Probe, Stat] = field(default_factory=dict)
+    statistics: StatisticsProvider | None = None
     seed: int = 0
     keep_float: tuple[str, ...] = ()
     only: tuple[str, ...] = ()

@@ -93,7 +93,7 @@ class Runner:
     ) -> tuple[PassReport, PassResult]:
         start = time.perf_counter()
         try:
-            ctx.stats = self._statistics(p, model, later, ctx)
+            ctx.stats, ctx.statistics = self._statistics(p, model, later, ctx), self.statistics
             result = p.apply(model, ctx)
             if not result.modified and not ctx.remarks:
                 ctx.note("", "no site matched")

@@ -83,7 +83,11 @@ def _local_cluster(distributed: Any, address: str) -> Any:
     if count and (not count.isdigit() or int(count) < 1):
         raise UsageError(f"--dask {address}: give a number of processes, as in local:4")
     return distributed.LocalCluster(
-        n_workers=int(count) if count else None, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs=50
+        n_workers=int(count) if count else None,
+        threads_per_worker=1,
+        processes=True,
+        dashboard_address="127.0.0.1:0",
+        silence_logs=50,
     )
 
 

@@ -31,6 +31,8 @@ _CODE_LOCATION = re.compile(r"\S*/\S+\.(?:cc|h|cpp):\d+ [^ ]+(?:\([^)]*\))?(?: c
 _NOISE = re.compile(r"Stacktrace|#\d|0x|\*+|\[?/|={3}|Please fix")
 _STATUS = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
 _MAX_BYTES = 2**31 - 1
+_CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+_DEVICE_OPTIONS = {"use_tf32": "0"}  # ten bits of mantissa would show in every comparison
 
 
 class Providers(NamedTuple):
@@ -50,8 +52,14 @@ class Batches(Protocol):
 def providers() -> Providers:
     """CUDA when a device, a driver and the provider's libraries are all there, else the CPU and the reason."""
     reason = _why_no_cuda()
-    cpu = ("CPUExecutionProvider",)
-    return Providers(cpu if reason else ("CUDAExecutionProvider", *cpu), reason)
+    return Providers((_CPU,) if reason else (_CUDA, _CPU), reason)
+
+
+def device_note() -> str | None:
+    """In one line where models run, if this ONNX Runtime could use a device."""
+    if _CUDA not in ort.get_available_providers():
+        return None
+    return providers().reason or "running on CUDA"
 
 
 def make_session(
@@ -71,7 +79,7 @@ def make_session(
         optimize: graph optimizations: `off` for verification, `all` for speed.
         qdq_fusion: False keeps Q/DQ pairs as they are (simulation of a target that is not ONNX Runtime).
         threads: intra-op threads; None leaves the number to ONNX Runtime.
-        use: execution providers; default `providers().names`.
+        use: execution providers; default `providers().names`, and the CPU alone where the device has no room for the model.
         extra: further session config entries; they win over the pinned ones.
         external_folder: where the external data of a model given as bytes lies.
         arena: False frees every tensor at once instead of keeping its memory for the next run: a smaller peak, slower.
@@ -88,10 +96,21 @@ def make_session(
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(external_folder))
     source = model if isinstance(model, bytes) else str(model)
     try:
-        return ort.InferenceSession(source, options, providers=list(use or providers().names))
+        return _open(source, options, tuple(use or providers().names), fall_back=use is None)
     except Exception as e:  # onnxruntime's classes share no base but Exception
         name = "" if isinstance(model, bytes) else f" {model}"
         raise ModelError(f"ONNX Runtime cannot load the model{name}: {meaningful_line(e)}; try: qcompile inspect") from e
+
+
+def _open(source: bytes | str, options: ort.SessionOptions, names: Sequence[str], *, fall_back: bool) -> ort.InferenceSession:
+    """ONNX Runtime's own fallback prints; this one does not."""
+    asked: list[Any] = [(name, _DEVICE_OPTIONS) if name == _CUDA else name for name in names]
+    try:
+        return ort.InferenceSession(source, options, providers=asked, enable_fallback=0)
+    except Exception:  # as in make_session
+        if not fall_back or _CUDA not in names:
+            raise
+        return ort.InferenceSession(source, options, providers=[_CPU], enable_fallback=0)
 
 
 def session_options(
@@ -129,20 +148,40 @@ def run_batches(
 
 
 def run(
-    session: ort.InferenceSession, feeds: dict[str, NDArray[Any]], outputs: Sequence[str] | None = None, first_sample: int = 0
+    session: ort.InferenceSession,
+    feeds: dict[str, NDArray[Any]],
+    outputs: Sequence[str] | None = None,
+    first_sample: int = 0,
+    *,
+    fall_back: bool = True,
 ) -> list[NDArray[Any]]:
     """One run; failures name the first sample of the batch.
+
+    With `fall_back`, where a device fails (its memory is full, a kernel is missing), the session runs on the CPU from then on.
 
     Raises:
         InputError: ONNX Runtime fails.
     """
+    wanted = list(outputs) if outputs is not None else None
     try:
-        return [np.asarray(v) for v in session.run(list(outputs) if outputs is not None else None, feeds)]
+        return [np.asarray(v) for v in _run(session, wanted, feeds, fall_back)]
     except Exception as e:  # as in make_session
         raise InputError(
             f"ONNX Runtime failed on the batch that starts at sample {first_sample}: {meaningful_line(e)}; "
             "check the values and shapes of the data against the model"
         ) from e
+
+
+def _run(
+    session: ort.InferenceSession, outputs: list[str] | None, feeds: dict[str, NDArray[Any]], fall_back: bool
+) -> Sequence[Any]:
+    try:
+        return session.run(outputs, feeds)
+    except Exception:  # as in make_session
+        if not fall_back or _CUDA not in session.get_providers():
+            raise
+        session.set_providers([_CPU])
+        return session.run(outputs, feeds)
 
 
 def batch_length(feeds: dict[str, NDArray[Any]]) -> int:
@@ -159,7 +198,7 @@ def meaningful_line(error: Exception) -> str:
 
 
 def _why_no_cuda() -> str | None:
-    if "CUDAExecutionProvider" not in ort.get_available_providers():
+    if _CUDA not in ort.get_available_providers():
         return "running on the CPU: this onnxruntime has no CUDA provider"
     if not _cuda_devices():
         return "running on the CPU: no CUDA device or driver"
@@ -204,12 +243,10 @@ def _why_cuda_session_fails() -> str | None:
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "probe", value[:1], value[1:])
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     try:
-        session = ort.InferenceSession(
-            proto.SerializeToString(), session_options(), providers=["CUDAExecutionProvider", "CPUExecutionProvider"]
-        )
+        session = _open(proto.SerializeToString(), session_options(), (_CUDA, _CPU), fall_back=False)
         session.run(None, {"x": np.ones(1, np.float32)})
     except Exception as e:  # as in make_session
         return f"running on the CPU: the CUDA provider fails ({meaningful_line(e)})"
-    if "CUDAExecutionProvider" not in session.get_providers():
+    if _CUDA not in session.get_providers():
         return "running on the CPU: the CUDA provider does not start"
     return None

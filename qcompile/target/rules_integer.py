@@ -8,6 +8,7 @@ from onnx import NodeProto, TensorProto
 
 from qcompile.errors import ModelError
 from qcompile.oracle.graph import DOMAINS, FLOATS
+from qcompile.oracle.qlinear import SCALES, SUMS
 from qcompile.oracle.ranges import Proof, prove
 from qcompile.oracle.run import OPERATORS
 from qcompile.target import rules_common as common
@@ -16,8 +17,9 @@ from qcompile.target.view import GraphView
 
 _BORDER = ("QuantizeLinear", "DequantizeLinear")
 _NO_CODE = frozenset({"Constant", *_BORDER})
-_FLOAT_PARAMETERS = {"Resize": (1, 2)}  # region of interest and scales: constants that say how to move elements
-_PRODUCTS = ("ConvInteger", "MatMulInteger")
+KEPT = OPERATORS - SUMS.keys() | {"Constant"}  # what may stay as it is where a model computes with integers already
+_FLOAT_PARAMETERS = {"Resize": (1, 2), **dict.fromkeys(SUMS, SCALES)}  # constants: how to move elements, and scales
+FUSED = "ort-fused"
 _PROOFS: WeakKeyDictionary[GraphView, Proof | None] = WeakKeyDictionary()
 
 
@@ -80,6 +82,15 @@ def _foreign(view: GraphView) -> Hits:
             yield node.name, f"{node.domain}.{node.op_type} is not a standard operator"
         elif node.op_type not in OPERATORS | _NO_CODE:
             yield node.name, f"{node.op_type} is not an integer operator"
+        elif node.op_type in SUMS and _profile(view) != FUSED:
+            yield (
+                node.name,
+                f"{node.op_type} rescales in float: only the profile {FUSED} (metadata qcompile.integer) allows it",
+            )
+
+
+def _profile(view: GraphView) -> str:
+    return next((p.value for p in view.model.metadata_props if p.key == "qcompile.integer"), "strict")
 
 
 # ---- the proof ----------------------------------------------------------------------------------------------------
@@ -127,13 +138,23 @@ def unnamed_rule(context: Context) -> Hits:
 
 
 def saturating_pair(context: Context) -> Hits:
-    """uint8 by int8 products saturate in ONNX Runtime on x86-64 without VNNI, unless session.x64quantprecision is 1."""
+    """Sums of uint8 by int8 products saturate in ONNX Runtime on x86-64 with AVX2 and no VNNI; int8 by int8 never does."""
     view = context.view
-    for node in view.of_type(*_PRODUCTS):
-        types = [view.elem_types.get(name) for name in node.input[:2]]
-        if types == [TensorProto.UINT8, TensorProto.INT8]:
-            yield node.name, f"{node.op_type} multiplies uint8 by int8"
+    for node in view.of_type(*_SATURATING):
+        slots, *pairs = _SATURATING[node.op_type]
+        types = tuple(view.elem_types.get(node.input[slot]) for slot in slots)
+        if types in pairs:
+            yield node.name, f"{node.op_type} multiplies {_NAMES[types[0]]} by {_NAMES[types[1]]}"
 
+
+_NAMES = {TensorProto.UINT8: "uint8", TensorProto.INT8: "int8"}
+_MIXED = (TensorProto.UINT8, TensorProto.INT8)
+_SATURATING = {  # operand slots, and the pairs measured to saturate (a convolution's weights are the left operand)
+    "ConvInteger": ((0, 1), _MIXED[::-1]),
+    "MatMulInteger": ((0, 1), _MIXED),
+    "QLinearConv": ((0, 3), _MIXED),
+    "QLinearMatMul": ((0, 3), _MIXED),
+}
 
 _AGAIN = "compile the float model with --target integer"
 _SPLIT = "split the layer along its reduction axis, or use fewer bits"
@@ -154,7 +175,7 @@ INTEGER_RULES: tuple[Rule, ...] = (
     Rule("QC-INT-011", "metadata", "warning", _AGAIN, unnamed_rule),
     Rule("QC-INT-012", "int64 comparison", "error", _WRONG_KERNEL, wide_comparison, "wrong"),
     Rule("QC-INT-013", "int64 sum", "error", "shift the terms to the right first", wide_sum, "wrong"),
-    Rule("QC-INT-014", "uint8 by int8", "warning", "use int8 activations, or set session.x64quantprecision=1", saturating_pair),
+    Rule("QC-INT-014", "uint8 by int8", "error", "use int8 codes for both operands", saturating_pair, "wrong"),
     Rule("QC-INT-015", "scale not constant", "error", "store the scale as an initializer", common.scale_not_constant, "wrong"),
     Rule(
         "QC-INT-016",

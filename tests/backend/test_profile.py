@@ -68,3 +68,11 @@ def test_shapes_that_calibration_never_saw() -> None:
     assert outside_calibration(m, parse_profile("ids:1x8,8x64,32x128;x:1x4,8x4,64x4")) == []
     (line,) = outside_calibration(m, parse_profile("ids:1x8,8x64,32x512"))
     assert line.startswith("axis 1 of 'ids' runs from 8 to 512 in the profile, but was calibrated at 128")
+
+
+def test_shapes_between_the_recorded_ends() -> None:
+    m = model(ids=["N", "T"])
+    m.metadata_props.add(key=SHAPES_KEY, value=json.dumps({"ids": {"min": [1, 64], "max": [1, 128]}}))
+    assert outside_calibration(m, parse_profile("ids:1x8,8x64,32x100")) == []
+    for text in ("ids:1x8,8x64,32x512", "ids:1x8,8x16,32x32"):
+        assert "but was calibrated at 64 to 128" in outside_calibration(m, parse_profile(text))[0]

@@ -22,6 +22,7 @@ from qcompile.errors import DataError
 from qcompile.ir.model import Model
 from qcompile.ir.spill import mark_large
 from tests.ir import exports
+from tests.ir.test_cut import chain
 
 OBSERVERS: tuple[Observer, ...] = (MinMax(), MinMax(-1), Histogram(64), Moments(-1), SecondMoment(), Rows(8), Extremes(4))
 NAMES = ["hf_bert_ts17", "hf_gpt2_dy18", "hf_llama_ts17", "timm_vit_ts17", "timm_vit_eager_ts17", "resnet_dy18", "unet_ts17"]
@@ -67,8 +68,7 @@ def test_blocks_give_the_statistics_of_one_sweep(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["hf_bert_ts17", "resnet_dy18"])
-def test_blocks_go_on_where_an_earlier_run_stopped(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks_module, "_SEGMENT_CHUNKS", 1)
+def test_blocks_go_on_where_an_earlier_run_stopped(name: str) -> None:
     model, data = large(name), dataset(name, 150)
     probes, limit = probes_of(model), model.weight_bytes() // 3
     stops: list[int] = []
@@ -121,7 +121,15 @@ def test_what_runs_in_blocks() -> None:
     model = Model(exports.load("resnet_dy18"))
     weights = model.weight_bytes()
     assert block_bytes(model) is None and block_bytes(model, 100 * weights) is None
-    assert block_bytes(model, 4 * weights) == weights // 2
+    assert block_bytes(model, 4 * weights) == weights // 4
     mark_large(model.graph)
     assert block_bytes(model) is None and block_bytes(model, 4 * weights) is None
     assert block_bytes(model, weights) == weights // 4
+
+
+def test_a_large_model_that_dequantizes_runs_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model.from_proto(chain(4, quantized=True))
+    mark_large(model.graph)
+    assert block_bytes(model) is None
+    monkeypatch.setattr(blocks_module, "_COMPUTED", 1024)
+    assert block_bytes(model) == 1024 and block_bytes(model, 800) == 200

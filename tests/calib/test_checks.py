@@ -29,6 +29,10 @@ def test_good_data_is_not_complained_about(tmp_path: Path) -> None:
     ids = np.random.default_rng(1).integers(1, 99, (20, 12))
     mask, step = np.ones((20, 12), np.int64), np.arange(20)[:, None]
     assert warnings(tmp_path, x=pictures(), ids=ids, mask=mask, step=step) == []
+    mask[3:, 8:] = 0
+    assert warnings(tmp_path, ids=ids, mask=mask) == []
+    mask[5] = 0
+    assert "sample 5 is constant (all 0)" in warnings(tmp_path, ids=ids, mask=mask)[0]
 
 
 def test_a_black_background_is_not_clipping(tmp_path: Path) -> None:

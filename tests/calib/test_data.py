@@ -76,6 +76,19 @@ class TestNpz:
         np.testing.assert_array_equal(np.asarray(data.labels), [0, 0, 1, 1, 2, 2])
         assert len(everything(data, "input")) == 6
 
+    def test_files_of_different_lengths(self, tmp_path: Path) -> None:
+        for i, length in enumerate((4, 7, 4)):
+            ids = np.full((3, length), i)
+            save(tmp_path / f"{i}.npz", ids=ids, mask=np.ones_like(ids), labels=np.full(3, i))
+        data = load_data(str(tmp_path), TOKENS)
+        assert [b["ids"].shape for b in data.batches(8)] == [(3, 4), (3, 7), (3, 4)]
+        np.testing.assert_array_equal(np.asarray(data.labels), [0, 0, 0, 1, 1, 1, 2, 2, 2])
+        assert data.fingerprint() != load_data(str(tmp_path), TOKENS, samples=5).fingerprint()
+        with pytest.raises(DataError, match="differ in shape; pictures to preprocess need one size"):
+            load_data(str(tmp_path), TOKENS, "imagenet")
+        with pytest.raises(DataError, match=r"has shape \[3, 7\], the model needs \[samples, 4\]"):
+            load_data(str(tmp_path), [InputInfo(i.name, i.dtype, ("N", 4)) for i in TOKENS])
+
 
 BAD_NPZ = [
     (PICTURE, {"inputs": np.ones((2, 3, 8, 8), F32)}, r"the arrays \['inputs'\].*needs \['input'\].*'inputs' is near 'input'"),

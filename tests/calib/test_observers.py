@@ -11,13 +11,34 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from qcompile.calib.observers import AbsMax, Histogram, MinMax, Moments, NotCarried, Rows, SecondMoment
+from qcompile.calib.observers import (
+    CHUNK,
+    KINDS,
+    AbsMax,
+    ChannelHistograms,
+    Extremes,
+    Histogram,
+    MinMax,
+    Moments,
+    NotCarried,
+    Rows,
+    SecondMoment,
+)
 
-EXACT = [MinMax(), MinMax(-1), MinMax(1), AbsMax(), AbsMax(-1), Histogram(64), Histogram(), Rows(5), Rows(1000, seed=3)]
-SUMS = [Moments(), Moments(-1), Moments(1), SecondMoment()]
+EXACT = [
+    MinMax(), MinMax(-1), MinMax(1), MinMax(-1, heads=2), AbsMax(), AbsMax(-1), AbsMax(-1, heads=2), Histogram(64), Histogram(),
+    ChannelHistograms(), ChannelHistograms(1, 16), ChannelHistograms(-1, 64, heads=2), Rows(5), Rows(1000, seed=3),
+    Extremes(1), Extremes(6), Extremes(1000),
+]  # fmt: skip
+SUMS = [Moments(), Moments(-1), Moments(1), Moments(-1, heads=2), SecondMoment(), SecondMoment("mask")]
 
 values = st.one_of(st.floats(-1e4, 1e4, width=32), st.floats(-1, 1, width=32), st.just(0.0))
 arrays = hnp.arrays(np.float32, st.tuples(st.integers(1, 9), st.integers(1, 3), st.just(4)), elements=values)
+triples = st.integers(1, 3).flatmap(  # three batches of one tensor: axis 1 may be the channels
+    lambda tokens: st.tuples(
+        *[hnp.arrays(np.float32, st.tuples(st.integers(1, 9), st.just(tokens), st.just(4)), elements=values)] * 3
+    )
+)
 
 
 def same(a: Any, b: Any, rtol: float = 0) -> None:
@@ -29,7 +50,14 @@ def same(a: Any, b: Any, rtol: float = 0) -> None:
 
 def observe_parts(observer: Any, x: NDArray[Any], cuts: list[int]) -> list[Any]:
     ends = sorted({min(c, len(x)) for c in cuts} | {0, len(x)})
-    return [observer.observe(x[a:b], a) for a, b in pairwise(ends)]
+    return [observe(observer, x[a:b], a) for a, b in pairwise(ends)]
+
+
+def observe(observer: Any, x: NDArray[Any], first: int = 0) -> Any:
+    """With a token mask that depends on the values where the observer reads one."""
+    if not isinstance(observer, SecondMoment) or observer.weights is None:
+        return observer.observe(x, first)
+    return observer.observe(x, first, None, (x[..., 0] >= 0).astype(np.float32))
 
 
 @settings(max_examples=60, deadline=None)
@@ -39,18 +67,34 @@ def test_any_partition_in_any_order_gives_the_whole(observer: Any, x: NDArray[An
     parts = [*observe_parts(observer, x, cuts), observer.empty()]
     order.shuffle(parts)
     merged = reduce(lambda a, b: a.merge(b), parts)
-    same(merged, observer.observe(x, 0), rtol=0 if observer in EXACT else 1e-9)
+    same(merged, observe(observer, x), rtol=0 if observer in EXACT else 1e-9)
 
 
 @settings(max_examples=40, deadline=None)
-@given(x=arrays, y=arrays, z=arrays)
-@pytest.mark.parametrize("observer", [MinMax(), AbsMax(-1), Histogram(16), Rows(4)], ids=str)
-def test_associative_commutative_neutral(observer: Any, x: NDArray[Any], y: NDArray[Any], z: NDArray[Any]) -> None:
-    a, b, c = (observer.observe(v, 10 * i) for i, v in enumerate((x, y, z)))
+@given(batches=triples)
+@pytest.mark.parametrize("observer", [*EXACT, *SUMS], ids=str)
+def test_associative_commutative_neutral(observer: Any, batches: tuple[NDArray[Any], ...]) -> None:
+    """Sums: of different chunks, bit for bit; what one chunk gets is added in order (see test_chunks.py)."""
+    step = 10 if observer in EXACT else CHUNK
+    a, b, c = (observe(observer, x, step * i) for i, x in enumerate(batches))
     same(a.merge(b).merge(c), a.merge(b.merge(c)))
     same(a.merge(b), b.merge(a))
     same(a.merge(observer.empty()), a)
     same(observer.empty().merge(a), a)
+
+
+@settings(max_examples=20, deadline=None)
+@given(x=arrays, cut=st.integers(0, 9))
+@pytest.mark.parametrize("observer", [*EXACT, *SUMS], ids=str)
+def test_a_statistic_from_a_file_goes_on_with_the_same_bits(observer: Any, x: NDArray[Any], cut: int) -> None:
+    kind = KINDS[observer.kind][1]
+    head, tail = observe(observer, x[:cut]) if cut else observer.empty(), x[cut:]
+    rest = observe(observer, tail, cut) if len(tail) else observer.empty()
+    same(kind.from_arrays(head.to_arrays()).merge(rest), head.merge(rest))
+
+
+def test_every_kind_has_laws() -> None:
+    assert {type(o) for o in (*EXACT, *SUMS)} == {observer for observer, _ in KINDS.values()}
 
 
 @settings(deadline=None)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qcompile.calib import shards as shards_module
 from qcompile.calib.chunks import CHUNK
 from qcompile.calib.observers import Histogram, MinMax, Probe, SecondMoment
 from qcompile.calib.shards import DataSpec, ShardTask, merge_shards, run_shard, shard_range, split
@@ -56,6 +57,13 @@ def test_tasks_merge_to_the_bytes_of_one_sweep(folder: Path, whole: bytes) -> No
     assert cut == [(0, 64), (64, 128), (128, 192), (192, 197)]
     results = [run_shard(t) for t in tasks(folder, cut)]
     assert merge_shards(results) == merge_shards([merge_shards(results[2:]), results[1], results[0]]) == whole
+
+
+def test_a_memory_limit_travels_with_the_task(folder: Path, monkeypatch: pytest.MonkeyPatch, whole: bytes) -> None:
+    limits: list[int | None] = []
+    monkeypatch.setattr(shards_module, "block_bytes", lambda model, limit: limits.append(limit))
+    parts = [run_shard(dataclasses.replace(t, mem_limit=1 << 28)) for t in tasks(folder, split([(0, SAMPLES)], CHUNK, 2))]
+    assert limits == [1 << 28] * len(parts) and merge_shards(parts) == whole
 
 
 def test_ranges_are_cut_at_chunks() -> None:

@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from qcompile.ir.cut import Block, cut, part, typed
+from qcompile.ir.cut import Block, computed_bytes, cut, part, typed
 from qcompile.ir.model import Model
 from tests.ir import exports
 
@@ -83,6 +83,14 @@ def test_a_chain_is_cut_into_blocks_within_the_limit() -> None:
     assert [weights(model, b) for b in cut(model, [("t20",)], 1)] == [each] * 20, "a node is never cut"
 
 
+def test_dequantized_weights_count_as_what_they_become() -> None:
+    model = typed(Model.from_proto(chain(20, quantized=True)))
+    codes, floats = 16 * 16, 16 * 16 * 4
+    assert computed_bytes(model) == 20 * floats and computed_bytes(typed(Model.from_proto(chain(20)))) == 0
+    blocks = cut(model, [("t20",)], 5 * (codes + floats + 8))
+    assert len(blocks) == 4 and [b.takes for b in blocks] == [(), ("t5",), ("t10",), ("t15",)]
+
+
 def test_only_what_is_wanted_is_in_the_blocks() -> None:
     model = typed(Model.from_proto(chain(20)))
     blocks = cut(model, [("t3",), ("t1", "t3"), ("t0",)], 2 * 16 * 16 * 4)
@@ -91,11 +99,15 @@ def test_only_what_is_wanted_is_in_the_blocks() -> None:
     assert blocks[1].takes == ("t1",), "cut where one tensor crosses, not two"
 
 
-def chain(length: int) -> onnx.ModelProto:
-    """t0 -> MatMul -> t1 -> ... with weights 16 x 16."""
-    nodes = [helper.make_node("MatMul", [f"t{i}", f"w{i}"], [f"t{i + 1}"], name=f"m{i}") for i in range(length)]
+def chain(length: int, *, quantized: bool = False) -> onnx.ModelProto:
+    """t0 -> MatMul -> t1 -> ... with weights 16 x 16, of int8 behind DequantizeLinear if `quantized`."""
+    name = "d" if quantized else "w"
+    nodes = [helper.make_node("MatMul", [f"t{i}", f"{name}{i}"], [f"t{i + 1}"], name=f"m{i}") for i in range(length)]
     ends = [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["N", 16]) for n in ("t0", f"t{length}")]
-    array = np.eye(16, dtype=np.float32)
+    array = np.eye(16, dtype=np.int8 if quantized else np.float32)
     initializers = [numpy_helper.from_array(array, f"w{i}") for i in range(length)]
+    if quantized:
+        nodes = [helper.make_node("DequantizeLinear", [f"w{i}", "s"], [f"d{i}"], name=f"q{i}") for i in range(length)] + nodes
+        initializers.append(numpy_helper.from_array(np.array(1, np.float32), "s"))
     graph = helper.make_graph(nodes, "chain", ends[:1], ends[1:], initializers)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)

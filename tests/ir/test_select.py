@@ -1,11 +1,12 @@
-"""The grammar of --keep-float, --only and --quantize."""
+"""The grammar of --keep-float, --only, --quantize and --bits."""
 
 from __future__ import annotations
 
 import pytest
 
 from qcompile.errors import UsageError
-from qcompile.ir.select import ORIGIN, require_selector, selected
+from qcompile.ir.select import ORIGIN, require_selector, selected, with_width
+from qcompile.quant.qtype import INT8, simulated_int
 from tests.passes.cases import stem
 from tests.passes.goldens import block
 
@@ -66,3 +67,16 @@ def test_a_node_is_found_by_the_name_of_the_node_that_it_replaces() -> None:
 def test_malformed_selectors_are_refused(text: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         require_selector(text)
+
+
+def test_widths_stand_behind_a_selector() -> None:
+    selector, scheme = with_width("re:a=[12]=w4a6")
+    assert selector == "re:a=[12]" and scheme.name == "w4a6"
+    assert (scheme.weight, scheme.activation) == (simulated_int(4), simulated_int(6))
+    assert with_width("fc*=w8a8")[1].weight == INT8
+
+
+@pytest.mark.parametrize(("text", "message"), [("fc*", "no width"), ("fc*=w9a8", "no width"), ("=w4a4", "empty")])
+def test_malformed_widths_are_refused(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        with_width(text)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 
 import qcompile
-from tests.oracle.random_floats import Graph, attend, finish, head, normalize
+from tests.oracle.random_floats import attend, finish, head, normalize, seeded
 
 SEED = 11
 
 
 def tiny_cnn() -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
     """conv, residual, pooling, concat, a table, global average, dense."""
-    g = Graph(np.random.default_rng(SEED))
+    g = seeded(SEED)
     g.shapes["x"] = (2, 7, 6)
     w = [g.constant(g.rng.standard_normal(s).astype(np.float32)) for s in ((4, 2, 3, 3), (4, 1, 3, 3))]
     first = g.add("Relu", [g.add("Conv", ["x", w[0], g.constant(g.bias(4))], (4, 7, 6), pads=[1] * 4)], (4, 7, 6))
@@ -31,7 +32,7 @@ def tiny_cnn() -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
 
 def tiny_attention() -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
     """LayerNorm, attention with softmax, GELU, residuals."""
-    g = Graph(np.random.default_rng(SEED + 1))
+    g = seeded(SEED + 1)
     g.shapes["x"] = (5, 8)
     mixed = attend(g, normalize(g, "x"))
     summed = g.add("Add", ["x", mixed], (5, 8))
@@ -47,11 +48,11 @@ def tiny_attention() -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
 MODELS = {"cnn": tiny_cnn, "attention": tiny_attention}
 
 
-def compiled(name: str, folder: Path) -> tuple[Path, dict[str, np.ndarray]]:
+def compiled(name: str, folder: Path, **options: Any) -> tuple[Path, dict[str, np.ndarray]]:
     """The integer-only file of a model, and its data."""
     model, data = MODELS[name]()
     onnx.save(model, folder / f"{name}.onnx")
     np.savez(folder / f"{name}.calib.npz", **data)  # pyright: ignore[reportArgumentType]
     target = folder / f"{name}.integer.onnx"
-    qcompile.compile(folder / f"{name}.onnx", output=target, target="integer", threads=1)
+    qcompile.compile(folder / f"{name}.onnx", output=target, target="integer", threads=1, **options)
     return target, data

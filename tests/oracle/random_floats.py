@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 Array = NDArray[Any]
@@ -16,23 +16,39 @@ ACTIVATIONS = ("Relu", "Relu6", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "SiLU", 
 MAGNITUDES = (1.0, 1.0, 1.0, 1e-4, 1e4, 30.0)
 
 
+@dataclass(frozen=True)
+class Case:
+    """A float model, 6 samples to calibrate on, and 3 others of a wider range."""
+
+    model: onnx.ModelProto
+    data: dict[str, Array]
+    wider: dict[str, Array]
+
+
 @dataclass
 class Graph:
-    """A graph under construction: `shapes` (without the batch axis) of the tensors that later steps may read."""
+    """A graph under construction: `shapes` (without the batch axis) of the tensors that later steps may read.
+
+    `rng` fills the weights; `below(n)`, a number from 0 to n - 1, decides everything else (hypothesis's choice, or `rng`'s).
+    """
 
     rng: np.random.Generator
+    below: Callable[[int], int]
     nodes: list[NodeProto] = field(default_factory=list[NodeProto])
     stored: list[TensorProto] = field(default_factory=list[TensorProto])
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
     count: int = 0
 
     def pick(self, *choices: Any) -> Any:
-        return choices[int(self.rng.integers(len(choices)))]
+        return choices[self.below(len(choices))]
 
-    def chance(self, p: float) -> bool:
-        return bool(self.rng.random() < p)
+    def between(self, low: int, high: int) -> int:
+        return low + self.below(high - low)
 
-    def constant(self, array: Array) -> str:
+    def chance(self, percent: int) -> bool:
+        return self.below(100) >= 100 - percent
+
+    def constant(self, array: ArrayLike) -> str:
         name = f"c{len(self.stored)}"
         self.stored.append(numpy_helper.from_array(np.asarray(array), name))
         return name
@@ -47,11 +63,11 @@ class Graph:
     def weight(self, *shape: int, channel_axis: int = 0) -> Array:
         """Random weights; some have dead output channels, some an outlier, some an unusual magnitude."""
         w = self.rng.standard_normal(shape) / np.sqrt(max(np.prod(shape) / shape[channel_axis], 1)) * self.pick(*MAGNITUDES)
-        if self.chance(0.3):
+        if self.chance(30):
             dead = [slice(None)] * len(shape)
             dead[channel_axis] = slice(0, max(shape[channel_axis] // 3, 1))
             w[tuple(dead)] = 0
-        if self.chance(0.2):
+        if self.chance(20):
             w.flat[0] = 20 * np.abs(w).max()
         return w.astype(np.float32)
 
@@ -81,14 +97,14 @@ def activate(g: Graph, x: str) -> str:
 
 def conv(g: Graph, x: str) -> str:
     c, h, w = g.shapes[x]
-    groups = c if g.chance(0.25) else 1
-    out = c if groups > 1 else int(g.rng.integers(1, 12))
+    groups = c if g.chance(25) else 1
+    out = c if groups > 1 else g.between(1, 12)
     k = min(g.pick(1, 2, 3), h, w)
     stride, pad = g.pick(1, 1, 2), g.pick(0, k // 2)
-    dilation = 2 if k > 1 and h > 4 and w > 4 and g.chance(0.2) else 1
+    dilation = 2 if k > 1 and h > 4 and w > 4 and g.chance(20) else 1
     sizes = tuple((n + 2 * pad - (k - 1) * dilation - 1) // stride + 1 for n in (h, w))
     inputs = [x, g.constant(g.weight(out, c // groups, k, k))]
-    if g.chance(0.7):
+    if g.chance(70):
         inputs.append(g.constant(g.bias(out)))
     made = g.add(
         "Conv",
@@ -129,11 +145,22 @@ def pool(g: Graph, x: str) -> str:
 
 
 def affine(g: Graph, x: str) -> str:
-    """Per-channel scale and offset, as batch normalization leaves them."""
+    """Per-channel scale (some 0) and offset, as batch normalization leaves them."""
     shape = g.shapes[x]
     n = (shape[0], *(1,) * (len(shape) - 1)) if len(shape) == 3 else (shape[-1],)
-    scaled = g.add("Mul", [x, g.constant((g.rng.uniform(0.2, 3, n) * g.pick(1, -1)).astype(np.float32))], shape)
+    factor = g.rng.uniform(0.2, 3, n) * g.pick(1, -1)
+    if g.chance(20):
+        factor.flat[0] = 0
+    scaled = g.add("Mul", [x, g.constant(factor.astype(np.float32))], shape)
     return g.add("Add", [scaled, g.constant(g.rng.standard_normal(n).astype(np.float32))], shape)
+
+
+def instance(g: Graph, x: str) -> str:
+    c, h, w = g.shapes[x]
+    if h * w < 3:
+        return x
+    gamma, beta = (g.constant(g.rng.standard_normal(c).astype(np.float32)) for _ in range(2))
+    return g.add("InstanceNormalization", [x, gamma, beta], (c, h, w))
 
 
 def upsample(g: Graph, x: str) -> str:
@@ -176,13 +203,13 @@ def head(g: Graph, x: str) -> str:
 
 def gemm(g: Graph, x: str) -> str:
     (d,) = g.shapes[x]
-    out = int(g.rng.integers(1, 20))
+    out = g.between(1, 20)
     return activate(g, g.add("Gemm", [x, g.constant(g.weight(out, d)), g.constant(g.bias(out))], (out,), transB=1))
 
 
 def matmul(g: Graph, x: str) -> str:
     *rest, d = g.shapes[x]
-    out = int(g.rng.integers(1, 20)) if g.chance(0.5) else d
+    out = g.between(1, 20) if g.chance(50) else d
     made = g.add("MatMul", [x, g.constant(g.weight(d, out, channel_axis=1))], (*rest, out))
     return activate(g, g.add("Add", [made, g.constant(g.bias(out))], (*rest, out)))
 
@@ -208,35 +235,40 @@ def softmax(g: Graph, x: str) -> str:
 
 
 Step = Callable[[Graph, str], str]
-CNN: tuple[Step, ...] = (conv, conv, conv, residual, residual, concat, pool, affine, upsample, pad, cut)
+CNN: tuple[Step, ...] = (conv, conv, conv, residual, residual, concat, pool, affine, instance, upsample, pad, cut)
 MLP: tuple[Step, ...] = (gemm, gemm, residual, residual, concat, affine, cut)
 TOKENS: tuple[Step, ...] = (matmul, matmul, residual, normalize, attend, affine)
 
 
-def random_model(seed: int) -> tuple[onnx.ModelProto, dict[str, Array], dict[str, Array]]:
-    """(model, 6 calibration samples, 3 other samples with a wider range)."""
-    g = Graph(np.random.default_rng(seed))
+def seeded(seed: int) -> Graph:
+    """A graph whose choices come from the seed, too."""
+    rng = np.random.default_rng(seed)
+    return Graph(rng, lambda n: int(rng.integers(n)))
+
+
+def random_model(g: Graph) -> Case:
+    """A model of 3 to 9 layers, convolutional, dense or of tokens."""
     kind = g.pick("cnn", "cnn", "mlp", "tokens")
     shape: tuple[int, ...] = {
-        "cnn": (int(g.rng.integers(1, 6)), int(g.rng.integers(3, 12)), int(g.rng.integers(3, 12))),
-        "mlp": (int(g.rng.integers(2, 24)),),
-        "tokens": (int(g.rng.integers(2, 9)), int(g.rng.integers(3, 17))),
+        "cnn": (g.between(1, 6), g.between(3, 12), g.between(3, 12)),
+        "mlp": (g.between(2, 24),),
+        "tokens": (g.between(2, 9), g.between(3, 17)),
     }[kind]
     g.shapes["x"] = shape
     x = {"cnn": conv, "mlp": gemm, "tokens": matmul}[kind](g, "x")
-    for _ in range(int(g.rng.integers(2, 8))):
+    for _ in range(g.between(2, 8)):
         x = g.pick(*{"cnn": CNN, "mlp": MLP, "tokens": TOKENS}[kind])(g, x)
-    if kind == "cnn" and g.chance(0.6):
+    if kind == "cnn" and g.chance(60):
         x = head(g, x)
-    if kind != "cnn" and g.chance(0.2):
+    if kind != "cnn" and g.chance(20):
         x = softmax(g, x)
     outputs = [x] if x != "x" else [activate(g, g.add("Relu", [x], shape))]
-    if g.chance(0.2) and len(g.shapes) > 4:
+    if g.chance(20) and len(g.shapes) > 4:
         outputs.append(list(g.shapes)[-3])
     scale = g.pick(0.01, 1.0, 1.0, 50.0)
     data = {"x": (g.rng.standard_normal((6, *shape)) * scale).astype(np.float32)}
     wider = {"x": (g.rng.standard_normal((3, *shape)) * scale * 1.7).astype(np.float32)}
-    return finish(g, list(dict.fromkeys(outputs))), data, wider
+    return Case(finish(g, list(dict.fromkeys(outputs))), data, wider)
 
 
 def finish(g: Graph, outputs: list[str]) -> onnx.ModelProto:

@@ -19,16 +19,19 @@ from tests.oracle.build import model_of, node, requantize_constants, requantize_
 from tests.oracle.models import MODELS, compiled
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_pure_python_reader_computes_the_same_integers(name: str, tmp_path: Path) -> None:
-    path, data = compiled(name, tmp_path)
+@pytest.mark.parametrize(("name", "bits"), [*((name, ()) for name in MODELS), ("cnn", ("op:Conv=w4a4",))])
+def test_a_pure_python_reader_computes_the_same_integers(name: str, bits: tuple[str, ...], tmp_path: Path) -> None:
+    path, data = compiled(name, tmp_path, bits=bits)
     export_file(path, tmp_path / "net.json")
     model = onnx.load(path)
     codes = encode(model, {k: v[:3] for k, v in data.items()})
     ours = run_integer(model, codes)
-    theirs = reader.run(reader.load(tmp_path / "net.json"), {k: (v.shape, v.reshape(-1).tolist()) for k, v in codes.items()})
+    document = reader.load(tmp_path / "net.json")
+    assert {layer["weight_bits"] for layer in document["layers"] if layer["op"] == "conv"} <= ({4, 1} if bits else {8, 1})
+    theirs = reader.run(document, {k: (v.shape, v.reshape(-1).tolist()) for k, v in codes.items()})
     for key, array in ours.items():
         assert theirs[key] == (array.shape, array.reshape(-1).tolist())
+    assert {o["tensor"]: o["dtype"] for o in document["outputs"]} == {key: str(array.dtype) for key, array in ours.items()}
 
 
 def test_requantization_is_one_layer_with_its_numbers() -> None:

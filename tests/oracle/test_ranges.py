@@ -139,6 +139,16 @@ def test_the_remainder_lemma_bounds_a_table_index() -> None:
     assert prove(model).complete and rules(model) == set()
 
 
+@pytest.mark.parametrize(("test", "lo", "hi"), [("Less", -3, (1 << 63) - 1), ("Greater", -(1 << 63), -3)])
+def test_where_with_a_comparison_is_max_or_min(test: str, lo: int, hi: int) -> None:
+    """The form that ONNX Runtime computes right on any int64; with the sides exchanged it says nothing."""
+    bound = {"b": np.asarray(-3)}
+    for sides, expected in ((["b", "x"], (lo, hi)), (["x", "b"], (-(1 << 63), (1 << 63) - 1))):
+        nodes = [node(test, ["x", "b"], "c"), node("Where", ["c", *sides], "y")]
+        made = prove(model_of(nodes, {"x": I64}, ["y"], bound)).bounds[-1]
+        assert (made.lo, made.hi) == expected
+
+
 def test_axes_of_unknown_length_are_assumed_and_said() -> None:
     nodes = [node("MatMulInteger", ["a", "b"], "y")]
     model = model_of(nodes, {"a": np.zeros((2, 4), np.int8), "b": np.zeros((4, 2), np.int8)}, ["y"])

@@ -40,14 +40,14 @@ Feeds = dict[str, NDArray[Any]]
 
 def fixture(name: str) -> Model:
     """A real exporter's file, or a small graph that no exporter file holds."""
-    made = {"stem": stem, "joined": joined}
+    made = {"stem": stem, "joined": joined, "biased": biased}
     return made[name]() if name in made else Model.load(FOLDER / INDEX[name]["file"])
 
 
 def fixture_arrays(name: str, samples: int = SAMPLES, seed: int = 0) -> Feeds:
     """Random inputs [samples, ...] of a fixture; tokens are 0 or 1, and no row of a mask is empty."""
     rng = np.random.default_rng(seed)
-    if name in ("stem", "joined"):
+    if name in ("stem", "joined", "biased"):
         return {"x": rng.standard_normal((samples, 3, 16, 16)).astype(np.float32)}
     made: Feeds = {}
     for info in INDEX[name]["inputs"]:
@@ -224,10 +224,11 @@ def built(
     constants: Mapping[str, Any],
     opset: int = 17,
     outs: Sequence[str] = ("y",),
+    elem_type: onnx.TensorProto.DataType = onnx.TensorProto.FLOAT,
 ) -> Model:
-    """A model from nodes with one float input `x`; shapes are inferred."""
+    """A model from nodes with one input `x`; shapes are inferred."""
     ends = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in outs]
-    x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, shape)
+    x = onnx.helper.make_tensor_value_info("x", elem_type, shape)
     weights = [onnx.numpy_helper.from_array(np.asarray(v), n) for n, v in constants.items()]
     graph = onnx.helper.make_graph(list(nodes), "g", [x], ends, weights)
     proto = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=9)
@@ -293,3 +294,20 @@ def joined() -> Model:
         node("Conv", ["j", "w", "c"], ["y"], name="conv", pads=[1, 0, 0, 1]),
     ]
     return built(nodes, ["N", 3, 16, 16], constants)
+
+
+def biased(act: str = "Relu") -> Model:
+    """Conv -> BatchNormalization -> Relu -> Conv 1x1: half of the channels stay far above 0, as BatchNormalization says."""
+    rng, node = np.random.default_rng(6), onnx.helper.make_node
+    shapes = {"w1": (8, 3, 1, 1), "w2": (6, 8, 1, 1), "c2": (6,)}
+    constants: dict[str, Any] = {n: rng.standard_normal(s).astype(np.float32) * 0.3 for n, s in shapes.items()}
+    constants |= {"mean": np.zeros(8, np.float32), "var": np.square(constants["w1"]).sum((1, 2, 3)), "six": np.float32(6)}
+    constants |= {"scale": np.full(8, 0.3, np.float32), "shift": np.float32([4, 4, 4, 4, 0.1, 0, -0.1, 0]), "zero": np.float32(0)}
+    nodes = [
+        node("Conv", ["x", "w1"], ["z"], name="first"),
+        node("BatchNormalization", ["z", "scale", "shift", "mean", "var"], ["n"], name="bn"),
+        node(act, ["n", "zero", "six"] if act == "Clip" else ["n"], ["r"], name="act"),
+        node("Conv", ["r", "w2", "c2"], ["y"], name="second"),
+    ]
+    read = {v for n in nodes for v in n.input}
+    return built(nodes, ["N", 3, 16, 16], {n: v for n, v in constants.items() if n in read})

@@ -12,7 +12,7 @@ from onnx import helper
 from qcompile.ir.model import Model
 from qcompile.ir.text import print_model
 from qcompile.pipeline import registry
-from tests.passes.cases import Feeds, built, context, joined, run_passes, stem
+from tests.passes.cases import Feeds, biased, built, context, joined, run_passes, stem
 
 FOLDER = Path(__file__).parents[1] / "goldens"
 node = helper.make_node
@@ -165,6 +165,18 @@ def untidy() -> Model:
     return built(nodes, ["N", 5, 16], constants)
 
 
+def normed_input() -> Model:
+    """BatchNormalization of the picture, in front of a convolution without padding."""
+    rng = np.random.default_rng(8)
+    constants = {n: rng.uniform(0.5, 2, 3).astype(np.float32) for n in ("scale", "shift", "mean", "var")}
+    constants["w"] = rng.standard_normal((4, 3, 3, 3)).astype(np.float32)
+    nodes = [
+        node("BatchNormalization", ["x", "scale", "shift", "mean", "var"], ["n"], name="bn"),
+        node("Conv", ["n", "w"], ["y"], name="conv"),
+    ]
+    return built(nodes, ["N", 3, 16, 16], constants)
+
+
 def axes() -> Model:
     """ReduceMean with its axes as an attribute (opset 17)."""
     return built([node("ReduceMean", ["x"], ["y"], name="mean", axes=[1], keepdims=0)], ["N", 5, 16], {})
@@ -188,23 +200,34 @@ PICTURE = (4, 3, 16, 16)
 GOLDENS = (
     Golden("canonicalize", "canonicalize", untidy),
     Golden("fold-bn", "canonicalize,fold-bn", stem, shape=PICTURE),
+    Golden("fold-bn-behind", "canonicalize,fold-bn", normed_input, shape=PICTURE),
     Golden("fold-pad", "canonicalize,fold-pad", stem, shape=PICTURE),
     Golden("space-to-depth", "canonicalize,fold-bn,space-to-depth", stem, "ort", shape=PICTURE),
     Golden("gelu-order", "canonicalize,gelu-order", block, "ort"),
     Golden("opset", "canonicalize,opset", axes),
     Golden("split-qkv", "canonicalize,split-qkv", block),
     Golden("bias-rank", "canonicalize,bias-rank", linear, "ort"),
-    Golden("smooth", "smooth", block),
+    Golden("smooth", "smooth", block, shape=(16, 5, 16)),
     Golden("smooth-shift", "smooth{shift sites=norm}", block),
     Golden("repq", "repq", block),
-    Golden("repq-smooth", "repq,smooth", block),
+    Golden("repq-smooth", "repq,smooth", block, shape=(16, 5, 16)),
     Golden("rotate", "canonicalize,rotate{r4=block}", block),
     Golden("rotate-fold", "canonicalize,split-qkv,rotate{mean=fold r2=false}", stream),
     Golden("center", "canonicalize,split-qkv,center", block),
+    Golden("center-softmax", "canonicalize,split-qkv,center{softmax heads norm=false}", block),
     Golden("split-shortcut", "canonicalize,split-shortcut", joined, shape=PICTURE),
     Golden("equalize", "canonicalize,equalize", joined, shape=PICTURE),
+    Golden("absorb-bias", "canonicalize,fold-bn,absorb-bias", biased, shape=PICTURE),
     Golden("annotate", "canonicalize,annotate", block),
     Golden("integer", "canonicalize,opset,annotate,rtn,integer", stream, "integer"),
+    Golden("integer-4bit", "canonicalize,opset,annotate,rtn,integer", linear, "integer", "w4a8"),
+    Golden(
+        "integer-fused",
+        "canonicalize,fold-pad,fold-bn,opset,annotate,rtn,integer{profile=ort-fused}",
+        stem,
+        "integer",
+        shape=PICTURE,
+    ),
     Golden("fold-dims", "canonicalize,fold-dims", scaled),
     Golden("annotate-ort", "canonicalize,annotate", block, "ort"),
     Golden("log2-softmax", "canonicalize,annotate,log2-softmax{kind=log-sqrt2}", block, "ort", "w6a6"),
@@ -223,6 +246,8 @@ GOLDENS = (
     Golden("rtn", "canonicalize,annotate,rtn", linear),
     Golden("rtn-4bit", "canonicalize,annotate,rtn", linear, scheme="w4a8"),
     Golden("bias-correct", "canonicalize,annotate,rtn,bias-correct", linear, scheme="w4a8"),
+    Golden("bias-correct-bn", "canonicalize,fold-bn,annotate,rtn,bias-correct{mode=bn}", biased, scheme="w4a8", shape=PICTURE),
+    Golden("bias-correct-sequential", "canonicalize,annotate,rtn,bias-correct{mode=sequential}", linear, scheme="w4a8"),
     Golden("insert-qdq", "canonicalize,opset,annotate,rtn,insert-qdq", linear),
     Golden("insert-qdq-ort", "canonicalize,annotate,rtn,insert-qdq", linear, "ort"),
     Golden("insert-qdq-6bit", "canonicalize,opset,annotate,rtn,insert-qdq", linear, scheme="w6a6"),

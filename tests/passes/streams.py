@@ -23,8 +23,8 @@ def feeds(samples: int = 6, seed: int = 0) -> dict[str, NDArray[Any]]:
     return {"ids": rng.integers(0, VOCAB, (samples, TOKENS)), "t": rng.standard_normal((samples, 1, C)).astype(np.float32)}
 
 
-def constants() -> dict[str, NDArray[Any]]:
-    """Weights of one block; three channels of the embedding are outliers."""
+def constants(kv: int = KV) -> dict[str, NDArray[Any]]:
+    """Weights of one block with `kv` key-value heads; three channels of the embedding are outliers."""
     rng = np.random.default_rng(7)
     shapes: dict[str, tuple[int, ...]] = {
         "table": (VOCAB, C),
@@ -35,17 +35,18 @@ def constants() -> dict[str, NDArray[Any]]:
         "b2": (C,),
     }
     shapes |= {"gf": (C,), "bf": (C,), "wq": (C, HEADS * DIM), "bq": (HEADS * DIM,), "wo": (HEADS * DIM, C), "bo": (C,)}
-    shapes |= {f"{n}{p}": s for p in "kv" for n, s in (("w", (C, KV * DIM)), ("b", (KV * DIM,)))}
+    shapes |= {f"{n}{p}": s for p in "kv" for n, s in (("w", (C, kv * DIM)), ("b", (kv * DIM,)))}
     shapes |= {"w1": (C, HIDDEN), "c1": (HIDDEN,), "w2": (HIDDEN, C), "c2": (C,), "scale": (C,)}
     made: dict[str, NDArray[Any]] = {n: (rng.standard_normal(s) * 0.3).astype(np.float32) for n, s in shapes.items()}
     made["table"][:, :3] *= 20
     made |= {
         "by_q": np.array([0, 0, HEADS, DIM]),
-        "by_kv": np.array([0, 0, KV, 1, DIM]),
-        "ones": np.array([1, 1, 1, HEADS // KV, 1]),
+        "by_kv": np.array([0, 0, kv, 1, DIM]),
+        "ones": np.array([1, 1, 1, HEADS // kv, 1]),
     }
     made |= {"grouped": np.array([0, TOKENS, HEADS, DIM]), "merged": np.array([0, 0, C]), "root": np.array(DIM**-0.5, np.float32)}
     made |= {"eps": np.array(1e-5, np.float32), "two": np.array(2, np.float32)}
+    made |= {"zero": np.array([0]), "middle": np.array([C // 2]), "last": np.array([-1])}
     return made
 
 
@@ -79,11 +80,11 @@ def _norm(kind: str, x: str, out: str, suffix: str, name: str) -> list[onnx.Node
     ]
 
 
-def block(kind: str = "layer", form: str = "plain", weights: Mapping[str, NDArray[Any]] | None = None) -> Model:
+def block(kind: str = "layer", form: str = "plain", weights: Mapping[str, NDArray[Any]] | None = None, kv: int = KV) -> Model:
     """Embedding + positions -> attention and MLP with a pre-norm each -> final norm -> the embedding again as head.
 
-    form: plain; layer-scale; ada-ln (the norm's output is scaled by `t`); relu (on the stream); gate (a branch times `t`);
-    output (the stream is returned); post-norm.
+    form: plain; layer-scale; ada-ln (the norm's output is scaled by `t`); relu, stream-scale (on the stream); gate (a branch
+    times `t`); part (half of the stream is read); output (the stream is returned); post-norm; cache (the values are returned).
     """
     nodes = [
         node("Gather", ["table", "ids"], ["e"], name="embed"),
@@ -116,7 +117,9 @@ def block(kind: str = "layer", form: str = "plain", weights: Mapping[str, NDArra
         node("Transpose", ["table"], ["head_w"], name="tied", perm=[1, 0]),
         node("MatMul", ["nf", "head_w"], ["y"], name="head"),
     ]
-    return _model(nodes, dict(weights or constants()), ["y", "s2"] if form == "output" else ["y"])
+    outs = {"output": ["y", "s2"], "cache": ["y", "v8"], "part": ["y", "half"]}.get(form, ["y"])
+    nodes += [node("Slice", ["s2", "zero", "middle", "last"], ["half"], name="half_of_it")] if form == "part" else []
+    return _model(nodes, dict(weights or constants(kv)), outs)
 
 
 def _join(form: str) -> list[onnx.NodeProto]:
@@ -125,6 +128,8 @@ def _join(form: str) -> list[onnx.NodeProto]:
         return [node("Mul", ["ao", "scale"], ["al"], name="layer_scale"), node("Add", ["s0", "al"], ["s1"], name="residual1")]
     if form == "gate":
         return [node("Mul", ["ao", "t"], ["al"], name="gate"), node("Add", ["s0", "al"], ["s1"], name="residual1")]
+    if form == "stream-scale":
+        return [node("Add", ["s0", "ao"], ["sr"], name="residual1"), node("Mul", ["sr", "scale"], ["s1"], name="on_stream")]
     if form == "relu":
         return [node("Add", ["s0", "ao"], ["sr"], name="residual1"), node("Relu", ["sr"], ["s1"], name="on_stream")]
     return [node("Add", ["s0", "ao"], ["s1"], name="residual1")]

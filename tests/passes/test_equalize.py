@@ -99,6 +99,65 @@ def test_other_activations_are_refused(act: str, words: str) -> None:
     assert words in next(r.reason for r in remarks if r.kind == "missed" and r.node == "expand")
 
 
+def odd(form: str) -> Model:
+    """Pairs that the equality f(s x) = s f(x) does not reach."""
+    rng = np.random.default_rng(2)
+    held: dict[str, Any] = {"w1": rng.standard_normal((8, 4, 1, 1)).astype(np.float32)}
+    held["w2"] = rng.standard_normal((8, 4, 1, 1) if form == "transposed" else (4, 8, 1, 1)).astype(np.float32)
+    nodes = [
+        node("Conv", ["x", "w1", *(["c"] if form == "computed" else [])], ["z"], name="expand"),
+        node("Relu", ["z"], ["a"], name="act"),
+        node("ConvTranspose" if form == "transposed" else "Conv", ["a", "w2"], ["y"], name="project"),
+    ]
+    if form == "computed":
+        held["e"] = rng.standard_normal((4, 8)).astype(np.float32)
+        nodes[:0] = [
+            node("ReduceMean", ["x"], ["m"], name="mean", axes=[0, 2, 3], keepdims=0),
+            node("MatMul", ["m", "e"], ["c"], name="bias"),
+        ]
+    if form == "shared":
+        nodes.append(node("Sigmoid", ["a"], ["y2"], name="other"))
+    return built(nodes, ["N", 4, 9, 9], held, outs=["y", "y2"] if form == "shared" else ["y"])
+
+
+@pytest.mark.parametrize(
+    ("form", "words"),
+    [
+        ("shared", "its output feeds 2 nodes"),
+        ("transposed", "a transposed convolution"),
+        ("computed", "the bias of expand is not constant"),
+    ],
+)
+def test_pairs_that_stay(form: str, words: str) -> None:
+    model = odd(form)
+    after, remarks = equalized(model)
+    assert after.digest() == equalized(model, "canonicalize")[0].digest()
+    assert words in next(r.reason for r in remarks if r.kind == "missed" and r.node == "expand")
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+@pytest.mark.parametrize("by", ["weights", "activations"])
+def test_grouped_convolutions(groups: int, by: str) -> None:
+    rng = np.random.default_rng(3)
+    spread = (4.0 ** np.linspace(0, 3, 8)).astype(np.float32)
+    w1, w2 = rng.standard_normal((8, 4, 1, 1)).astype(np.float32), rng.standard_normal((12, 8 // groups, 3, 3)).astype(np.float32)
+    nodes = [
+        node("Conv", ["x", "w1"], ["z"], name="expand"),
+        node("Relu", ["z"], ["a"], name="act"),
+        node("Conv", ["a", "w2"], ["y"], name="grouped", group=groups),
+    ]
+    model = built(nodes, ["N", 4, 9, 9], {"w1": w1 * spread[:, None, None, None], "w2": w2})
+    after, remarks = equalized(model, f"equalize{{by={by}}}")
+    assert [r.node for r in remarks if r.kind == "applied"] == ["expand"]
+    assert relative_error(outputs(model, arrays(seed=1)), outputs(after, arrays(seed=1))) < 2e-6
+
+
+def test_padding_in_front_of_a_centred_range_is_remarked() -> None:
+    _, remarks = equalized(triple("Clip", pad=1))
+    (note,) = [r for r in remarks if r.kind == "note"]
+    assert note.node == "expand" and "depthwise pads with zeros" in note.reason
+
+
 def test_selectors_keep_a_pair() -> None:
     _, remarks = equalized(triple(), keep_float=("depthwise",))
     assert {r.node for r in remarks if r.kind == "missed" and "--keep-float" in r.reason} == {"expand", "depthwise"}

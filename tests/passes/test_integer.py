@@ -15,6 +15,8 @@ from onnx.reference import ReferenceEvaluator
 
 from qcompile.errors import ModelError
 from qcompile.ir.model import Model
+from qcompile.oracle.ranges import prove
+from qcompile.oracle.run import decode, encode, run_integer
 from qcompile.passes._int_emit import INT64, Emitter
 from qcompile.passes._int_norm import square_root
 from qcompile.passes._int_requant import clip
@@ -194,8 +196,20 @@ def test_pooling_by_a_mask_and_unit_length() -> None:
 def test_fewer_bits_use_fewer_codes(scheme: str) -> None:
     made = lowered(cnn(), images(), scheme=scheme)
     require_exact(made.to_proto(), {"x": images(3)["x"]})
-    codes = [v.const_value.numpy() for v in made.graph.initializers.values() if v.dtype == ir.DataType.INT8 and v.const_value]
-    assert max(int(np.abs(c.astype(int)).max()) for c in codes if c.ndim > 1 and not (c == 1).all()) <= 8
+    assert [v.dtype for v in made.graph.initializers.values()].count(ir.DataType.INT4) == 5
+
+
+def test_widths_by_layer() -> None:
+    """The last selector wins; 5 bits are stored in 8, 4 bits in 4; the proof finds the same widths in the finished graph."""
+    ctx = context("integer", bits=("op:Conv=w4a4", "depthwise=w5a6"))
+    made, reports = run_passes(cnn(), complete([], ctx.target, ctx.scheme).passes, images(), ctx)
+    require_pure(made.to_proto())
+    require_exact(made.to_proto(), {"x": images(3)["x"]})
+    remarks = {r.node: r.numbers for r in reports[-1].remarks if r.reason == "cost of the layer a sample"}
+    widths = {name: (n["weight_bits"], n["activation_bits"]) for name, n in remarks.items()}
+    assert widths.pop("depthwise") == (5, 6) and widths.pop("head") == (8, 8) and set(widths.values()) == {(4, 4)}
+    found = {x.node.rpartition("_")[0]: x.to_json() for x in prove(made.to_proto()).layers}
+    assert {name: {k: x[k] for k in remarks[name]} for name, x in found.items()} == remarks
 
 
 def test_cost_counts_products_of_one_sample() -> None:
@@ -205,6 +219,50 @@ def test_cost_counts_products_of_one_sample() -> None:
     numbers = next(r.numbers for r in reports[-1].remarks if r.reason == "cost a sample")
     macs = 8 * 27 * 64 + 8 * 9 * 64 + 64 * 64 + 8 * 72 * 16 + 160
     assert numbers == {"macs": macs, "bops": macs * 32, "weight_bytes": (216 + 72 + 64 + 576 + 160) // 2}
+
+
+def require_oracle(proto: onnx.ModelProto, feeds: Feeds) -> None:
+    expected, data = decode(proto, run_integer(proto, encode(proto, feeds)))["y"], proto.SerializeToString()
+    for level in ("off", "basic", "all"):
+        session = make_session(data, optimize=level, threads=1, use=["CPUExecutionProvider"])  # type: ignore[arg-type]
+        assert np.array_equal(session.run(None, dict(feeds))[0], expected)  # type: ignore[arg-type]
+
+
+def products(proto: onnx.ModelProto) -> dict[str, str]:
+    """Operator by the name of the float layer."""
+    kinds = ("ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul")
+    return {n.name.rpartition("_")[0]: n.op_type for n in proto.graph.node if n.op_type in kinds}
+
+
+def test_the_fused_profile() -> None:
+    """Layers read as int8 become QLinearConv; what feeds the residual stream at 16 bits, and biased products, stay strict."""
+    made = lowered(cnn(), images(), "integer{profile=ort-fused}").to_proto()
+    require_pure(made)
+    require_oracle(made, images(3))
+    found = products(made)
+    assert {name: found[name] for name in ("stem", "depthwise", "pointwise", "conv4", "head")} == {
+        "stem": "ConvInteger", "depthwise": "QLinearConv", "pointwise": "ConvInteger", "conv4": "ConvInteger",
+        "head": "MatMulInteger",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("bits", [(), ("b=w4a4",)])
+def test_fused_products(bits: tuple[str, ...]) -> None:
+    """A Relu and a narrower reader become limits of the codes; the last product is read as float."""
+    nodes = [
+        node("MatMul", ["x", "u"], ["a"], name="a"),
+        node("Relu", ["a"], ["r"], name="relu"),
+        node("MatMul", ["r", "v"], ["b"], name="b"),
+        node("Reshape", ["b", "shape"], ["s"], name="moved"),
+        node("MatMul", ["s", "w"], ["y"], name="c"),
+    ]
+    model = built(nodes, ("n", 8), weights(u=(8, 12), v=(12, 12), w=(6, 3)) | {"shape": np.array([-1, 6])})
+    arrays = images(shape=(8,))
+    made = lowered(model, arrays, "integer{profile=ort-fused}", bits=bits).to_proto()
+    require_pure(made)
+    require_oracle(made, arrays)
+    assert products(made) == {"a": "QLinearMatMul", "b": "QLinearMatMul", "c": "MatMulInteger"}
+    assert [n.name for n in made.graph.node if n.op_type == "Clip"] == (["a_Clip"] if bits else [])
 
 
 # ---- refusals -----------------------------------------------------------------------------------------------------

@@ -4,12 +4,15 @@ from pathlib import Path
 
 import pytest
 
+from qcompile.compile import compile as compile_model
+from qcompile.ir.model import Model
 from qcompile.pipeline import registry
 from qcompile.pipeline.spec import format_pipeline
 from tests.passes import streams
 from tests.passes.cases import context, fixture, fixture_arrays, outputs, pipeline, sqnr_db
 
-GUIDE = Path(__file__).parents[2] / "docs/guide/presets.md"
+ROOT = Path(__file__).parents[2]
+GUIDE = ROOT / "docs/guide/presets.md"
 NATURAL = {
     "repq-vit": "timm_vit_shared_ts17",
     "quarot": "hf_llama_dy23",
@@ -46,6 +49,15 @@ def test_presets_work_on_their_natural_models(name: str) -> None:
         (report,) = [r for r in reports if r.spec.partition("{")[0] == p]
         assert [r for r in report.remarks if r.kind == "applied"], p
     assert sqnr_db(outputs(model, feeds)[0], outputs(after, feeds)[0]) > 5
+
+
+@pytest.mark.parametrize("name", sorted(registry.PRESETS))
+def test_every_preset_compiles_a_trained_model_and_is_stored_expanded(name: str, tmp_path: Path) -> None:
+    source, out = ROOT / "models" / ("digits_cnn.onnx" if name == "dfq" else "vit_digits.onnx"), tmp_path / "m.onnx"
+    done = compile_model(source, output=out, passes=name, target="ort", scheme="w8a8", samples=8, threads=1, verify="end")
+    stored = Model.load(out).metadata["qcompile.pipeline"]
+    assert all(spec in stored for spec in format_pipeline(registry.parse(registry.PRESETS[name])).split(","))
+    assert done.sqnr_db is not None and done.sqnr_db > 15
 
 
 def test_quarot_spreads_a_layer_norm_stream() -> None:

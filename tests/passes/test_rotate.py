@@ -29,7 +29,7 @@ from tests.passes.cases import (
 
 ROOT = Path(__file__).parents[2]
 FORMS = ("rotate", "rotate{r2=false}", "rotate{r1=false}", "rotate{r1=false r2=false r4=block}", "rotate{r4=block mean=fold}",
-         "rotate{kind=klt}", "rotate{search=4 mean=fold kind=klt}")  # fmt: skip
+         "rotate{kind=klt r4=block}", "rotate{search=4 mean=fold kind=klt}")  # fmt: skip
 
 
 def canonical(model: Model) -> Model:
@@ -45,10 +45,14 @@ def missed(remarks: list[Any]) -> dict[str, str]:
     return {r.node: r.reason for r in remarks if r.kind == "missed"}
 
 
+@pytest.mark.parametrize("kv", [1, 2, 4], ids=["one shared head", "grouped heads", "a head each"])
 @pytest.mark.parametrize("kind", ["layer", "rms"])
 @pytest.mark.parametrize("spec", FORMS)
-def test_folds_are_exact_with_grouped_heads_and_biases(spec: str, kind: str) -> None:
-    model = canonical(streams.block(kind))
+def test_folds_are_exact_with_biases(spec: str, kind: str, kv: int) -> None:
+    """In float64 (rounding: 1e-15), and in ONNX Runtime's float32."""
+    model = canonical(streams.block(kind, kv=kv))
+    narrow, _ = run_passes(model, registry.parse(spec), streams.feeds(), context())
+    assert relative_error(outputs(model, streams.feeds(6, 1)), outputs(narrow, streams.feeds(6, 1))) <= 5e-6
     wide = to_double(model)
     after, (report,) = Runner(SweepOf(model, streams.feeds()), verify="off").run(wide, registry.parse(spec), context())
     assert report.modified
@@ -90,6 +94,8 @@ def test_layer_scale_is_folded_first() -> None:
         ("ada-ln", "norm2", "consumer Mul"),
         ("gate", "gate", "writes the stream and is not a linear"),
         ("relu", "on_stream", "the stream"),
+        ("stream-scale", "on_stream", "the stream"),
+        ("part", "half_of_it", "cannot be followed through Slice"),
         ("output", "residual2", "graph output s2"),
         ("post-norm", "norm2", "post-norm"),
     ],
@@ -100,6 +106,51 @@ def test_refusals_name_the_node_and_leave_the_stream_alone(form: str, named: str
     reasons = missed(remarks)
     assert named in reasons and words in reasons[named], reasons
     assert after.digest() == model.digest() and not [r for r in remarks if r.kind == "applied"]
+
+
+def narrow_heads() -> dict[str, Any]:
+    """Four query heads of 6 channels: only a Hadamard matrix of order 2 divides that."""
+    rng, held = np.random.default_rng(0), streams.constants()
+    held |= {n: rng.standard_normal(s).astype(np.float32) for n, s in {"wq": (32, 24), "wo": (24, 32), "bq": (24,)}.items()}
+    held |= {n: rng.standard_normal(s).astype(np.float32) for p in "kv" for n, s in ((f"w{p}", (32, 12)), (f"b{p}", (12,)))}
+    return held | {"by_q": np.array([0, 0, 4, 6]), "by_kv": np.array([0, 0, 2, 1, 6]), "merged": np.array([0, 0, 24]),
+                   "grouped": np.array([0, streams.TOKENS, 4, 6])}  # fmt: skip
+
+
+def odd_hidden() -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    shapes = {"w1": (32, 50), "c1": (50,), "w2": (50, 32)}
+    return streams.constants() | {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    ("model", "spec", "named", "words"),
+    [
+        (streams.block(form="cache"), "rotate{r1=false}", "pv", "v is the graph output v8"),
+        (streams.block(weights=narrow_heads()), "rotate{r1=false}", "pv", "no Hadamard block divides its heads of 6 channels"),
+        (
+            streams.block(weights=odd_hidden()),
+            "rotate{r1=false r2=false r4=block}",
+            "fc2",
+            "no Hadamard block of 16 or more divides",
+        ),
+    ],
+)
+def test_values_and_hidden_layers_that_stay(model: Model, spec: str, named: str, words: str) -> None:
+    model = canonical(model)
+    after, remarks = rotated(model, spec)
+    reasons = missed(remarks)
+    assert named in reasons and words in reasons[named], reasons
+    assert after.digest() == model.digest() and not [r for r in remarks if r.kind == "applied"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "keep", "named"), [("rotate{r1=false}", "out", "pv"), ("rotate{r1=false r2=false r4=block}", "fc2", "fc2")]
+)
+def test_selected_values_and_hidden_layers_stay(spec: str, keep: str, named: str) -> None:
+    model = canonical(streams.block())
+    after, remarks = rotated(model, spec, keep_float=(keep,))
+    assert "--keep-float" in missed(remarks)[named] and after.digest() == model.digest()
 
 
 def test_post_norm_bert_is_refused() -> None:
@@ -141,6 +192,18 @@ def test_klt_gives_all_channels_one_energy() -> None:
     for rows, keep in ((x, False), (centred, True)):
         energy = np.square(rows @ stream_rotation(64, rng, keep, rows.T @ rows)).sum(0)
         assert energy.max() / energy.min() <= 1 + 1e-9
+
+
+def test_klt_gives_the_values_of_a_head_and_the_hidden_blocks_one_energy() -> None:
+    after, _ = rotated(streams.block(), "rotate{r1=false r4=block kind=klt}")
+    exposed = after.clone()
+    exposed.graph.outputs.clear()
+    for name in ("v_bias", "fc2_rotation"):
+        exposed.graph.outputs.append(next(n for n in exposed.graph if n.name == name).outputs[0])
+    values, hidden = outputs(exposed, streams.feeds())
+    for rows in (*np.split(values.reshape(-1, 16), 2, axis=1), hidden.reshape(-1, hidden.shape[-1])):
+        energy = np.square(rows.astype(np.float64)).sum(0)
+        assert energy.max() / energy.min() <= 1 + 1e-5, "float32"
 
 
 def test_the_best_of_several_draws_is_kept() -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
@@ -90,6 +91,23 @@ def test_groups_over_the_border_are_refused() -> None:
     assert [(r.kind, r.node) for r in remarks] == [("missed", "conv")]
     assert "groups of 6 channels that reach over the border" in remarks[0].reason
     assert "Add" not in op_types(after)
+
+
+def test_a_computed_bias_is_refused() -> None:
+    model = joined()
+    conv = next(n for n in model.graph if n.name == "conv")
+    make = ir.node("Identity", [model.graph.initializers["c"]], name="bias")
+    computed = ir.node("Mul", [make.outputs[0], make.outputs[0]], name="computed")
+    model.graph.insert_before(conv, [make, computed])
+    conv.replace_input_with(2, computed.outputs[0])
+    after, remarks = run_split_alone(model)
+    assert after.digest() == model.digest() and [(r.kind, r.node) for r in remarks] == [("missed", "conv")]
+    assert "the bias of Conv conv is not constant" in remarks[0].reason
+
+
+def run_split_alone(model: Model) -> tuple[Model, list[Any]]:
+    after, (report,) = run_passes(model, registry.parse("split-shortcut"), arrays(), context())
+    return after, list(report.remarks)
 
 
 def test_selectors_keep_the_layer() -> None:

@@ -114,7 +114,7 @@ def test_only_options_that_differ_are_printed() -> None:
         ("repq,smooth{alfa=0.5}", 12, "no option 'alfa', did you mean 'alpha'? (it has: alpha,"),
         ("repq,smooth{alpha=much}", 18, "option 'alpha' cannot be 'much'; it takes a number"),
         ("smooth{shift=maybe}", 13, "it takes true or false"),
-        ("annotate{range=best}", 15, "it takes auto or minmax or percentile or entropy or mse or search"),
+        ("annotate{range=best}", 15, "it takes auto or minmax or percentile or entropy or mse or weighted or search"),
         ("opset{version=1.5}", 14, "it takes a whole number"),
         ("smooth{alpha}", 7, "needs a value; write alpha=VALUE"),
         ("smooth{alpha=}", 13, "has no value; write alpha=VALUE"),

@@ -10,6 +10,7 @@ from qcompile.quant.hadamard import block_order, hadamard, klt_rotation, reachab
 PALEY_1, PALEY_2 = (12, 20, 44, 60, 68, 108, 140), (28, 36, 76, 148)
 PRIME_POWERS = (28, 52, 82 * 2, 100, 244, 340, 344)
 MODELS = (64, 72, 80, 96, 112, 128, 160, 192, 256, 384, 768, 1152, 1280, 1536, 2304, 2560, 2880, 3072, 3584)
+WIDE = (4608, 5120, 4864, 5632, 6656, 6912, 8960, 13824, 14336, 17408, 17920, 18944, 28672)
 UNREACHED = (92, 116, 156, 172, 184, 188, 232, 236, 260, 268, 292, 324, 356, 372, 376)
 
 
@@ -19,6 +20,21 @@ def test_order(n: int) -> None:
     assert set(np.unique(h)) <= {-1, 1}
     gram = (h.astype(np.float32) @ h.T.astype(np.float32)).astype(np.int64)
     assert np.array_equal(gram, n * np.eye(n, dtype=np.int64))
+
+
+@pytest.mark.parametrize("n", WIDE)
+def test_orders_of_large_models(n: int) -> None:
+    """H = A (x) B with A, B Hadamard is: (A A^T) (x) (B B^T) = n I.  The factors are checked whole."""
+    a, b = factors(n)
+    for m in (a, b):
+        h = hadamard(m).astype(np.float32)
+        assert np.array_equal((h @ h.T).astype(np.int64), m * np.eye(m, dtype=np.int64))
+    assert reachable(n)
+
+
+def factors(n: int) -> tuple[int, int]:
+    """Two reachable orders with product n, as alike as can be."""
+    return next((a, n // a) for a in range(int(n**0.5), 1, -1) if n % a == 0 and reachable(a) and reachable(n // a))
 
 
 def test_every_multiple_of_four_up_to_400_but_the_known_ones() -> None:

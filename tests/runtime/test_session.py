@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -14,7 +14,7 @@ from onnx import helper, numpy_helper
 
 from qcompile.errors import InputError, ModelError
 from qcompile.runtime import session as runtime
-from qcompile.runtime.session import make_session, meaningful_line, providers, run_batches, session_options
+from qcompile.runtime.session import device_note, make_session, meaningful_line, providers, run, run_batches, session_options
 
 
 class Batches:
@@ -129,6 +129,82 @@ def test_a_device_without_libraries_is_no_device(monkeypatch: pytest.MonkeyPatch
     providers.cache_clear()
     assert providers().reason == "running on the CPU: the CUDA provider does not load (libcudnn.so.9: no such file)"
     providers.cache_clear()
+    assert capfd.readouterr() == ("", "")
+
+
+class Device:
+    """Stands in for `ort.InferenceSession` on a machine with CUDA: `loads` and `runs` say what the device manages."""
+
+    real, loads, runs = ort.InferenceSession, True, True
+    asked: ClassVar[list[list[str]]] = []
+
+    def __init__(self, source: Any, options: Any, providers: list[Any], enable_fallback: int) -> None:
+        assert enable_fallback == 0  # ONNX Runtime's own prints
+        self.names = [p if isinstance(p, str) else p[0] for p in providers]
+        Device.asked.append(self.names)
+        if "CUDAExecutionProvider" in self.names:
+            assert ("CUDAExecutionProvider", {"use_tf32": "0"}) in providers
+            if not Device.loads:
+                raise RuntimeError("CUDA failure 2: out of memory")
+        self.session = Device.real(source, options, providers=["CPUExecutionProvider"])
+
+    def get_providers(self) -> list[str]:
+        return self.names
+
+    def set_providers(self, names: list[str]) -> None:
+        self.names = names
+
+    def run(self, outputs: Any, feeds: Any) -> Any:
+        if "CUDAExecutionProvider" in self.names and not Device.runs:
+            raise RuntimeError("CUDA failure 2: out of memory")
+        return self.session.run(outputs, feeds)
+
+    def get_inputs(self) -> Any:
+        return self.session.get_inputs()
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Device]]:
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(ort, "InferenceSession", Device)
+    monkeypatch.setattr(runtime, "_cuda_devices", lambda: 1)
+    monkeypatch.setattr(runtime, "_load_failure", lambda library: None)
+    monkeypatch.setattr(Device, "loads", True)
+    monkeypatch.setattr(Device, "runs", True)
+    providers.cache_clear()
+    Device.asked.clear()
+    yield Device
+    providers.cache_clear()
+
+
+GPU_FIRST = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+
+def test_a_device_that_works_is_used(device: type[Device]) -> None:
+    assert providers() == (tuple(GPU_FIRST), None) and device_note() == "running on CUDA"
+    assert [len(b[0]) for b in run_batches(make_session(model()), Batches(), 4)] == [4, 3]
+    assert device.asked == [GPU_FIRST, GPU_FIRST]  # the probe, and the model
+
+
+def test_a_device_that_fails_on_the_smallest_model_is_not_asked_again(device: type[Device]) -> None:
+    device.loads = False
+    why = "running on the CPU: the CUDA provider fails (CUDA failure 2: out of memory)"
+    assert providers() == (("CPUExecutionProvider",), why) and device_note() == why
+    make_session(model())
+    assert device.asked == [GPU_FIRST, ["CPUExecutionProvider"]]
+
+
+@pytest.mark.parametrize("fails", ["loads", "runs"])
+def test_a_model_that_the_device_has_no_room_for_runs_on_the_cpu(
+    fails: str, device: type[Device], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert providers().reason is None
+    setattr(device, fails, False)
+    session = make_session(model())
+    assert [len(b[0]) for b in run_batches(session, Batches(), 4)] == [4, 3]
+    assert session.get_providers() == ["CPUExecutionProvider"]
+    with pytest.raises((ModelError, InputError), match="out of memory"):  # named by the user: no other
+        run(make_session(model(), use=GPU_FIRST), {"x": np.ones((1, 4), np.float32)}, fall_back=False)
     assert capfd.readouterr() == ("", "")
 
 
