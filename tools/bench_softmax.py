@@ -68,7 +68,7 @@ def _logarithmic(graph: ir.Graph, value: ir.Value, codes: str, bits: int, top: f
     kept = _chain(graph, code, [("Sub", lowest), ("Neg", None), ("Min", 1.0)])
     power = _chain(graph, code, [("Mul", -1.0 / k), ("Exp", None)])
     product = new_node(graph, "Mul", [power, kept], name=f"{value.name}_kept", like=value)
-    insert_after(graph, power, product)
+    insert_after(graph, kept, product)
     return product.outputs[0]
 
 

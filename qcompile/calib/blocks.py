@@ -6,7 +6,6 @@ The weights of one block are read at a time, once.  What crosses to the next blo
 from __future__ import annotations
 
 import functools
-import itertools
 import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from qcompile.calib.chunks import chunk_samples
+from qcompile.calib.chunks import chunk_samples, segments
 from qcompile.calib.data import Dataset, fixed_batch
 from qcompile.calib.memory import MemoryPlan, statistics_bytes, tensor_bytes, tiled, with_margin
 from qcompile.calib.observers import Probe, SecondMoment, Stat
@@ -83,18 +82,12 @@ def blocked_sweep(
         plan_blocks(source, data, wanted, batch_size(model, len(data), batch), mem_limit, limit=limit)
     end = len(data) if stop is None else min(stop, len(data))
     size = batch_size(model, len(data), batch)
-    for first, last in _segments(start, end, None if on_batch is None else chunk_samples(fixed_batch(model.inputs()))):
+    for first, last in segments(start, end, None if on_batch is None else chunk_samples(fixed_batch(model.inputs()))):
         tell = _Progress(progress, len(parts), start, first, end)
         stats |= _segment(parts, data, stats, first, last, tell, batch=size, threads=threads, mem_limit=mem_limit)
         if on_batch is not None:
             on_batch(stats, last)
     return stats
-
-
-def _segments(start: int, end: int, length: int | None) -> Iterator[tuple[int, int]]:
-    """`start` to `end`, cut at the multiples of `length`: a batch never ends elsewhere because of a segment."""
-    cuts = [] if length is None else range((start // length + 1) * length, end, length)
-    return (r for r in itertools.pairwise([start, *cuts, end]) if r[0] < r[1])
 
 
 def plan_blocks(

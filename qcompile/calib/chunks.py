@@ -7,6 +7,7 @@ one process holds the prefix and the current chunk only.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -77,6 +78,12 @@ class ChunkedSum:
 def chunk_samples(fixed_batch: int | None) -> int:
     """Samples of one chunk: `CHUNK`, or for a model with a fixed batch the last multiple of it up to there (itself above)."""
     return CHUNK if fixed_batch is None else fixed_batch * max(1, CHUNK // fixed_batch)
+
+
+def segments(start: int, end: int, length: int | None) -> Iterator[tuple[int, int]]:
+    """`start` to `end`, cut at the multiples of `length`: a batch never ends elsewhere because of a segment."""
+    cuts = [] if length is None else range((start // length + 1) * length, end, length)
+    return (r for r in itertools.pairwise([start, *cuts, end]) if r[0] < r[1])
 
 
 def by_chunk(array: NDArray[Any], first: int, samples: int | None) -> Iterator[tuple[int, slice]]:

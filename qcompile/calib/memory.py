@@ -203,23 +203,12 @@ def _appended_bytes(node: ir.Node, sizes: dict[str, int]) -> int:
     source = node.inputs[0]
     assert source is not None
     size = sizes.get(str(source.name), 0)
-    if node.op_type in ("Shape", "Size"):
+    if node.op_type == "Size":
         return 16
-    if node.op_type == "Gemm":
-        return _square(node)
     if not node.op_type.startswith("Reduce"):
         return size * (2 if node.op_type == "Cast" and source.dtype == ir.DataType.FLOAT16 else 1)
     length = source.shape[-1] if source.shape is not None and len(source.shape) else 1
     return size // length if "rows" in str(node.name) and isinstance(length, int) else min(size, 1 << 16)
-
-
-def _square(node: ir.Node) -> int:
-    """X^T X of a flattened tensor: its last axis squared, float32."""
-    rows = node.inputs[1]
-    producer = rows.producer() if rows is not None else None
-    source = producer.inputs[0] if producer is not None else None
-    width = source.shape[-1] if source is not None and source.shape is not None else 1
-    return 4 * width * width if isinstance(width, int) else 0
 
 
 def _alive(graph: ir.Graph, sizes: dict[str, int]) -> int:
@@ -245,7 +234,7 @@ def _statistic_bytes(observer: Observer, value: ir.Value) -> int:
     channels = width if isinstance(width, int) else 4096
     match observer:
         case SecondMoment():
-            return 8 * channels * channels
+            return 12 * channels * channels  # float64, and the chunk at hand in float32
         case Rows(count):
             return 4 * count * channels
         case Histogram(bins):

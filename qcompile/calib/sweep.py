@@ -16,7 +16,7 @@ from typing import Any
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from qcompile.calib.chunks import CHUNK, chunk_samples
+from qcompile.calib.chunks import CHUNK, chunk_samples, segments
 from qcompile.calib.data import Dataset, fixed_batch
 from qcompile.calib.instrument import Instrumented, instrument
 from qcompile.calib.memory import plan as plan_memory
@@ -80,10 +80,9 @@ def sweep(
         groups = [list(s.probes) for s in plan_memory(model, data, wanted, size, mem_limit).sweeps]
     if len(groups) == 1:
         return Sweep(model, data, wanted, size, threads, mem_limit is None).run(stats, start, end, progress, on_batch)
-    step = end - start if on_batch is None else _SEGMENT_CHUNKS * chunk_samples(fixed_batch(model.inputs()))
+    length = None if on_batch is None else _SEGMENT_CHUNKS * chunk_samples(fixed_batch(model.inputs()))
     done = _Counted(progress, (end - start) * len(groups))
-    for first in range(start, end, max(step, 1)):
-        last = min(first + step, end)
+    for first, last in segments(start, end, length):
         for group in groups:
             one = Sweep(model, data, group, size, threads, arena=False)
             stats |= one.run({p: stats[p] for p in group}, first, last, done.within)

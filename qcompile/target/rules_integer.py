@@ -19,6 +19,14 @@ _BORDER = ("QuantizeLinear", "DequantizeLinear")
 _NO_CODE = frozenset({"Constant", *_BORDER})
 KEPT = OPERATORS - SUMS.keys() | {"Constant"}  # what may stay as it is where a model computes with integers already
 _FLOAT_PARAMETERS = {"Resize": (1, 2), **dict.fromkeys(SUMS, SCALES)}  # constants: how to move elements, and scales
+_NAMES: dict[int | None, str] = {TensorProto.UINT8: "uint8", TensorProto.INT8: "int8"}
+_MIXED = (TensorProto.UINT8, TensorProto.INT8)
+_SATURATING = {  # operand slots, and the pairs measured to saturate (a convolution's weights are the left operand)
+    "ConvInteger": ((0, 1), _MIXED[::-1]),
+    "MatMulInteger": ((0, 1), _MIXED),
+    "QLinearConv": ((0, 3), _MIXED),
+    "QLinearMatMul": ((0, 3), _MIXED),
+}
 FUSED = "ort-fused"
 _PROOFS: WeakKeyDictionary[GraphView, Proof | None] = WeakKeyDictionary()
 
@@ -146,15 +154,6 @@ def saturating_pair(context: Context) -> Hits:
         if types in pairs:
             yield node.name, f"{node.op_type} multiplies {_NAMES[types[0]]} by {_NAMES[types[1]]}"
 
-
-_NAMES = {TensorProto.UINT8: "uint8", TensorProto.INT8: "int8"}
-_MIXED = (TensorProto.UINT8, TensorProto.INT8)
-_SATURATING = {  # operand slots, and the pairs measured to saturate (a convolution's weights are the left operand)
-    "ConvInteger": ((0, 1), _MIXED[::-1]),
-    "MatMulInteger": ((0, 1), _MIXED),
-    "QLinearConv": ((0, 3), _MIXED),
-    "QLinearMatMul": ((0, 3), _MIXED),
-}
 
 _AGAIN = "compile the float model with --target integer"
 _SPLIT = "split the layer along its reduction axis, or use fewer bits"

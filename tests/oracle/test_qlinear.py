@@ -33,7 +33,7 @@ def scales(rng: np.random.Generator, shape: tuple[int, ...] = ()) -> Array:
 
 def spread(rng: np.random.Generator, length: int, first: Array, second: Array) -> Array:
     """An output scale under which some codes saturate and most do not."""
-    return np.float32(first * second.mean() * np.sqrt(length) * 74 * 74 / rng.choice([5, 64]))
+    return np.asarray(first * second.mean() * np.sqrt(length) * 74 * 74 / rng.choice([5, 64]), np.float32)
 
 
 def code(rng: np.random.Generator, *shape: int) -> Array:
@@ -130,7 +130,7 @@ def test_a_fused_model_is_bit_exact_and_near_the_strict_one(tmp_path: Path) -> N
     assert all(i in SCALES if op in SUMS else i == 1 for op, i in reads)
     found = conformance(fused, dataset(data))
     assert found["mismatches"] == 0 and found["matches"] > 0
-    a, b = (make_session(p, optimize="all").run(None, data)[0] for p in (strict, fused))  # pyright: ignore[reportArgumentType]
+    a, b = (np.asarray(make_session(p, optimize="all").run(None, data)[0]) for p in (strict, fused))  # pyright: ignore[reportArgumentType]
     assert np.abs(a - b).max() <= 0.02 * np.abs(a).max()
 
 
