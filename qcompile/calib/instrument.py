@@ -1,13 +1,14 @@
 """A copy of a model whose outputs are the probes' answers: reduced by ONNX Runtime's own kernels where they can be.
 
-MinMax, AbsMax     ReduceMin, ReduceMax over the other axes
+MinMax, AbsMax     of an axis: ReduceMin, ReduceMax over the other axes
 Extremes           the same over the last axis, one number a row
 Moments            ReduceSum, ReduceSumSquare: float32 sums of one batch
 everything else    the tensor itself
 
-Histograms and second moments, too, take the tensor itself.  Mul, Floor and Cast to codes in the graph each walk through
-memory, while outside all passes run on blocks that stay in the cache.  A Gemm's product [C, C] is often larger than the
-rows it is made of, has to be stored and added up, and costs twice the multiplications of a symmetric update.
+Extremes of a whole tensor, histograms and second moments take the tensor itself.  ReduceMin and ReduceMax over all axes are
+slower than NumPy's, which run on other threads while the next batch is inferred.  Mul, Floor and Cast to codes in the graph
+each walk through memory, while outside all passes run on blocks that stay in the cache.  A Gemm's product [C, C] is often
+larger than the rows it is made of, has to be stored and added up, and costs twice the multiplications of a symmetric update.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def instrument(model: Model, probes: Sequence[Probe]) -> Instrumented:
     raw = dict.fromkeys(t for p in probes if p in whole for t in (p.tensor, *_companions(p.observer)))
     checked = [p for p in probes if not getattr(p.observer, "unchecked", False)]
     made.unchecked = raw.keys() - {t for p in checked for t in (p.tensor, *_companions(p.observer))}
-    made.unchecked |= {p.tensor for p in whole if isinstance(p.observer, Histogram)}  # it looks for itself
+    made.unchecked |= {p.tensor for p in whole if isinstance(p.observer, Histogram | MinMax | AbsMax)}  # extremes show NaN
     blind = blind_tensors({p.tensor for p in checked}, values) - set(raw)
     for p in dict.fromkeys(probes):
         if p not in whole:
@@ -104,7 +105,7 @@ def reducible(value: ir.Value, observer: Observer) -> bool:
         return False
     if isinstance(observer, Extremes):
         return len(value.shape) > 1
-    return isinstance(observer, MinMax | AbsMax | Moments)
+    return isinstance(observer, Moments) or (isinstance(observer, MinMax | AbsMax) and observer.axis is not None)
 
 
 def _companions(observer: Observer) -> tuple[str, ...]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qcompile.calib.chunks import CHUNK
-from qcompile.calib.extrema import AbsMax, MinMax
+from qcompile.calib.extrema import AbsMax, AbsMaxStat, MinMax, MinMaxStat
 from qcompile.calib.finite import require_finite
 from qcompile.calib.histogram import Histogram, HistogramStat
 from qcompile.calib.instrument import Instrumented
@@ -20,6 +20,7 @@ from qcompile.calib.sums import Moments, SecondMoment, SecondMomentStat
 from qcompile.ir.model import Model
 
 Arrays = dict[str, NDArray[Any]]
+S = TypeVar("S", bound=Stat)
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Batch:
             weights = None if observer.weights is None else self._raw(observer.weights)
             return observer.added(known, self._raw(probe.tensor), self.chunk_first // CHUNK, weights, reuse)
         if isinstance(observer, Histogram) and isinstance(known, HistogramStat):
-            return self._histogram(observer, probe.tensor, known)
+            return self._finite(probe.tensor, lambda array: observer.added(known, array))
         return None
 
     def require_finite(self, model: Model, fetch: Callable[[str], NDArray[Any]]) -> None:
@@ -88,15 +89,23 @@ class Batch:
             return observer.observe(array, self.first, self.held, known)
         if isinstance(observer, Moments):
             return observer.observe(array, self.chunk_first, 1)
+        if isinstance(observer, MinMax | AbsMax):
+            return self._finite(probe.tensor, lambda array: _with_ends(observer.observe(array)))
         return observer.observe(array, self.first, self.held)
 
-    def _histogram(self, observer: Histogram, tensor: str, known: HistogramStat) -> HistogramStat:
-        array = self._raw(tensor)
+    def _finite(self, tensor: str, reduce: Callable[[NDArray[Any]], S]) -> S:
+        """A reduction that raises ValueError on what is not finite; the error that leaves names the tensor."""
         try:
-            return observer.added(known, array)
+            return reduce(self._raw(tensor))
         except ValueError:
-            require_finite(self.plan.model, tensor, array, self.first)
+            require_finite(self.plan.model, tensor, self._raw(tensor), self.first)
             raise
 
     def _raw(self, tensor: str) -> NDArray[Any]:
         return self.found[self.plan.raw[tensor]]
+
+
+def _with_ends(stat: MinMaxStat | AbsMaxStat) -> MinMaxStat | AbsMaxStat:
+    if not (np.isfinite(stat.lo).all() and np.isfinite(stat.hi).all()):
+        raise ValueError("NaN or infinite values")
+    return stat

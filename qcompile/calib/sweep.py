@@ -30,7 +30,7 @@ from qcompile.runtime.session import batch_length, run
 
 DEFAULT_BATCH = 8
 _WAITING_ROWS = 128
-_MERGERS = max(1, (os.cpu_count() or 1) // 2)
+_MERGERS = os.cpu_count() or 1
 _SEGMENT_CHUNKS = 16
 
 OnBatch = Callable[[dict[Probe, Stat], int], None]
