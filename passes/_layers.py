@@ -7,6 +7,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompile.ir.edit import add_constant, set_constant
+from qcompile.ir.linear_edit import like
 from qcompile.ir.ops import const_array, input_at, int_attr, is_op, output_channel_axis
 
 F64 = NDArray[np.float64]
@@ -82,10 +83,15 @@ def set_bias(graph: ir.Graph, site: tuple[ir.Node, int], bias: F64) -> None:
     node, slot = site
     old = const_array(input_at(node, slot))
     if old is not None:
-        set_constant(node, slot, bias.reshape(old.shape) if old.size == bias.size else bias)
+        set_constant(node, slot, like(old, bias))
     elif bias.any():
         weight = node.inputs[1]
         assert weight is not None and weight.dtype is not None
         node.resize_inputs(slot + 1)
         made = add_constant(graph, f"{node.name}_bias", bias.astype(weight.dtype.numpy()), weight.dtype)
         node.replace_input_with(slot, made)
+
+
+def shift_bias(graph: ir.Graph, site: tuple[ir.Node, int], shift: F64) -> None:
+    """c' = c + shift [out] at a `bias_site`."""
+    set_bias(graph, site, bias_at(site, shift.size) + shift)

@@ -15,8 +15,8 @@ from qcompile.ir.channel_stats import channel_stats, move_channel_stats
 from qcompile.ir.edit import add_constant, erase, insert_after, new_node, replace_value, set_constant
 from qcompile.ir.match_core import Refusal, label, only_user
 from qcompile.ir.model import Model
-from qcompile.ir.ops import const_array, const_scalar, input_at, ints_attr, is_op, output_activation_axis, str_attr, weight_slot
-from qcompile.passes._layers import bias_at, bias_site, mean_output, set_bias, weight_array
+from qcompile.ir.ops import const_array, const_scalar, input_at, is_op, output_activation_axis, pads_zeros, weight_slot
+from qcompile.passes._layers import bias_site, mean_output, shift_bias, weight_array
 from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
 
 F64 = NDArray[np.float64]
@@ -77,9 +77,9 @@ class AbsorbBias(Pass):
         changed |= set(_names(pair))
         first, second = bias_site(pair.first), bias_site(pair.second)
         assert first is not None and second is not None
-        set_bias(graph, first, bias_at(first, k.size) - k)
+        shift_bias(graph, first, -k)
         move_channel_stats(pair.z, shift=-k)
-        set_bias(graph, second, bias_at(second, shift.size) + shift)
+        shift_bias(graph, second, shift)
         _lower_cap(graph, pair, k)
         ctx.applied(
             str(pair.first.name), f"absorbed into {pair.second.name}", channels=int((k > 0).sum()), largest=float(k.max())
@@ -143,7 +143,7 @@ def _pair(first: ir.Node, z: ir.Value, activation: ir.Node) -> _Pair | Refusal:
     second = only_user(y, *_LAYERS)
     if second is None or second.inputs[0] is not y or weight_slot(second) != 1 or bias_site(second) is None:
         return Refusal(first, "its activation does not feed one layer with a constant weight and bias alone")
-    if any(ints_attr(second, "pads") or ()) or str_attr(second, "auto_pad", "NOTSET").startswith("SAME"):
+    if pads_zeros(second):
         return Refusal(first, f"{label(second)} pads with zeros, which would have to be -k")
     return _Pair(first, z, activation, cap, second)
 

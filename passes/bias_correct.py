@@ -16,7 +16,7 @@ from qcompile.ir.decisions import Decision, clear_decisions, decisions, value_at
 from qcompile.ir.model import Model
 from qcompile.ir.ops import activation_channel_axis, const_array, is_compute, is_op, output_activation_axis, weight_slot
 from qcompile.passes._bn_means import expected
-from qcompile.passes._layers import bias_at, bias_site, mean_output, set_bias
+from qcompile.passes._layers import bias_site, mean_output, shift_bias
 from qcompile.passes._qdq import grouped, materialise
 from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult, StatisticsProvider
 from qcompile.quant.affine import fake_quant
@@ -101,7 +101,7 @@ def _correct(graph: ir.Graph, layer: Layer, mean: F64 | str, ctx: PassContext) -
     if shift is None:
         ctx.missed(str(node.name), "its input channels do not match the measured means")
         return False
-    set_bias(graph, site, bias_at(site, shift.size) - shift)
+    shift_bias(graph, site, -shift)
     ctx.applied(str(node.name), "bias corrected", largest_shift=float(np.abs(shift).max()))
     return True
 
@@ -113,6 +113,7 @@ class _Sequence:
     model: Model
     ctx: PassContext
     twin: Model = field(init=False)
+    twins: dict[str | None, ir.Node] = field(init=False)
 
     def correct(self, layers: list[Layer]) -> bool:
         """All layers in order of depth; those of one depth do not feed each other and share a sweep."""
@@ -120,27 +121,29 @@ class _Sequence:
             self.ctx.missed("", "no calibration data to measure quantized layers on")
             return False
         self.twin = _quantized(self.model, self.ctx)
+        self.twins = {n.name: n for n in self.twin.graph}
         depths = _depths(self.model.graph, {node for node, _, _ in layers})
         ordered = sorted((node for node, _, _ in layers), key=depths.__getitem__)
         done = [self._level(list(level), self.ctx.statistics) for _, level in groupby(ordered, key=depths.__getitem__)]
         return any(done)
 
     def _level(self, nodes: list[ir.Node], statistics: StatisticsProvider) -> bool:
-        fit = [(node, site) for node in nodes if (site := bias_site(node)) is not None]
-        for node in nodes:
-            if bias_site(node) is None:
-                self.ctx.missed(str(node.name), "the layer has no constant bias to correct")
-        names = {n.name: n for n in self.twin.graph}
-        measured = statistics.collect(self.twin, [_twin_probe(names[n.name], n) for n, _ in fit]) if fit else {}
+        sites = {node: bias_site(node) for node in nodes}
+        fit = [(node, site) for node, site in sites.items() if site is not None]
+        for node in (node for node, site in sites.items() if site is None):
+            self.ctx.missed(str(node.name), "the layer has no constant bias to correct")
+        measured = statistics.collect(self.twin, [self._twin_probe(node) for node, _ in fit]) if fit else {}
         for node, site in fit:
-            stat, reference = measured[_twin_probe(names[node.name], node)], self.ctx.stats[_output_probe(node)]
+            stat, reference = measured[self._twin_probe(node)], self.ctx.stats[_output_probe(node)]
             assert isinstance(stat, MomentsStat) and isinstance(reference, MomentsStat)
             shift = reference.mean - stat.mean
-            bias = bias_at(site, shift.size) + shift
-            set_bias(self.model.graph, site, bias)
-            set_bias(self.twin.graph, (names[site[0].name], site[1]), bias)
+            shift_bias(self.model.graph, site, shift)
+            shift_bias(self.twin.graph, (self.twins[site[0].name], site[1]), shift)
             self.ctx.applied(str(node.name), "bias corrected in order", largest_shift=float(np.abs(shift).max()))
         return bool(fit)
+
+    def _twin_probe(self, node: ir.Node) -> Probe:
+        return Probe(str(self.twins[node.name].outputs[0].name), Moments(output_activation_axis(node)))
 
 
 def _quantized(model: Model, ctx: PassContext) -> Model:
@@ -149,10 +152,6 @@ def _quantized(model: Model, ctx: PassContext) -> Model:
         materialise(twin.graph, uses, ctx)
     clear_decisions(twin.graph)
     return twin
-
-
-def _twin_probe(twin: ir.Node, node: ir.Node) -> Probe:
-    return Probe(str(twin.outputs[0].name), Moments(output_activation_axis(node)))
 
 
 def _depths(graph: ir.Graph, layers: set[ir.Node]) -> dict[ir.Node, int]:

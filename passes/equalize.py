@@ -15,7 +15,7 @@ from qcompile.ir.channel_stats import move_channel_stats
 from qcompile.ir.edit import add_constant, erase, new_node, replace_value, set_constant
 from qcompile.ir.match import ConvChain, find_conv_chains
 from qcompile.ir.model import Model
-from qcompile.ir.ops import const_array, const_scalar, ints_attr, is_op, str_attr
+from qcompile.ir.ops import const_array, const_scalar, is_op, pads_zeros
 from qcompile.passes._layers import (
     bias_at,
     bias_site,
@@ -25,6 +25,7 @@ from qcompile.passes._layers import (
     input_tops,
     mean_output,
     set_bias,
+    shift_bias,
     weight_array,
 )
 from qcompile.pipeline.base import AffineMap, Fact, Kind, Pass, PassContext, PassResult
@@ -127,7 +128,7 @@ class CrossLayerEqualization(Pass):
         bounded = chain.activation is None or chain.activation.kind in ("relu", "relu6")
         if not self.center or stat is None or not bounded:
             return np.zeros_like(s)
-        if _pads(chain.second):
+        if pads_zeros(chain.second):
             ctx.note(str(chain.first.name), f"not centred: {chain.second.name} pads with zeros, its border would need -t")
             return np.zeros_like(s)
         return (stat.lo + stat.hi) / 2 / s
@@ -212,10 +213,6 @@ def _depthwise(node: ir.Node) -> bool:
     return groups_of(node) == len(weight) and weight.shape[1] == 1
 
 
-def _pads(node: ir.Node) -> bool:
-    return any(ints_attr(node, "pads") or ()) or str_attr(node, "auto_pad", "NOTSET").startswith("SAME")
-
-
 def _fold(graph: ir.Graph, chain: ConvChain, s: F64, t: F64) -> ir.Value:
     """Rewrite the pair; returns the tensor between the activation and the second convolution."""
     first, second = chain.first, chain.second
@@ -227,7 +224,7 @@ def _fold(graph: ir.Graph, chain: ConvChain, s: F64, t: F64) -> ir.Value:
     shift = mean_output(second, stretched, t)
     assert shift is not None
     if t.any():
-        set_bias(graph, (second, 2), bias_at((second, 2), shift.size) + shift)
+        shift_bias(graph, (second, 2), shift)
     return _bounded(graph, chain, s, t)
 
 

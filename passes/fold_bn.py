@@ -16,8 +16,8 @@ from qcompile.ir.match_core import label, names_between
 from qcompile.ir.match_layout import Layout
 from qcompile.ir.match_trace import Arrival, start_layout, trace
 from qcompile.ir.model import Model
-from qcompile.ir.ops import CONV_OPS, const_array, float_attr, int_attr, ints_attr, is_op, str_attr, weight_slot
-from qcompile.passes._layers import bias_at, bias_site, by_input, by_output, mean_output, set_bias, weight_array
+from qcompile.ir.ops import CONV_OPS, const_array, float_attr, int_attr, is_op, pads_zeros, weight_slot
+from qcompile.passes._layers import bias_at, bias_site, by_input, by_output, mean_output, set_bias, shift_bias, weight_array
 from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
 
 F64 = NDArray[np.float64]
@@ -175,7 +175,7 @@ def _reader_refusal(arrival: Arrival, affine: _Affine) -> str | None:
             return f"{label(node)} behind it has no constant bias, or reads its channels in another order"
         return (
             f"{label(node)} behind it pads with zeros, and its border would need -h / f"
-            if _pads(node) and affine.h.any()
+            if pads_zeros(node) and affine.h.any()
             else None
         )
     linear = match_linear(node)
@@ -187,17 +187,13 @@ def _reader_refusal(arrival: Arrival, affine: _Affine) -> str | None:
     )
 
 
-def _pads(conv: ir.Node) -> bool:
-    return any(ints_attr(conv, "pads") or ()) or str_attr(conv, "auto_pad", "NOTSET").startswith("SAME")
-
-
 def _into_reader(graph: ir.Graph, reader: Arrival, affine: _Affine) -> None:
     """(x f + h) W + c = x diag(f) W + (c + h W)."""
     if is_op(reader.node, "Conv"):
         node, weight = reader.node, weight_array(reader.node)
         shift = mean_output(node, weight, affine.h)
         assert shift is not None
-        set_bias(graph, (node, 2), bias_at((node, 2), shift.size) + shift)
+        shift_bias(graph, (node, 2), shift)
         set_constant(node, 1, weight * by_input(node, affine.f))
         return
     linear, columns = match_linear(reader.node), _columns(reader.layout, -1)

@@ -10,7 +10,6 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import onnxruntime as ort
 import psutil
 
 from qcompile import __version__
-from qcompile.calib.blocks import block_bytes, blocked_sweep
+from qcompile.calib.blocks import sweep_within
 from qcompile.calib.checks import check_ranges, shapes, with_extremes
 from qcompile.calib.chunks import chunk_samples
 from qcompile.calib.data import Dataset, fixed_batch
@@ -27,7 +26,7 @@ from qcompile.calib.merge import merge, words
 from qcompile.calib.observers import KINDS, Probe, Stat
 from qcompile.calib.shards import DataSpec, ShardTask, merge_shards, run_shard, shard_range, split
 from qcompile.calib.store import Gathered, Key, Range, Statistics, from_bytes, joined, load, probe_to_json, save
-from qcompile.calib.sweep import batch_size, sweep
+from qcompile.calib.sweep import batch_size
 from qcompile.calibration import data_spec, data_warnings, open_data, tell_data
 from qcompile.emulate.runnable import runnable
 from qcompile.errors import DataError, QcompileError, UsageError
@@ -120,11 +119,9 @@ class Gatherer:
             now = replace(held, ranges=tuple(joined([*held.ranges, (start, done)])), stats=dict(stats))
             self._keep(now, sync=time.monotonic() - self.synced > SYNC_SECONDS)
 
-        limit = block_bytes(model, self.mem_limit)
-        run = sweep if limit is None else partial(blocked_sweep, limit=limit)
-        found = run(
+        found = sweep_within(model, self.mem_limit)(
             model, self.data, list(held.stats), batch=self.statistics.key.batch, threads=self.threads, start=start, stop=stop,
-            progress=self.progress.on_sweep, known=dict(held.stats), on_batch=on_batch, mem_limit=self.mem_limit,
+            progress=self.progress.on_sweep, known=dict(held.stats), on_batch=on_batch,
         )  # fmt: skip
         return replace(held, ranges=tuple(joined([*held.ranges, gap])), stats=found)
 

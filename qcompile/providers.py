@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qcompile.calib.blocks import block_bytes, blocked_sweep, plan_blocks
+from qcompile.calib.blocks import block_bytes, plan_blocks, sweep_within
 from qcompile.calib.data import Dataset, fixed_batch
 from qcompile.calib.memory import MemoryPlan
 from qcompile.calib.memory import plan as plan_memory
 from qcompile.calib.observers import Probe, Stat
 from qcompile.calib.serving import open_session, run_in_parts
-from qcompile.calib.sweep import batch_size, sweep
+from qcompile.calib.sweep import batch_size
 from qcompile.emulate.runnable import runnable
 from qcompile.errors import DataError
 from qcompile.ir.model import InputInfo, Model
@@ -44,17 +44,8 @@ class SweepStatistics:
         """Run `model` over the data once and reduce every probed tensor; in blocks where its weights exceed half the memory."""
         self.sweeps += 1
         ready = runnable(model)
-        limit = block_bytes(ready, self.mem_limit)
-        run = sweep if limit is None else partial(blocked_sweep, limit=limit)
-        return run(
-            ready,
-            self.data,
-            probes,
-            batch=self.batch,
-            threads=self.threads,
-            progress=self.progress,
-            mem_limit=self.mem_limit,
-        )
+        run = sweep_within(ready, self.mem_limit)
+        return run(ready, self.data, probes, batch=self.batch, threads=self.threads, progress=self.progress)
 
     def plan(self, model: Model, probes: Sequence[Probe]) -> MemoryPlan:
         """The memory that `collect` would take.  Raises as `qcompile.calib.memory.plan`."""

@@ -11,7 +11,7 @@ import pytest
 
 from qcompile import compile
 from qcompile import providers as providers_module
-from qcompile.calib import serving
+from qcompile.calib import blocks, serving
 from qcompile.ir import spill
 from qcompile.ir.model import Model
 from qcompile.ir.spill import scratch_folder
@@ -28,15 +28,15 @@ def test_quantized_in_blocks(target: str, blocked: bool, tmp_path: Path, monkeyp
     ):  # fmt: skip
         monkeypatch.setattr(module, name, size)
     limits: list[int] = []
-    sweep = providers_module.blocked_sweep
+    sweep = blocks.blocked_sweep
 
     def spied(*args: Any, limit: int, **options: Any) -> Any:
         limits.append(limit)
         return sweep(*args, limit=limit // 16, **options)
 
-    monkeypatch.setattr(providers_module, "blocked_sweep", spied)
+    monkeypatch.setattr(blocks, "blocked_sweep", spied)
     if blocked:
-        monkeypatch.setattr(providers_module, "block_bytes", lambda model, limit: model.weight_bytes())
+        monkeypatch.setattr(blocks, "block_bytes", lambda model, limit: model.weight_bytes())
     options: dict[str, Any] = {
         "target": target,
         "scheme": "w8a8",

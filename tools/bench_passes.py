@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
@@ -25,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
+from scipy.stats import rankdata as ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -38,9 +37,11 @@ from qcompile.compile import compile as compile_model  # noqa: E402
 from qcompile.emulate.runnable import runnable  # noqa: E402
 from qcompile.errors import QcompileError  # noqa: E402
 from qcompile.evaluate import evaluate  # noqa: E402
+from qcompile.ir.atomic import write_atomic  # noqa: E402
 from qcompile.ir.model import Model  # noqa: E402
 from qcompile.layers import simulate  # noqa: E402
 from qcompile.pipeline import registry  # noqa: E402
+from qcompile.runtime.session import run_batches  # noqa: E402
 from qcompile.target.catalog import TARGETS  # noqa: E402
 from tools.transplant import transplant  # noqa: E402
 
@@ -146,16 +147,10 @@ def judged(case: Case, source: Path, candidate: Path, options: argparse.Namespac
 def pair_spearman(path: Path, data: Dataset, scores: Path) -> float:
     """Spearman's rank correlation of human scores with the cosine of the embeddings [N, D] of samples 2i and 2i + 1."""
     session = simulate(runnable(Model.load(path)), 1)
-    made = np.concatenate([np.asarray(session.run(None, feeds)[0]) for feeds in data.batches(16)])
+    made = np.concatenate([batch[0] for batch in run_batches(session, data, 16)])
     unit = made / np.linalg.norm(made, axis=-1, keepdims=True)
     cosine, human = (unit[0::2] * unit[1::2]).sum(-1), np.load(scores, allow_pickle=False)
     return float(np.corrcoef(ranks(cosine), ranks(human[: len(cosine)]))[0, 1])
-
-
-def ranks(values: NDArray[Any]) -> NDArray[np.float64]:
-    """Ranks; equal values share their mean rank."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
 def dataset(case: Case, source: Path, options: argparse.Namespace) -> Dataset:
@@ -180,15 +175,8 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
             made = {c["digest"]: c for k, c in cells.items() if k.rpartition("/")[0] == case.group and "digest" in c}
             cells[case.key] = run(case, prepared(case, options, Path(name)), options, Path(name), made)
             if options.cells is not None:
-                _write(options.cells, json.dumps(document(cells, options), indent=1))
+                write_atomic(options.cells, json.dumps(document(cells, options), indent=1))
     return {c.key: cells[c.key] for c in selected}
-
-
-def _write(path: Path, text: str) -> None:
-    """All or nothing: a killed run leaves the cells that it had."""
-    beside = path.with_name(f"{path.name}.part")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
 
 
 def prepared(case: Case, options: argparse.Namespace, folder: Path) -> Path:

@@ -31,7 +31,7 @@ from qcompile.calib.data import Dataset, fixed_batch, load_data  # noqa: E402
 from qcompile.ir.edit import add_constant, insert_after, new_node, redirect  # noqa: E402
 from qcompile.ir.model import Model  # noqa: E402
 from qcompile.runtime.metrics import Distance, LogitTally  # noqa: E402
-from qcompile.runtime.session import make_session  # noqa: E402
+from qcompile.runtime.session import make_session, run_batches  # noqa: E402
 
 Array = NDArray[Any]
 CODES = ("uniform [0, 1]", "uniform [0, max]", "log2", "log-sqrt2")
@@ -86,7 +86,7 @@ def _chain(graph: ir.Graph, value: ir.Value, steps: Sequence[tuple[str, float | 
 def run(model: Model, data: Dataset) -> list[list[Array]]:
     """All outputs of every batch."""
     session = make_session(model.to_proto().SerializeToString(), threads=1)
-    return [[np.asarray(y) for y in session.run(None, feeds)] for feeds in data.batches(fixed_batch(model.inputs()) or 8)]
+    return list(run_batches(session, data, fixed_batch(model.inputs()) or 8))
 
 
 def spread(source: Model, data: Dataset, bits: list[int]) -> tuple[dict[str, Any], dict[str, float]]:

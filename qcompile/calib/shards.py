@@ -12,11 +12,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qcompile.calib.blocks import block_bytes, blocked_sweep
+from qcompile.calib.blocks import sweep_within
 from qcompile.calib.data import Dataset, load_data
 from qcompile.calib.merge import merge
 from qcompile.calib.store import Gathered, Key, Range, Statistics, from_bytes, probe_from_json, to_bytes
-from qcompile.calib.sweep import sweep
 from qcompile.errors import DataError, ModelError
 from qcompile.ir.model import InputInfo, Model
 
@@ -65,11 +64,8 @@ def run_shard(task: ShardTask) -> bytes:
     model, key = _model(task.path, task.digest), _key(task.key)
     data = _data(task.data, task.path, task.digest, key.data)
     probes = [probe_from_json(p) for p in json.loads(task.probes)]
-    limit = block_bytes(model, task.mem_limit)
-    run = sweep if limit is None else functools.partial(blocked_sweep, limit=limit)
-    found = run(
-        model, data, probes, batch=key.batch, threads=task.threads, start=task.start, stop=task.stop, mem_limit=task.mem_limit
-    )
+    run = sweep_within(model, task.mem_limit)
+    found = run(model, data, probes, batch=key.batch, threads=task.threads, start=task.start, stop=task.stop)
     return to_bytes(Statistics(key, (Gathered(task.graph, ((task.start, task.stop),), found),)))
 
 

@@ -134,11 +134,7 @@ def _conv(node: ir.Node) -> Linear | Refusal:
         return Refusal(node, "grouped convolution")
     if bias is not None and not is_channel_vector(bias):
         return Refusal(node, "its bias is not constant")
-    return Linear("conv", node, weight, 1, 1, 0, node, bias, 2, x, node.outputs[0], padded=_pads(node))
-
-
-def _pads(node: ir.Node) -> bool:
-    return any(ops.ints_attr(node, "pads") or ()) or ops.str_attr(node, "auto_pad", "NOTSET").startswith("SAME")
+    return Linear("conv", node, weight, 1, 1, 0, node, bias, 2, x, node.outputs[0], padded=ops.pads_zeros(node))
 
 
 def find_linears(graph: ir.Graph) -> Matches[Linear]:

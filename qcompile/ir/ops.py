@@ -183,6 +183,11 @@ def _is_weight(value: ir.Value | None) -> bool:
     return is_const(value) and len(static_shape(value) or ()) >= 2
 
 
+def pads_zeros(conv: ir.Node) -> bool:
+    """Whether a convolution or pooling reads zeros beyond the border."""
+    return any(ints_attr(conv, "pads") or ()) or str_attr(conv, "auto_pad", "NOTSET").startswith("SAME")
+
+
 def activation_slot(node: ir.Node) -> int:
     """Input slot of the activation of a node with a constant weight."""
     return 1 - _weight(node)[0]
