@@ -16,9 +16,9 @@ if "numpy" not in sys.modules:  # our products are small: more BLAS threads only
 __version__ = "0.1.0"
 
 if TYPE_CHECKING or os.environ.get("QCOMPILE_WORKER") != "1":  # a builder process needs none of it, and starts 1 s earlier
-    from qcompile.compile import Options, Result, compile
     from qcompile.ir.model import Model
     from qcompile.ir.surgeon import from_gs, surgery, to_gs
     from qcompile.pipeline.base import Kind, Pass, PassContext, PassResult
+    from qcompile.verbs.compile.run import Options, Result, compile
 
 __all__ = ["Kind", "Model", "Options", "Pass", "PassContext", "PassResult", "Result", "compile", "from_gs", "surgery", "to_gs"]

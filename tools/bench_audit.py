@@ -21,7 +21,7 @@ from pathlib import Path
 
 from qcompile.backend.audit import AuditResult, audit
 from qcompile.backend.tensorrt import build_engine
-from qcompile.compile import compile
+from qcompile.verbs.compile.run import compile
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA_VERSION = 1

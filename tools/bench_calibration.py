@@ -36,14 +36,14 @@ from onnxruntime.quantization.calibrate import CalibrationDataReader, Calibratio
 from rich.console import Console
 from rich.table import Table
 
-from qcompile.calib.data import Dataset, find_beside, fixed_batch, load_data
-from qcompile.calib.observers import Histogram, MinMax, Probe, SecondMoment
-from qcompile.calib.sweep import Sweep, batch_size, sweep
-from qcompile.compile import Options, prepare
+from qcompile.calib.data.dataset import Dataset, find_beside, fixed_batch, load_data
+from qcompile.calib.observe import Histogram, MinMax, Probe, SecondMoment
+from qcompile.calib.sweep.sweep import Sweep, batch_size, sweep
+from qcompile.execute.session import make_session
 from qcompile.ir.model import Model
 from qcompile.ir.ops import weight_slot
 from qcompile.pipeline.base import PassContext
-from qcompile.runtime.session import make_session
+from qcompile.verbs.compile.run import Options, prepare
 
 BATCH, FEW, MANY = 8, 64, 1024
 PEERS = {"minmax": CalibrationMethod.MinMax, "percentile": CalibrationMethod.Percentile, "entropy": CalibrationMethod.Entropy}

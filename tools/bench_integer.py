@@ -27,17 +27,17 @@ from numpy.typing import NDArray
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from qcompile.calib.data import Dataset, load_data  # noqa: E402
-from qcompile.checking import check_file  # noqa: E402
-from qcompile.compile import Options  # noqa: E402
-from qcompile.compile import compile as compile_model  # noqa: E402
-from qcompile.conformance import conformance  # noqa: E402
+from qcompile.calib.data.dataset import Dataset, load_data  # noqa: E402
 from qcompile.errors import QcompileError  # noqa: E402
-from qcompile.evaluate import evaluate  # noqa: E402
 from qcompile.ir.model import Model  # noqa: E402
 from qcompile.oracle.fuse import Layer, layers  # noqa: E402
 from qcompile.oracle.graph import IntegerGraph, integer_graph  # noqa: E402
 from qcompile.oracle.run import encode, run_integer  # noqa: E402
+from qcompile.verbs.check import check_file  # noqa: E402
+from qcompile.verbs.compile.run import Options  # noqa: E402
+from qcompile.verbs.compile.run import compile as compile_model  # noqa: E402
+from qcompile.verbs.evaluate.conformance import conformance  # noqa: E402
+from qcompile.verbs.evaluate.outputs import evaluate  # noqa: E402
 
 SCHEMA_VERSION = 1
 METRICS = ("top1", "nll", "mse")

@@ -185,9 +185,9 @@ def bench(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 def compare(reference: str, candidate: str, data: str) -> list[float]:
     """SQNR in dB of the residual stream after each layer and of the logits, on the data as one batch."""
-    from qcompile.calib.serving import run_in_parts
+    from qcompile.execute.metrics import Distance
+    from qcompile.execute.serving import run_in_parts
     from qcompile.ir.model import Model
-    from qcompile.runtime.metrics import Distance
 
     feeds, found = [dict(np.load(data))], list[list[NDArray[Any]]]()
     for path in (reference, candidate):

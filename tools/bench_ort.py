@@ -27,10 +27,10 @@ from rich.console import Console
 from rich.table import Table
 
 import qcompile
-from qcompile.benchmark import bench
-from qcompile.calib.data import load_data
-from qcompile.evaluate import evaluate
+from qcompile.calib.data.dataset import load_data
 from qcompile.ir.model import Model
+from qcompile.verbs.bench.models import bench
+from qcompile.verbs.evaluate.outputs import evaluate
 
 CALIBRATION, MEASURED = 128, 32
 PICTURES = {".jpeg", ".jpg", ".png"}

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import qcompile
-from qcompile.calib.data import load_data
-from qcompile.evaluate import evaluate
+from qcompile.calib.data.dataset import load_data
 from qcompile.ir.model import Model
+from qcompile.verbs.evaluate.outputs import evaluate
 
 MODELS = Path(__file__).parents[1] / "models"
 RANGES = ("minmax", "percentile", "entropy", "mse", "weighted", "search")

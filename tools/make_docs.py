@@ -11,9 +11,9 @@ from pathlib import Path
 
 from qcompile.pipeline import registry
 from qcompile.pipeline.describe import PassHelp, describe_pass
-from qcompile.target.accepted import ACCEPTED
 from qcompile.target.findings import Rule
 from qcompile.target.rules import INTEGER_RULES, ORT_RULES, TRT_RULES
+from qcompile.target.tensorrt.accepted import ACCEPTED
 
 DOCS = Path(__file__).parents[1] / "docs"
 RULES_PAGE = "guide/rules.md"

@@ -12,7 +12,7 @@ import numpy as np
 from onnx import ModelProto, helper, numpy_helper
 
 from qcompile.errors import ModelError
-from qcompile.runtime.session import make_session
+from qcompile.execute.session import make_session
 
 K, SIDE = 64, 9
 PAIRS = ((np.int8, np.int8), (np.uint8, np.int8), (np.int8, np.uint8), (np.uint8, np.uint8))

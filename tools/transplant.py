@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qcompile.ir.model import Model
-from qcompile.passes._affine_fold import Folded, fold, norm_sites
-from qcompile.passes.canonicalize import Canonicalize
+from qcompile.passes.forms.canonicalize.canonicalize import Canonicalize
 from qcompile.pipeline.base import PassContext
 from qcompile.quant.spec import SCHEMES
+from qcompile.rewrite.fold import Folded, fold, norm_sites
 from qcompile.target.catalog import TARGETS
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qcompile.backend.process import collecting_logger, serve
-from qcompile.runtime.timing import interleaved, made_up
+from qcompile.execute.timing import interleaved, made_up
 
 Feeds = dict[str, NDArray[Any]]
 

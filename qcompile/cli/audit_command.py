@@ -9,8 +9,8 @@ import click
 from qcompile.cli.options import ENGINES, MODEL, as_json, profile_option
 from qcompile.cli.output import print_json
 from qcompile.cli.views import show_audit
-from qcompile.engine import DEFAULT_GPU, audit, gpu_list, profile_from
 from qcompile.errors import GateError
+from qcompile.verbs.build import DEFAULT_GPU, audit, gpu_list, profile_from
 
 
 @click.command("audit")

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import click
 
-from qcompile.benchmark import DEFAULT_RUNS, bench
 from qcompile.cli.options import MODEL, as_json
 from qcompile.cli.output import print_json
 from qcompile.cli.progress import reporter
 from qcompile.cli.views import show_bench, show_engine_bench
-from qcompile.engine_bench import bench_engines, is_engine
+from qcompile.verbs.bench.engines import bench_engines, is_engine
+from qcompile.verbs.bench.models import DEFAULT_RUNS, bench
 
 
 @click.command("bench")

@@ -10,7 +10,7 @@ from qcompile.cli.options import ENGINES, MODEL, as_json
 from qcompile.cli.output import print_json
 from qcompile.cli.progress import reporter
 from qcompile.cli.views import show_engine
-from qcompile.engine import (
+from qcompile.verbs.build import (
     DEFAULT_GPU,
     BuildOptions,
     Hardware,
@@ -20,7 +20,7 @@ from qcompile.engine import (
     recorded_target,
     require_engine,
 )
-from qcompile.guards import require_place
+from qcompile.verbs.guards import require_place
 
 _PROFILE_HELP = (
     "Of dynamic inputs, e.g. 'x:1x3x32x32,8x3x32x32,32x3x32x32' (min, opt, max); repeatable: one profile each."

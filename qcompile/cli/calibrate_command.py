@@ -8,14 +8,14 @@ from typing import Any
 
 import click
 
-from qcompile.calibrate import Calibrated, calibrate, executor_for, merge_files, words
 from qcompile.cli.compile_command import DELIVERED, SELECTORS
 from qcompile.cli.options import MODEL, Size, as_json, batch_option, range_option
 from qcompile.cli.output import megabytes, print_json, print_text
 from qcompile.cli.progress import reporter
-from qcompile.compile import DEFAULT_SAMPLES, TARGETS, Options, prepare
-from qcompile.guards import require_place
 from qcompile.report import SCHEMA_VERSION
+from qcompile.verbs.calibrate import Calibrated, calibrate, executor_for, merge_files, words
+from qcompile.verbs.compile.run import DEFAULT_SAMPLES, TARGETS, Options, prepare
+from qcompile.verbs.guards import require_place
 
 
 class Shard(click.ParamType):

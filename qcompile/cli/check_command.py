@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
-from qcompile.checking import Checked, check_file, fix_file, write_sarif
 from qcompile.cli.check_view import show_findings, show_proof
 from qcompile.cli.options import MODEL, as_json
 from qcompile.cli.output import print_json
-from qcompile.engine import gpu_list, recorded_target
 from qcompile.errors import UsageError
 from qcompile.target.rules import RULES
+from qcompile.verbs.build import gpu_list, recorded_target
+from qcompile.verbs.check import Checked, check_file, fix_file, write_sarif
 
 STDOUT = "-"
 

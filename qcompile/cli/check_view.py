@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qcompile.checking import Checked
 from qcompile.cli.output import flops, megabytes, print_table, print_text
 from qcompile.oracle.ranges import Bound, Proof
 from qcompile.target.findings import Finding, Rule
 from qcompile.target.rules import RULES
+from qcompile.verbs.check import Checked
 
 EXAMPLES = 2
 TIGHTEST = 8

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from qcompile.calib.checks import check_data
-from qcompile.calib.data import load_data
+from qcompile.calib.data.checks import check_data
+from qcompile.calib.data.dataset import load_data
 from qcompile.cli.audit_command import audit_command
 from qcompile.cli.bench_command import bench_command
 from qcompile.cli.build_command import build_command
@@ -21,14 +21,14 @@ from qcompile.cli.options import MODEL, as_json
 from qcompile.cli.output import print_json
 from qcompile.cli.progress import reporter
 from qcompile.cli.views import show_conformance, show_evaluation
-from qcompile.conformance import conformance
 from qcompile.errors import UsageError
-from qcompile.evaluate import evaluate
-from qcompile.inspection import inspect
 from qcompile.ir.model import Model
 from qcompile.pipeline import registry
 from qcompile.pipeline.describe import describe_pass, describe_passes
 from qcompile.report import SCHEMA_VERSION
+from qcompile.verbs.evaluate.conformance import conformance
+from qcompile.verbs.evaluate.outputs import evaluate
+from qcompile.verbs.inspect import inspect
 
 
 @click.command("eval")

@@ -11,12 +11,23 @@ from qcompile.cli.options import Size, batch_option, range_option
 from qcompile.cli.output import print_json
 from qcompile.cli.progress import Reporter, reporter
 from qcompile.cli.views import calibration_line, memory_document, show_engine, show_plan, show_result, sweeps_line
-from qcompile.compile import DEFAULT_SAMPLES, SCHEMES, TARGETS, Job, Options, Result, describe_plan, prepare, run, write_report
-from qcompile.engine import DEFAULT_GPU, EngineResult, gpu_list, make_engine, profiles_from, require_engine
 from qcompile.errors import UsageError
-from qcompile.guards import require_place
-from qcompile.inspection import model_bytes
 from qcompile.report import SCHEMA_VERSION
+from qcompile.verbs.build import DEFAULT_GPU, EngineResult, gpu_list, make_engine, profiles_from, require_engine
+from qcompile.verbs.compile.run import (
+    DEFAULT_SAMPLES,
+    SCHEMES,
+    TARGETS,
+    Job,
+    Options,
+    Result,
+    describe_plan,
+    prepare,
+    run,
+    write_report,
+)
+from qcompile.verbs.guards import require_place
+from qcompile.verbs.inspect import model_bytes
 
 DELIVERED = [s for s in SCHEMES if any(s in t.schemes for t in TARGETS.values())]
 _DATA_HELP = "npz, folder, pictures, file.py:function, polygraphy JSON or 'random'; default: MODEL.calib.npz beside MODEL."

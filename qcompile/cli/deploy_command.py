@@ -9,9 +9,9 @@ import click
 
 from qcompile.cli.options import MODEL, as_json
 from qcompile.cli.output import number, print_json, print_table, print_text
-from qcompile.deploy import DEFAULT_SAMPLES, DeployOptions, deploy
 from qcompile.errors import UsageError
 from qcompile.report import SCHEMA_VERSION
+from qcompile.verbs.deploy.deploy import DEFAULT_SAMPLES, DeployOptions, deploy
 
 
 @click.command("deploy")

@@ -9,8 +9,8 @@ import click
 
 from qcompile.cli.options import MODEL, as_json
 from qcompile.cli.output import megabytes, print_json, print_text
-from qcompile.integer_export import export_file
 from qcompile.report import SCHEMA_VERSION
+from qcompile.verbs.export_integer import export_file
 
 
 @click.command("export-integer")

@@ -9,10 +9,10 @@ from typing import Any
 from qcompile.cli.check_view import cost_line
 from qcompile.cli.output import flops, megabytes, number, percent, print_table, print_text
 from qcompile.cli.progress import tally
-from qcompile.compile import DEFAULT_SAMPLES, Job, MemoryPlan, Result, describe_plan, planned_memory
-from qcompile.engine import EngineResult
 from qcompile.pipeline.describe import statistics_readers
 from qcompile.report import PassReport
+from qcompile.verbs.build import EngineResult
+from qcompile.verbs.compile.run import DEFAULT_SAMPLES, Job, MemoryPlan, Result, describe_plan, planned_memory
 
 WORST_LAYERS = 12
 FLOAT_NODES = 8

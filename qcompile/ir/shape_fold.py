@@ -7,8 +7,8 @@ import onnx_ir as ir
 
 from qcompile.ir import ops
 from qcompile.ir.edit import add_constant
-from qcompile.ir.match_partial import Dim
-from qcompile.ir.match_shape import dims, int_vector, rank, reshape_target, shape_vector
+from qcompile.ir.partial import Dim
+from qcompile.ir.shapes import dims, int_vector, rank, reshape_target, shape_vector
 
 _VECTOR_SLOTS = dict.fromkeys(("Expand", "Pad", "Reshape", "Split", "Tile", "Unsqueeze"), (1,)) | {"Slice": (1, 2, 3, 4)}
 

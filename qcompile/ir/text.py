@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qcompile.ir.decisions import PREFIX, decision
+from qcompile.decide.decisions import PREFIX, decision
 from qcompile.ir.model import Model
 
 _SMALL = 8

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from qcompile.calib.observers import Probe, Stat
+from qcompile.calib.observe import Probe, Stat
 from qcompile.errors import UsageError
 from qcompile.ir.model import Model
 from qcompile.ir.select import ORIGIN, names, selected, with_width

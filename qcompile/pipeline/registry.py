@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from functools import cache
 from importlib.metadata import entry_points
 
@@ -14,34 +13,34 @@ from qcompile.pipeline.base import Pass
 ENTRY_POINT_GROUP = "qcompile.passes"
 
 BUILTIN: dict[str, str] = {
-    "canonicalize": "qcompile.passes.canonicalize:Canonicalize",
-    "fold-pad": "qcompile.passes.fold_pad:FoldPad",
-    "space-to-depth": "qcompile.passes.space_to_depth:SpaceToDepthStem",
-    "gelu-order": "qcompile.passes.gelu_order:GeluOrder",
-    "bias-rank": "qcompile.passes.bias_rank:BiasRank",
-    "fold-bn": "qcompile.passes.fold_bn:FoldBatchNorm",
-    "fold-dims": "qcompile.passes.fold_dims:FoldDims",
-    "opset": "qcompile.passes.opset:RaiseOpset",
-    "fuse-norm": "qcompile.passes.fuse_norm:FuseNorm",
-    "split-qkv": "qcompile.passes.split_qkv:SplitQkv",
-    "rotate": "qcompile.passes.rotate:Rotate",
-    "center": "qcompile.passes.center:Center",
-    "split-shortcut": "qcompile.passes.split_shortcut:SplitShortcut",
-    "smooth": "qcompile.passes.smooth:SmoothQuant",
-    "repq": "qcompile.passes.repq:RepQ",
-    "equalize": "qcompile.passes.equalize:CrossLayerEqualization",
-    "absorb-bias": "qcompile.passes.absorb_bias:AbsorbBias",
-    "annotate": "qcompile.passes.annotate:Annotate",
-    "rtn": "qcompile.passes.rtn:RoundToNearest",
-    "bias-correct": "qcompile.passes.bias_correct:BiasCorrection",
-    "insert-qdq": "qcompile.passes.insert_qdq:InsertQdq",
-    "integer": "qcompile.passes.integer:Integer",
-    "fp16": "qcompile.passes.fp16:Half",
-    "bf16": "qcompile.passes.bf16:BrainHalf",
-    "log2-softmax": "qcompile.passes.log2_softmax:Log2Softmax",
-    "compand-gelu": "qcompile.passes.compand_gelu:CompandGelu",
-    "bias-reparam": "qcompile.passes.bias_reparam:BiasReparam",
-    "split-range": "qcompile.passes.split_range:SplitRange",
+    "canonicalize": "qcompile.passes.forms.canonicalize.canonicalize:Canonicalize",
+    "fold-pad": "qcompile.passes.forms.fold_pad:FoldPad",
+    "space-to-depth": "qcompile.passes.forms.space_to_depth:SpaceToDepthStem",
+    "gelu-order": "qcompile.passes.forms.gelu_order:GeluOrder",
+    "bias-rank": "qcompile.passes.forms.bias_rank:BiasRank",
+    "fold-bn": "qcompile.passes.forms.fold_bn:FoldBatchNorm",
+    "fold-dims": "qcompile.passes.forms.fold_dims:FoldDims",
+    "opset": "qcompile.passes.forms.opset:RaiseOpset",
+    "fuse-norm": "qcompile.passes.forms.fuse_norm:FuseNorm",
+    "split-qkv": "qcompile.passes.forms.split_qkv.split_qkv:SplitQkv",
+    "rotate": "qcompile.passes.equivalent.rotate.rotate:Rotate",
+    "center": "qcompile.passes.equivalent.center.center:Center",
+    "split-shortcut": "qcompile.passes.equivalent.split_shortcut:SplitShortcut",
+    "smooth": "qcompile.passes.equivalent.smooth.smooth:SmoothQuant",
+    "repq": "qcompile.passes.equivalent.repq:RepQ",
+    "equalize": "qcompile.passes.equivalent.equalize:CrossLayerEqualization",
+    "absorb-bias": "qcompile.passes.fit.absorb_bias:AbsorbBias",
+    "annotate": "qcompile.passes.annotate.annotate:Annotate",
+    "rtn": "qcompile.passes.fit.rtn:RoundToNearest",
+    "bias-correct": "qcompile.passes.fit.bias_correct.bias_correct:BiasCorrection",
+    "insert-qdq": "qcompile.passes.lower.insert_qdq:InsertQdq",
+    "integer": "qcompile.passes.lower.integer.integer:Integer",
+    "fp16": "qcompile.passes.lower.half.fp16:Half",
+    "bf16": "qcompile.passes.lower.half.bf16:BrainHalf",
+    "log2-softmax": "qcompile.passes.annotate.log2_softmax:Log2Softmax",
+    "compand-gelu": "qcompile.passes.annotate.compand_gelu:CompandGelu",
+    "bias-reparam": "qcompile.passes.fit.bias_reparam:BiasReparam",
+    "split-range": "qcompile.passes.equivalent.split_range:SplitRange",
 }
 
 PRESETS: dict[str, str] = {
@@ -60,16 +59,7 @@ PRESETS: dict[str, str] = {
 
 def names() -> list[str]:
     """All pass names that can be written in a pipeline, sorted."""
-    return sorted({*_builtin(), *_entry_points()})
-
-
-@cache
-def _builtin() -> dict[str, str]:
-    return {name: where for name, where in BUILTIN.items() if _exists(where)}
-
-
-def _exists(where: str) -> bool:
-    return importlib.util.find_spec(where.partition(":")[0]) is not None
+    return sorted({*BUILTIN, *_entry_points()})
 
 
 @cache
@@ -85,8 +75,8 @@ def lookup(name: str) -> type[Pass] | None:
     """
     if ".py:" in name:
         return _load("qcompile.passes.surgery:GraphSurgery")
-    if name in _builtin():
-        return _load(_builtin()[name])
+    if name in BUILTIN:
+        return _load(BUILTIN[name])
     return _load(_entry_points()[name]) if name in _entry_points() else None
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import psutil
 
-from qcompile.calib.observers import NotCarried, Probe, Stat, follows
+from qcompile.calib.observe import NotCarried, Probe, Stat, follows
 from qcompile.errors import GateError, QcompileError, VerifyError
 from qcompile.ir.model import Model
 from qcompile.ir.verify import verify_structure

@@ -10,8 +10,8 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from qcompile.target.findings import Context
 from qcompile.target.fix_edits import Array, add_constant, along, dequantized, drop_attributes, pair_of, readers, rescale
 from qcompile.target.rules_common import output_axis, wrong_weight_axis
-from qcompile.target.rules_shapes import unequal_concat
-from qcompile.target.rules_trt import half_network, scale_type
+from qcompile.target.tensorrt.rules import half_network, scale_type
+from qcompile.target.tensorrt.shapes import unequal_concat
 from qcompile.target.view import DEQUANTIZE_OPS, QUANTIZE_OPS
 
 LARGEST = {"int8": 127.0, "int4": 7.0, "float8e4m3fn": 448.0}

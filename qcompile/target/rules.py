@@ -15,14 +15,12 @@ from qcompile.errors import UsageError
 from qcompile.target import fix_graph as graph
 from qcompile.target import fix_scales as scales
 from qcompile.target import rules_common as common
-from qcompile.target import rules_gpu as gpu
-from qcompile.target import rules_ort as ort
-from qcompile.target import rules_shapes as shapes
-from qcompile.target import rules_trt as trt
-from qcompile.target import rules_types as types
 from qcompile.target.catalog import TARGETS
 from qcompile.target.findings import Check, Context, Effect, Finding, Repair, Rule
-from qcompile.target.rules_integer import INTEGER_RULES
+from qcompile.target.integer.rules import INTEGER_RULES
+from qcompile.target.ort import rules as ort
+from qcompile.target.tensorrt import gpu, shapes, types
+from qcompile.target.tensorrt import rules as trt
 from qcompile.target.view import GraphView
 
 _ORT_FIX = "compile again with --target ort"

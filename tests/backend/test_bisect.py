@@ -15,9 +15,9 @@ from qcompile.backend import bisect as room
 from qcompile.backend.bisect import Bisection, bisect, ddmin
 from qcompile.backend.groups import Group, qdq_groups
 from qcompile.backend.tensorrt import BuiltPlan, build_engine
-from qcompile.engine import make_engine
 from qcompile.errors import BuildError
 from qcompile.target.view import GraphView
+from qcompile.verbs.build import make_engine
 from tests.backend.chains import LAYERS, chain
 
 

@@ -10,9 +10,9 @@ import pytest
 from onnx import helper
 
 from qcompile.backend.audit import AuditResult, audit
-from qcompile.engine import make_engine
 from qcompile.errors import BackendError
 from qcompile.ir.model import Model
+from qcompile.verbs.build import make_engine
 from tests.passes.cases import built, context, pipeline
 
 

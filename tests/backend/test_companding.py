@@ -9,7 +9,7 @@ import pytest
 from qcompile.backend.audit import AuditResult, audit
 from qcompile.ir.model import Model
 from tests.passes.cases import context, pipeline
-from tests.test_transplant import MODELS, images
+from tests.tools.test_transplant import MODELS, images
 
 
 @pytest.fixture(autouse=True)

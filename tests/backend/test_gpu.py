@@ -14,8 +14,8 @@ from qcompile.backend.process import MODULES
 from qcompile.backend.refit import refit_engine
 from qcompile.backend.runner import run_engines
 from qcompile.backend.tensorrt import build_engine
-from qcompile.engine_bench import bench_engines
 from qcompile.target.catalog import TARGETS
+from qcompile.verbs.bench.engines import bench_engines
 from tests.target.graphs import Form, single
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(local_gpu() is None, reason="no CUDA device")]

@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from qcompile.backend.groups import constant_value, qdq_groups, without
-from qcompile.runtime.session import make_session
+from qcompile.execute.session import make_session
 from qcompile.target.view import GraphView
 from tests.backend.chains import LAYERS, chain
 from tests.target.graphs import Builder, Form, attention, single

@@ -9,15 +9,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from qcompile import engine_bench
 from qcompile.backend import refit, runner
 from qcompile.backend.infer import made_up_feeds, measure, portable
 from qcompile.backend.runner import EngineRuns, engine_target, run_engines
-from qcompile.engine_bench import bench_engines, distance
 from qcompile.errors import BackendError, InputError, ModelError, UsageError
-from qcompile.runtime.timing import WARM_UP
-from tests import evaluation_graphs as graphs
+from qcompile.execute.timing import WARM_UP
+from qcompile.verbs.bench import engines as engine_bench
+from qcompile.verbs.bench.engines import bench_engines, distance
 from tests.backend.fakes import FakeRunner
+from tests.verbs import evaluation_graphs as graphs
 
 
 def engine(path: Path, target: str | None = None, head: bytes = b"vtrt") -> Path:

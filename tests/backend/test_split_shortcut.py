@@ -9,7 +9,7 @@ import pytest
 
 from qcompile.backend.audit import audit
 from tests.passes.cases import context, pipeline
-from tests.passes.joined import SHAPE, joined
+from tests.passes.equivalent.joined import SHAPE, joined
 
 
 @pytest.mark.rtx

@@ -13,7 +13,7 @@ from onnx import helper, numpy_helper
 
 from qcompile.ir.cut import Block, computed_bytes, cut, part, typed
 from qcompile.ir.model import Model
-from tests.ir import exports
+from tests.structure import exports
 
 Arrays = dict[str, NDArray[Any]]
 

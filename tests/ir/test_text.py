@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from qcompile.ir.decisions import Decision, decide
+from qcompile.decide.decisions import Decision, decide
 from qcompile.ir.edit import add_constant
 from qcompile.ir.model import Model
 from qcompile.ir.text import print_model

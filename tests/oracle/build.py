@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from qcompile.runtime.session import Optimize, make_session
+from qcompile.execute.session import Optimize, make_session
 
 Array = NDArray[Any]
 SETTINGS: tuple[tuple[Optimize, int], ...] = tuple((o, t) for o in ("off", "basic", "all") for t in (1, 2))

@@ -11,9 +11,9 @@ import pytest
 
 from qcompile.cli import main
 from qcompile.errors import ModelError
-from qcompile.integer_export import export_file
 from qcompile.oracle.export import export_document
 from qcompile.oracle.run import encode, run_integer
+from qcompile.verbs.export_integer import export_file
 from tests.oracle import reader
 from tests.oracle.build import model_of, node, requantize_constants, requantize_nodes
 from tests.oracle.models import MODELS, compiled

@@ -11,14 +11,14 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from qcompile.conformance import conformance
 from qcompile.errors import ModelError
+from qcompile.execute.session import make_session
 from qcompile.oracle.export import export_document
 from qcompile.oracle.qlinear import SCALES, SUMS
 from qcompile.oracle.ranges import prove
 from qcompile.oracle.run import run_integer
-from qcompile.runtime.session import make_session
 from qcompile.target.rules import check
+from qcompile.verbs.evaluate.conformance import conformance
 from tests.oracle.build import SETTINGS, model_of, node
 from tests.oracle.models import compiled
 from tests.passes.cases import dataset

@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes.common import ShapeInferencePass
 
-from qcompile.calib.data import Dataset
-from qcompile.calib.observers import Probe, Stat
-from qcompile.calib.readers import ArrayReader
-from qcompile.calib.sweep import sweep
-from qcompile.emulate.runnable import runnable
+from qcompile.calib.data.dataset import Dataset
+from qcompile.calib.data.readers import ArrayReader
+from qcompile.calib.observe import Probe, Stat
+from qcompile.calib.sweep.sweep import sweep
+from qcompile.execute.emulate.runnable import runnable
+from qcompile.execute.session import make_session
 from qcompile.ir.model import Model
 from qcompile.ir.tensors import map_tensors
 from qcompile.pipeline import registry
@@ -26,12 +27,11 @@ from qcompile.pipeline.base import Pass, PassContext
 from qcompile.pipeline.planner import complete
 from qcompile.pipeline.runner import Runner
 from qcompile.pipeline.spec import format_pipeline
-from qcompile.providers import SweepStatistics
 from qcompile.quant.spec import SCHEMES
 from qcompile.report import PassReport
-from qcompile.runtime.session import make_session
 from qcompile.target.catalog import TARGETS
-from tests.ir.exports import FOLDER, INDEX
+from qcompile.verbs.compile.providers import SweepStatistics
+from tests.structure.exports import FOLDER, INDEX
 
 SAMPLES = 8
 _FLOAT, _DOUBLE = ir.DataType.FLOAT, ir.DataType.DOUBLE

@@ -10,18 +10,18 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
-from qcompile.emulate.runnable import runnable
-from qcompile.ir.decisions import decisions
+from qcompile.decide.decisions import decisions
+from qcompile.execute.emulate.runnable import runnable
+from qcompile.execute.session import make_session
 from qcompile.ir.model import Model
 from qcompile.ir.ops import const_array, is_op
 from qcompile.ir.text import print_model
-from qcompile.passes._layers import bias_site
 from qcompile.pipeline import registry
 from qcompile.pipeline.base import Fact, Kind, Pass
 from qcompile.pipeline.runner import Runner
 from qcompile.pipeline.spec import format_pass
 from qcompile.quant.affine import fake_quant
-from qcompile.runtime.session import make_session
+from qcompile.rewrite.bias import bias_site
 from qcompile.target.rules import check
 from tests.passes.cases import (
     Step,

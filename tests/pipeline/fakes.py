@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from qcompile.calib.observers import AbsMax, AbsMaxStat, MinMax, MinMaxStat, Observer, Probe, Stat
+from qcompile.calib.observe import AbsMax, AbsMaxStat, MinMax, MinMaxStat, Observer, Probe, Stat
 from qcompile.ir.edit import set_constant
 from qcompile.ir.model import Model
 from qcompile.pipeline.base import AffineMap, Comparison, Fact, Kind, Pass, PassContext, PassResult

@@ -55,7 +55,8 @@ def test_names_are_listed_without_importing_passes() -> None:
         "loaded = [m for m in sys.modules if m.startswith('qcompile.passes.')]\n"
         "assert not loaded, loaded\n"
         "registry.parse('gelu-order')\n"
-        "assert 'qcompile.passes.gelu_order' in sys.modules and 'qcompile.passes.smooth' not in sys.modules\n"
+        "assert 'qcompile.passes.forms.gelu_order' in sys.modules\n"
+        "assert 'qcompile.passes.equivalent.smooth.smooth' not in sys.modules\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

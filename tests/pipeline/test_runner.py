@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qcompile.calib.observers import AbsMax, MinMax, MinMaxStat, Probe, Stat
+from qcompile.calib.observe import AbsMax, MinMax, MinMaxStat, Probe, Stat
 from qcompile.errors import GateError, ModelError, VerifyError
 from qcompile.ir.edit import new_node
 from qcompile.ir.model import Model

@@ -8,6 +8,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from qcompile.execute.session import make_session
 from qcompile.quant.affine import fake_quant, quantize
 from qcompile.quant.minifloat import (
     E2M1,
@@ -28,7 +29,6 @@ from qcompile.quant.minifloat import (
 )
 from qcompile.quant.qtype import FLOAT4E2M1, FLOAT8E4M3FN
 from qcompile.quant.spec import PerBlock
-from qcompile.runtime.session import make_session
 
 FORMS = [(E4M3, ml_dtypes.float8_e4m3fn, 8), (E2M1, ml_dtypes.float4_e2m1fn, 4)]
 FORM_IDS = ["e4m3", "e2m1"]

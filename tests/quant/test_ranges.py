@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from qcompile.calib.observers import AbsMax, ChannelHistograms, Histogram, MinMax
+from qcompile.calib.observe import AbsMax, ChannelHistograms, Histogram, MinMax
 from qcompile.quant.affine import fake_quant, qparams_from_range
 from qcompile.quant.entropy import entropy
 from qcompile.quant.qtype import FLOAT8E4M3FN, INT8, UINT8, QType, simulated_int

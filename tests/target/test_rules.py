@@ -10,9 +10,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from qcompile.errors import ModelError, UsageError
-from qcompile.target.accepted import ACCEPTED
 from qcompile.target.catalog import TARGETS
 from qcompile.target.rules import RULES, check
+from qcompile.target.tensorrt.accepted import ACCEPTED
 from tests.target import formats
 from tests.target.graphs import AttentionForm, Form, attention, single
 from tests.target.matrix import ATTENTION, SINGLE

@@ -9,9 +9,9 @@ from typing import Any
 import onnx
 import pytest
 
-from qcompile.checking import check_file, write_sarif
 from qcompile.cli import main
 from qcompile.target.rules import RULES
+from qcompile.verbs.check import check_file, write_sarif
 from tests.target.graphs import single
 from tests.target.matrix import CONV
 

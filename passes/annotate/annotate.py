@@ -1,0 +1,163 @@
+"""annotate: decide what is quantized, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+
+from qcompile.calib.observe import Probe
+from qcompile.decide.decisions import Decision, clear_decisions, decide, decision
+from qcompile.decide.ranges import Readers, automatic
+from qcompile.decide.site import Placement, Site
+from qcompile.ir.model import Model
+from qcompile.ir.select import selected, with_width
+from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult, quantized_forms
+from qcompile.quant.affine import qparams_from_range
+from qcompile.quant.minifloat import nvfp4_tensor_scale
+from qcompile.quant.spec import QParams, QuantSpec, Scheme
+from qcompile.target.integer import placement as _placement_integer
+from qcompile.target.ort import placement as _placement_ort
+from qcompile.target.target import Target
+from qcompile.target.tensorrt import placement as _placement_trt
+from qcompile.target.tensorrt.placement import Choices
+
+_TENSORRT = ("trt", "rtx")
+_HEADROOM = 2.0  # 16-bit codes have a bit to spare for what calibration did not see
+
+
+@dataclass(frozen=True)
+class Annotate(Pass):
+    """Decide which tensors are quantized, in which type and over which range, for the target and scheme.
+
+    before: MatMul(x, W)     after: the same graph; MatMul carries the decisions {x: int8 per tensor, W: int8 per column}
+    Activation ranges: min-max, percentile (99.99), entropy (KL divergence, as TensorRT's calibrator) or the least squared
+    error, all from one power-of-two histogram; weighted counts the squared errors of sampled rows by the energy of the
+    weights that read each channel; search takes for each tensor the candidate with the least error of the linear layers
+    that read it, on sampled rows (of the values themselves where a convolution reads them).
+    """
+
+    name = "annotate"
+    kind = Kind.ANNOTATE
+    requires = frozenset({Fact.CANONICAL, Fact.PADS_FOLDED, Fact.BN_FOLDED})
+    establishes = frozenset({Fact.DECIDED})
+    range_: Annotated[
+        Literal["auto", "minmax", "percentile", "entropy", "mse", "weighted", "search"], "how activation ranges are chosen"
+    ] = "auto"
+    attention: Annotated[
+        Literal["auto", "all", "none"], "quantize the two products of attention (auto: where the fused kernel survives it)"
+    ] = "auto"
+    probabilities: Annotated[
+        Literal["auto", "fixed", "measured"],
+        "range of the softmax output (TensorRT): [0, 1] or as measured; auto: fixed in fp8",
+    ] = "auto"
+    residual: Annotated[
+        Literal["float", "shared"],
+        "what the skip connections of convolutions read (TensorRT): float, or the DQ of the next convolution",
+    ] = "float"
+
+    def required(self, target: Target, scheme: Scheme) -> frozenset[Fact]:
+        """The forms that quantization needs."""
+        return self.requires | quantized_forms(target, scheme)
+
+    def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:
+        """One statistic for each activation."""
+        sites = self._place(model, ctx).sites
+        readers = Readers.of(sites)
+        return dict.fromkeys(p for s in sites if not s.is_weight for p in self._probes(s, ctx, readers))
+
+    def apply(self, model: Model, ctx: PassContext) -> PassResult:
+        """Write the decisions; earlier ones are replaced."""
+        clear_decisions(model.graph)
+        placement = self._place(model, ctx)
+        readers = Readers.of(placement.sites)
+        for site in placement.sites:
+            self._decide(site, ctx, readers)
+        for node, reason in placement.missed:
+            ctx.missed(node, reason)
+        for node, reason in placement.notes:
+            ctx.note(node, reason)
+        _remark_idle(model, placement, ctx)
+        return PassResult(bool(placement.sites))
+
+    def _place(self, model: Model, ctx: PassContext) -> Placement:
+        if ctx.scheme.weight is None:
+            return Placement()
+        if ctx.target.name == "integer":
+            return _placement_integer.place(model, ctx)
+        if ctx.target.name in _TENSORRT or ctx.scheme.simulated or ctx.scheme.activation is None:
+            return _placement_trt.place(model, ctx, Choices(self.attention, self.probabilities, self.residual))
+        return _placement_ort.place(model, ctx)
+
+    def _method(self, site: Site, ctx: PassContext) -> str:
+        if site.spec.qtype.bits > 8:
+            return "minmax"
+        return automatic(site.spec) if self.range_ == "auto" else self.range_
+
+    def _probes(self, site: Site, ctx: PassContext, readers: Readers) -> list[Probe]:
+        """MXFP8 needs no statistics."""
+        if site.spec.block_format == "mxfp8" or site.bounds is not None or site.follows is not None:
+            return []
+        return readers.probes(site, self._method(site, ctx))
+
+    def _decide(self, site: Site, ctx: PassContext, readers: Readers) -> None:
+        name = str(site.value.name)
+        if site.follows is not None:
+            _follow(site, site.follows, ctx)
+            return
+        if site.is_weight:
+            axis = str(site.spec.granularity)
+            decide(site.node, site.slot, Decision(site.spec, f"{name}:{axis}"))
+            ctx.applied(str(site.node.name), f"weight {name} in {site.spec.qtype.name}")
+            return
+        if site.spec.block_format == "mxfp8":
+            decide(site.node, site.slot, Decision(site.spec, f"{name}:mxfp8", QParams(np.ones(()), np.zeros((), np.int64))))
+            ctx.applied(str(site.node.name), f"activation {name} in mxfp8, all scales found at run time")
+            return
+        lo, hi, method = self._range(site, ctx, readers)
+        params = _params(site.spec, lo, hi)
+        decide(site.node, site.slot, Decision(site.spec, _quantizer(name, params), params))
+        numbers = {"lo": float(np.min(lo)), "hi": float(np.max(hi)), "range": method}
+        ctx.applied(str(site.node.name), f"activation {name} in {site.spec.qtype.name}", **numbers)
+
+    def _range(self, site: Site, ctx: PassContext, readers: Readers) -> tuple[np.ndarray, np.ndarray, str]:
+        """(lo, hi, how it was found)."""
+        if site.bounds is not None:
+            return np.asarray(site.bounds[0]), np.asarray(site.bounds[1]), "known"
+        stats = [ctx.stats[p] for p in self._probes(site, ctx, readers)]
+        found = readers.choose(site, self._method(site, ctx), stats)
+        room = _HEADROOM if site.spec.qtype.bits > 8 else 1.0
+        return found.lo * room, found.hi * room, found.method
+
+
+def _follow(site: Site, leader: Site, ctx: PassContext) -> None:
+    """The same quantizer for another reader of the tensor."""
+    led = decision(leader.node, leader.slot)
+    assert led is not None
+    decide(site.node, site.slot, led)
+    ctx.applied(str(site.node.name), f"residual {site.value.name} shares the quantizer of {leader.node.name}")
+
+
+def _remark_idle(model: Model, placement: Placement, ctx: PassContext) -> None:
+    """Selectors that choose no node that could be quantized: misspelt, or folded away by an earlier pass."""
+    names = {str(s.node.name) for s in placement.sites} | {name for name, _ in placement.missed}
+    widths = (with_width(text)[0] for text in ctx.bits)
+    for selector in dict.fromkeys((*ctx.keep_float, *ctx.only, *ctx.quantize, *widths)):
+        if not any(n.name in names for n in selected(selector, model.graph)):
+            ctx.missed("", f"selector {selector!r} chooses no node that could be quantized here")
+
+
+def _params(spec: QuantSpec, lo: np.ndarray, hi: np.ndarray) -> QParams:
+    """The scale that covers [lo, hi]; for NVFP4 its tensor scale, the block scales are found at run time."""
+    if spec.block_format == "nvfp4":
+        scale = nvfp4_tensor_scale(float(np.maximum(-np.min(lo), np.max(hi))))
+        return QParams(np.asarray(scale), np.zeros((), np.int64), scale)
+    return qparams_from_range(lo, hi, spec.qtype, spec.symmetric)
+
+
+def _quantizer(name: str, params: QParams) -> str:
+    """Equal uses of one tensor share this id."""
+    block = "" if params.tensor_scale is None else ":nvfp4"
+    return f"{name}:{float(params.scale):.9g}:{int(params.zero_point)}{block}"

@@ -1,0 +1,132 @@
+"""repq: RepQ-ViT's scale reparameterization."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qcompile.calib.observe import MinMax, MinMaxStat, Probe, Rows, RowsStat
+from qcompile.ir.model import Model
+from qcompile.pipeline.base import FOLD_ROWS, Fact, Kind, Pass, PassContext, PassResult, quantized_forms
+from qcompile.quant.spec import Scheme
+from qcompile.rewrite.fold import Folded, FoldSite, fold, norm_sites, usable
+from qcompile.target.target import Target
+
+F64 = NDArray[np.float64]
+# Other rows than those that set the range after the fold: a channel's own sampled extremes would hide its tails.
+_SEEN = Rows(FOLD_ROWS, seed=1)
+_PERCENTILES = (0.999, 0.9999, 0.99999)
+
+
+@dataclass(frozen=True)
+class RepQ(Pass):
+    """Turn per-channel LayerNorm-output quantizers into one per-tensor quantizer, exactly (RepQ-ViT).
+
+    before: LayerNorm(gamma, beta) -> MatMul(W) with scale s_j and zero point z_j a channel
+    after:  LayerNorm(gamma / r, (beta - t) / r) -> MatMul(diag(r) W), c + t W with one scale s~ and zero point z~
+    r_j = s_j / s~, t_j = s_j (z~ - z_j) (Li et al. 2023, arXiv:2212.08254, eq. 7-10).  z~ is an integer, so codes stay the same;
+    where the target wants zero point 0, z~ = 2^(b-1).  s_j, z_j from the percentile with the least squared error.
+    Exact in float on every target, without a new node.
+    Refuses the same sites as smooth; a shift that nonzero padding or an RMSNorm forbids leaves t = 0.
+    """
+
+    name = "repq"
+    kind = Kind.EQUIVALENT
+    requires = frozenset({Fact.CANONICAL, Fact.BN_FOLDED})
+    percentile: Annotated[
+        Literal["search", "minmax"], "clip each channel at the best of 99.9, 99.99, 99.999 %, or not at all"
+    ] = "search"
+    softmax: Annotated[Literal["uniform", "log-sqrt2"], "log-sqrt2 appends log2-softmax to the pipeline"] = "uniform"
+    override: Annotated[bool, "fold sites again that another pass has folded"] = False
+
+    def required(self, target: Target, scheme: Scheme) -> frozenset[Fact]:
+        """The graph's final form, so that this pass's sweep also serves `annotate`."""
+        return self.requires | quantized_forms(target, scheme)
+
+    def sugar(self) -> tuple[Pass, str]:
+        """`repq{softmax=log-sqrt2}` is `repq,...,log2-softmax{kind=log-sqrt2}`."""
+        return replace(self, softmax="uniform"), "log2-softmax{kind=log-sqrt2}" if self.softmax == "log-sqrt2" else ""
+
+    def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:
+        """Per-channel ranges, and rows for the percentiles and the later ranges."""
+        for site in norm_sites(model.graph, ctx):
+            yield Probe(str(site.tensor.name), MinMax(-1))
+            yield Probe(str(site.tensor.name), Rows(FOLD_ROWS))
+            if self.percentile == "search":
+                yield Probe(str(site.tensor.name), _SEEN)
+
+    def may_change(self, model: Model, ctx: PassContext) -> Iterable[str]:
+        """Every tensor of every site."""
+        return (name for site in norm_sites(model.graph, ctx) for name in site.moved)
+
+    def apply(self, model: Model, ctx: PassContext) -> PassResult:
+        """Fold every norm -> linear site."""
+        if ctx.scheme.activation is None:
+            ctx.missed("", "the scheme leaves activations in float, nothing to reparameterize")
+            return PassResult(False)
+        out, done = Folded(), False
+        for site in norm_sites(model.graph, ctx, remark=True):
+            if usable(site, ctx, self.override):
+                self._one(model, site, ctx, out)
+                done = True
+        return out.result(done)
+
+    def _one(self, model: Model, site: FoldSite, ctx: PassContext, out: Folded) -> None:
+        assert ctx.scheme.activation is not None
+        bits = ctx.scheme.activation.bits
+        lo, hi = self._ranges(site, ctx, bits)
+        r, t = reparameterize(lo, hi, bits, ctx.target.symmetric, shift=site.shift_refusal is None)
+        fold(model.graph, site, r, t, ctx, out)
+        reason = (
+            "norm site reparameterized"
+            if site.shift_refusal is None
+            else f"norm site reparameterized, scale only: {site.shift_refusal}"
+        )
+        ctx.applied(str(site.anchor.name), reason, r_min=float(r.min()), r_max=float(r.max()))
+
+    def _ranges(self, site: FoldSite, ctx: PassContext, bits: int) -> tuple[F64, F64]:
+        stat = ctx.stats[Probe(str(site.tensor.name), MinMax(-1))]
+        assert isinstance(stat, MinMaxStat)
+        if self.percentile == "minmax":
+            return stat.lo, stat.hi
+        rows = ctx.stats[Probe(str(site.tensor.name), _SEEN)]
+        assert isinstance(rows, RowsStat)
+        return best_percentile(rows.rows.astype(np.float64), bits)
+
+
+def best_percentile(x: F64, bits: int) -> tuple[F64, F64]:
+    """Per-channel range of rows x [N, C]: the percentile with the least mean squared error over all elements."""
+    best: tuple[float, F64, F64] | None = None
+    for p in _PERCENTILES:
+        lo, hi = np.quantile(x, 1 - p, axis=0), np.quantile(x, p, axis=0)
+        s, z = scales(lo, hi, bits)
+        error = float(np.square((np.clip(np.rint(x / s) + z, 0, 2**bits - 1) - z) * s - x).mean())
+        if best is None or error < best[0]:
+            best = (error, lo, hi)
+    assert best is not None
+    return best[1], best[2]
+
+
+def scales(lo: F64, hi: F64, bits: int) -> tuple[F64, F64]:
+    """Asymmetric s = (hi - lo) / (2^b - 1) and integer z = round(-lo / s), not clamped; a dead channel takes the mean s."""
+    width = hi - lo
+    dead = width <= 1e-8 * width.max(initial=0.0)
+    s = width / (2**bits - 1)
+    typical = float(s[~dead].mean()) if np.any(~dead) else 1.0
+    s = np.where(dead, typical, s)
+    return s, np.where(dead, 2.0 ** (bits - 1), np.rint(-lo / s))
+
+
+def reparameterize(lo: F64, hi: F64, bits: int, symmetric: bool, shift: bool) -> tuple[F64, F64]:
+    """(r, t) [C] that give all channels the scale s~ = mean s_j and the integer zero point z~."""
+    s, z = scales(lo, hi, bits)
+    common = float(2 ** (bits - 1)) if symmetric else float(np.clip(np.rint(z.mean()), 0, 2**bits - 1))
+    if not shift:
+        top = np.maximum(np.abs(lo), np.abs(hi))
+        s = np.where(top > 0, top, top.max(initial=0.0) or 1.0) / (2 ** (bits - 1) - 1)
+        return s / s.mean(), np.zeros_like(s)
+    return s / s.mean(), s * (common - z)

@@ -1,0 +1,274 @@
+"""split-shortcut: joined channels of unlike ranges get quantizers of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qcompile.calib.observe import MinMax, MinMaxStat, Probe
+from qcompile.ir.edit import add_constant, erase, erase_dead, new_node, replace_value
+from qcompile.ir.model import Model
+from qcompile.ir.ops import const_array, input_at, int_attr, is_op, weight_slot
+from qcompile.ir.shapes import dims, rank
+from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult, copy_notes
+from qcompile.structure import Norm, find_activations, find_norms
+from qcompile.structure.core import Refusal, data_uses, label
+
+_PASSES_CHANNELS = ("Relu", "LeakyRelu", "Sigmoid", "Tanh", "Clip", "Dropout", "Identity", "Gelu", "Elu", "HardSwish", "Mish")
+_MAX_DEPTH = 12
+
+
+@dataclass(frozen=True, eq=False)
+class Shortcut:
+    """A convolution or matrix product `node` that reads channels joined by `concat`: `sizes` in order, at `axis` of its input.
+
+    `parts` are the joined tensors where the node reads the Concat itself, else None (a norm or an activation stands between).
+    """
+
+    node: ir.Node
+    concat: ir.Node
+    sizes: tuple[int, ...]
+    axis: int
+    parts: tuple[ir.Value, ...] | None
+
+    @property
+    def input(self) -> ir.Value:
+        """The tensor that is split."""
+        value = self.node.inputs[0]
+        assert value is not None
+        return value
+
+
+@dataclass(frozen=True)
+class SplitShortcut(Pass):
+    """Split a layer that reads joined channels: one branch, and so one activation and weight scale, for each part.
+
+    before: Concat(a, b) -> [norm, activation] -> Conv(W, c)
+    after:  Conv_a(a, W[:, :n]) + Conv_b(b, W[:, n:]) + c, c in the first branch only
+    y = [a | b] W + c = a W_a + b W_b + c (Q-Diffusion, arXiv:2302.04304, section 4.3).  Concats of Concats are followed.
+    Where float operators stand in between, their output is cut by a Split.  A grouped convolution is cut at group borders
+    only, its outputs joined.
+    Exact in float on every target, at the cost of a second kernel and an Add.
+    Skipped where the parts' largest magnitudes are within `ratio` of each other: two kernels and an Add would buy nothing.
+    """
+
+    name = "split-shortcut"
+    kind = Kind.EQUIVALENT
+    requires = frozenset({Fact.CANONICAL})
+    ratio: Annotated[float, "least ratio of the parts' ranges that is worth a split"] = 1.5
+
+    def __post_init__(self) -> None:
+        self.check_range("ratio", 1.0, 1e6)
+
+    def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:
+        """Per-channel extremes of what is split."""
+        return dict.fromkeys(_probe(s) for s in find_shortcuts(model.graph) if isinstance(s, Shortcut))
+
+    def apply(self, model: Model, ctx: PassContext) -> PassResult:
+        """Split every layer whose parts differ; remark on the others."""
+        changed = False
+        for site in list(find_shortcuts(model.graph)):
+            reason = site.reason if isinstance(site, Refusal) else ctx.excluded(site.node) or _refusal(site)
+            if reason or isinstance(site, Refusal):
+                ctx.missed(str(site.node.name), str(reason))
+                continue
+            changed = self._one(model.graph, site, ctx) or changed
+        if changed:
+            erase_dead(model)
+        return PassResult(changed)
+
+    def _one(self, graph: ir.Graph, site: Shortcut, ctx: PassContext) -> bool:
+        tops = _tops(site, ctx)
+        unlike = max(tops) / max(min(tops), 1e-30) if tops else np.inf
+        if tops and (unlike < self.ratio or not max(tops)):
+            ctx.missed(str(site.node.name), "the joined parts have like ranges", ratio=round(float(unlike), 2))
+            return False
+        split(graph, site)
+        numbers = {"ratio": round(float(min(unlike, 1e6)), 2)}
+        ctx.applied(str(site.node.name), f"split into branches of {' + '.join(map(str, site.sizes))} channels", **numbers)
+        return True
+
+
+def find_shortcuts(graph: ir.Graph) -> Iterator[Shortcut | Refusal]:
+    """Every layer behind a channel Concat, and the Concats whose channels no layer reads."""
+    norms = {part: n for n in find_norms(graph) if n.kind == "group" for part in n.nodes}
+    activations = {part: a.output for a in find_activations(graph) for part in a.nodes}
+    seen: set[ir.Node] = set()
+    for concat in graph:
+        axis = _channel_axis(concat)
+        sizes = _sizes(concat, axis) if axis is not None else None
+        if axis is None or sizes is None or _joined_again(concat, axis):
+            continue
+        for node, direct in _layers(concat.outputs[0], axis, norms, activations, _MAX_DEPTH):
+            if node not in seen:
+                seen.add(node)
+                parts, counts = _parts(concat, axis)
+                yield Shortcut(node, concat, tuple(counts), axis, tuple(parts) if direct else None)
+
+
+def _channel_axis(node: ir.Node) -> int | None:
+    """1 for convolutions, the last axis for matrix products; None for any other Concat."""
+    known = rank(node.outputs[0]) if is_op(node, "Concat") else None
+    if known is None or known < 3:
+        return None
+    axis = int_attr(node, "axis", 0) % known
+    return axis if axis in (1, known - 1) else None
+
+
+def _joined_again(concat: ir.Node, axis: int) -> bool:
+    uses = data_uses(concat.outputs[0])
+    return bool(uses) and all(_channel_axis(n) == axis for n, _ in uses)
+
+
+def _sizes(concat: ir.Node, axis: int) -> list[int] | None:
+    sizes = [(dims(v) or ())[axis] if len(dims(v) or ()) > axis else None for v in concat.inputs]
+    known = [s for s in sizes if isinstance(s, int)]
+    return known if len(known) == len(sizes) > 1 else None
+
+
+def _parts(concat: ir.Node, axis: int) -> tuple[list[ir.Value], list[int]]:
+    """The joined tensors and their channels, through Concats that only this one reads."""
+    parts: list[ir.Value] = []
+    counts: list[int] = []
+    for value, size in zip(concat.inputs, _sizes(concat, axis) or [], strict=True):
+        assert value is not None
+        maker = value.producer()
+        if maker is not None and _channel_axis(maker) == axis and _sizes(maker, axis) is not None:
+            inner, inner_counts = _parts(maker, axis)
+            parts, counts = parts + inner, counts + inner_counts
+        else:
+            parts, counts = [*parts, value], [*counts, size]
+    return parts, counts
+
+
+def _layers(
+    value: ir.Value, axis: int, norms: dict[ir.Node, Norm], activations: dict[ir.Node, ir.Value], depth: int
+) -> Iterator[tuple[ir.Node, bool]]:
+    """(layer, whether it reads `value` itself) through group norms and activations, which keep the channels apart."""
+    behind: dict[ir.Value, None] = {}
+    for node, slot in data_uses(value):
+        if slot == 0 and is_op(node, "Conv", "MatMul", "Gemm") and weight_slot(node) == 1 and _reads(node, axis):
+            yield node, True
+        elif node in norms and norms[node].input is value and axis == 1:
+            behind[norms[node].output] = None
+        elif node in activations:
+            behind[activations[node]] = None
+        elif is_op(node, *_PASSES_CHANNELS) and slot == 0:
+            behind[node.outputs[0]] = None
+    for out in behind if depth else ():
+        yield from ((node, False) for node, _ in _layers(out, axis, norms, activations, depth - 1))
+
+
+def _reads(node: ir.Node, axis: int) -> bool:
+    return (axis == 1) == is_op(node, "Conv") and not int_attr(node, "transA", 0)
+
+
+def _refusal(site: Shortcut) -> str | None:
+    bias = input_at(site.node, 2)
+    if bias is not None and const_array(bias) is None:
+        return f"the bias of {label(site.node)} is not constant"
+    if is_op(site.node, "Conv") and (group := int_attr(site.node, "group", 1)) > 1:
+        each = sum(site.sizes) // group
+        if any(size % each for size in site.sizes):
+            return f"{label(site.node)} has groups of {each} channels that reach over the border of the parts"
+    return None
+
+
+def _probe(site: Shortcut) -> Probe:
+    return Probe(str(site.input.name), MinMax(1 if is_op(site.node, "Conv") else -1))
+
+
+def _tops(site: Shortcut, ctx: PassContext) -> list[float]:
+    """The largest magnitude of each part on calibration data; empty when it was not measured."""
+    stat = ctx.stats.get(_probe(site))
+    if not isinstance(stat, MinMaxStat) or stat.lo.shape != (sum(site.sizes),):
+        return []
+    top = np.maximum(-stat.lo, stat.hi)
+    return [float(part.max()) for part in np.split(top, np.cumsum(site.sizes)[:-1])]
+
+
+def split(graph: ir.Graph, site: Shortcut) -> None:
+    """Replace the layer by one branch a part; the sum (or, of a grouped convolution, the join) takes its place."""
+    node, out = site.node, site.node.outputs[0]
+    made = _cut(graph, site) if site.parts is None else []
+    parts = list(made[0].outputs) if made else list(site.parts or ())
+    branches = [_branch(graph, site, i, part) for i, part in enumerate(parts)]
+    joined = _join(graph, site, branches)
+    graph.insert_before(node, [*made, *branches, *joined])
+    replace_value(graph, out, joined[-1].outputs[0])
+    erase(graph, node)
+
+
+def _cut(graph: ir.Graph, site: Shortcut) -> list[ir.Node]:
+    sizes = add_constant(graph, f"{site.node.name}_sizes", np.array(site.sizes, np.int64))
+    cut = new_node(
+        graph,
+        "Split",
+        [site.input, sizes],
+        name=f"{site.node.name}_split",
+        attributes={"axis": site.axis},
+        outputs=len(site.sizes),
+    )
+    for out, size in zip(cut.outputs, site.sizes, strict=True):
+        out.type = site.input.type
+        if site.input.shape is not None:
+            out.shape = ir.Shape([size if i == site.axis else d for i, d in enumerate(site.input.shape)])
+    return [cut]
+
+
+def _branch(graph: ir.Graph, site: Shortcut, index: int, part: ir.Value) -> ir.Node:
+    """The layer on the channels of one part."""
+    node, name = site.node, f"{site.node.name}_part{index}"
+    start, stop = sum(site.sizes[:index]), sum(site.sizes[: index + 1])
+    weight, bias, attributes = _taken(site, start, stop, first=index == 0)
+    inputs = [part, add_constant(graph, f"{name}_weight", weight, _dtype(node, 1))]
+    if bias is not None:
+        inputs.append(add_constant(graph, f"{name}_bias", bias, _dtype(node, 2)))
+    made = new_node(graph, node.op_type, inputs, name=name, like=None if _grouped(node) else node.outputs[0])
+    made.attributes.update({k: v for k, v in node.attributes.items() if k != "group"})
+    made.attributes.update({k: ir.AttrInt64(k, v) for k, v in attributes.items()})
+    copy_notes(node, made)
+    made.outputs[0].type = node.outputs[0].type
+    return made
+
+
+def _taken(site: Shortcut, start: int, stop: int, *, first: bool) -> tuple[NDArray[Any], NDArray[Any] | None, dict[str, int]]:
+    """Weight, bias and group count of the branch that reads the input channels start .. stop."""
+    node = site.node
+    weight, bias = const_array(node.inputs[1]), const_array(input_at(node, 2))
+    assert weight is not None
+    if _grouped(node):
+        groups = int_attr(node, "group", 1)
+        each, made = sum(site.sizes) // groups, len(weight) // groups
+        rows = slice(start // each * made, stop // each * made)
+        return weight[rows], None if bias is None else bias[rows], {"group": (stop - start) // each}
+    axis = 1 if is_op(node, "Conv") or int_attr(node, "transB", 0) else 0
+    return np.take(weight, np.arange(start, stop), axis), bias if first else None, {}
+
+
+def _dtype(node: ir.Node, slot: int) -> ir.DataType | None:
+    value = node.inputs[slot]
+    return None if value is None else value.dtype
+
+
+def _grouped(node: ir.Node) -> bool:
+    return is_op(node, "Conv") and int_attr(node, "group", 1) > 1
+
+
+def _join(graph: ir.Graph, site: Shortcut, branches: list[ir.Node]) -> list[ir.Node]:
+    out, name = site.node.outputs[0], str(site.node.name)
+    if _grouped(site.node):
+        return [
+            new_node(graph, "Concat", [b.outputs[0] for b in branches], name=f"{name}_join", like=out, attributes={"axis": 1})
+        ]
+    sums: list[ir.Node] = []
+    total = branches[0].outputs[0]
+    for i, branch in enumerate(branches[1:]):
+        sums.append(new_node(graph, "Add", [total, branch.outputs[0]], name=f"{name}_sum{i}", like=out))
+        total = sums[-1].outputs[0]
+    return sums

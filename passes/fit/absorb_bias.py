@@ -1,0 +1,176 @@
+"""absorb-bias: the part of a ReLU's input that is always there goes into the bias behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qcompile.calib.observe import MinMax, MinMaxStat, Probe
+from qcompile.ir.channel_stats import channel_stats, move_channel_stats
+from qcompile.ir.edit import add_constant, erase, insert_after, new_node, replace_value, set_constant
+from qcompile.ir.model import Model
+from qcompile.ir.ops import const_array, const_scalar, input_at, is_op, output_activation_axis, pads_zeros, weight_slot
+from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
+from qcompile.rewrite.bias import bias_site, mean_output, shift_bias, weight_array
+from qcompile.structure.core import Refusal, label, only_user
+
+F64 = NDArray[np.float64]
+_LAYERS = ("Conv", "Gemm", "MatMul")
+_DEVIATIONS = 3.0
+_PAYS = 0.01  # a least value below 1 % of the largest would hardly shrink the range
+
+
+@dataclass(frozen=True)
+class AbsorbBias(Pass):
+    """Take high biases out of ReLU outputs: max(z, 0) with z >= k becomes max(z - k, 0) + k, and + k the next bias.
+
+    before: Conv(W1, c1) -> ReLU -> Conv(W2, c2)
+    after:  Conv(W1, c1 - k) -> ReLU -> Conv(W2, c2 + sum W2 k)   (Nagel et al. 2019, arXiv:1906.04721, section 4.1.3)
+    by=bn: k = max(0, beta - 3 |gamma|), without data, from folded BatchNormalization; by=data: k = max(0, min z), the least
+    value on calibration data, on which the function stays what it was.
+    The range of the activation shrinks by k.  Not exact where z < k; `equalize{center}` is, for one Max instead of the ReLU.
+    Weight-side on every target; a ReLU6 becomes Relu and Min with its bound 6 - k.
+    Refused: other activations, outputs with several readers, and a second convolution that pads with zeros, which would have
+    to be -k.
+    """
+
+    name = "absorb-bias"
+    kind = Kind.FIT
+    requires = frozenset({Fact.CANONICAL, Fact.BN_FOLDED, Fact.PADS_FOLDED})
+    by: Annotated[Literal["data", "bn"], "where the least value of a channel comes from"] = "data"
+
+    def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:
+        """Per-channel extremes in front of each activation."""
+        return [_probe(p) for p in _pairs(model.graph) if isinstance(p, _Pair) and self.by == "data"]
+
+    def may_change(self, model: Model, ctx: PassContext) -> Iterable[str]:
+        """From the first layers to the activations."""
+        return (name for p in _pairs(model.graph) if isinstance(p, _Pair) for name in _names(p))
+
+    def apply(self, model: Model, ctx: PassContext) -> PassResult:
+        """Absorb every pair; remark on the others."""
+        changed: set[str] = set()
+        for pair in list(_pairs(model.graph)):
+            reason = pair.reason if isinstance(pair, Refusal) else ctx.any_excluded((pair.first, pair.second))
+            if reason or isinstance(pair, Refusal):
+                ctx.missed(str(pair.node.name if isinstance(pair, Refusal) else pair.first.name), str(reason))
+                continue
+            self._one(model.graph, pair, ctx, changed)
+        return PassResult(bool(changed), changed=frozenset(changed))
+
+    def _one(self, graph: ir.Graph, pair: _Pair, ctx: PassContext, changed: set[str]) -> None:
+        k = self._least(pair, ctx)
+        shift = mean_output(pair.second, weight_array(pair.second), k) if k is not None else None
+        if k is None or shift is None:
+            ctx.missed(
+                str(pair.first.name), "no BatchNormalization says how small it gets" if self.by == "bn" else "not measured"
+            )
+            return
+        if not k.any():
+            ctx.missed(str(pair.first.name), "no channel stays above 0")
+            return
+        changed |= set(_names(pair))
+        first, second = bias_site(pair.first), bias_site(pair.second)
+        assert first is not None and second is not None
+        shift_bias(graph, first, -k)
+        move_channel_stats(pair.z, shift=-k)
+        shift_bias(graph, second, shift)
+        _lower_cap(graph, pair, k)
+        ctx.applied(
+            str(pair.first.name), f"absorbed into {pair.second.name}", channels=int((k > 0).sum()), largest=float(k.max())
+        )
+
+    def _least(self, pair: _Pair, ctx: PassContext) -> F64 | None:
+        """k of each channel, 0 where it is nothing beside the channel's range; None where nothing is known."""
+        if self.by == "bn":
+            stats = channel_stats(pair.z)
+            return None if stats is None else _worth(stats.mean - _DEVIATIONS * stats.std, stats.mean + _DEVIATIONS * stats.std)
+        stat = ctx.stats.get(_probe(pair))
+        return _worth(stat.lo, stat.hi) if isinstance(stat, MinMaxStat) and stat.lo.ndim == 1 else None
+
+
+def _worth(low: F64, high: F64) -> F64:
+    return np.where(low > _PAYS * high, np.maximum(low, 0.0), 0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class _Pair:
+    """first -> z -> activation (Relu, or Clip from 0) [-> cap (Min with a constant)] -> second."""
+
+    first: ir.Node
+    z: ir.Value
+    activation: ir.Node
+    cap: ir.Node | None
+    second: ir.Node
+
+
+def _pairs(graph: ir.Graph) -> Iterator[_Pair | Refusal]:
+    """Every layer behind which a ReLU stands, or why its bias must stay."""
+    for node in graph:
+        z = input_at(node, 0)
+        first = _layer_of(z) if z is not None and _is_relu(node) else None
+        if z is not None and first is not None:
+            yield _pair(first, z, node)
+
+
+def _is_relu(node: ir.Node) -> bool:
+    return is_op(node, "Relu") or (is_op(node, "Clip") and const_scalar(input_at(node, 1)) == 0.0)
+
+
+def _layer_of(z: ir.Value) -> ir.Node | None:
+    """The layer whose output, its bias included, is z."""
+    made = z.producer()
+    if made is None:
+        return None
+    candidates = [made, *(v.producer() for v in made.inputs if v is not None)] if is_op(made, "Add") else [made]
+    layers = (n for n in candidates if n is not None and is_op(n, *_LAYERS) and weight_slot(n) == 1)
+    return next((n for n in layers if (site := bias_site(n)) is not None and site[0] is made), None)
+
+
+def _pair(first: ir.Node, z: ir.Value, activation: ir.Node) -> _Pair | Refusal:
+    if only_user(z, activation.op_type) is not activation:
+        return Refusal(first, f"its output has other readers than {label(activation)}")
+    y, cap = activation.outputs[0], only_user(activation.outputs[0], "Min")
+    if cap is not None and any(const_array(v) is not None for v in cap.inputs):
+        y = cap.outputs[0]
+    else:
+        cap = None
+    second = only_user(y, *_LAYERS)
+    if second is None or second.inputs[0] is not y or weight_slot(second) != 1 or bias_site(second) is None:
+        return Refusal(first, "its activation does not feed one layer with a constant weight and bias alone")
+    if pads_zeros(second):
+        return Refusal(first, f"{label(second)} pads with zeros, which would have to be -k")
+    return _Pair(first, z, activation, cap, second)
+
+
+def _probe(pair: _Pair) -> Probe:
+    return Probe(str(pair.z.name), MinMax(output_activation_axis(pair.first)))
+
+
+def _names(pair: _Pair) -> Iterator[str]:
+    nodes = (pair.first, pair.activation, *([pair.cap] if pair.cap is not None else []))
+    yield from (str(v.name) for v in (pair.z, *(n.outputs[0] for n in nodes)))
+
+
+def _lower_cap(graph: ir.Graph, pair: _Pair, k: F64) -> None:
+    """min(., b) becomes min(., b - k)."""
+    shape = (1, -1, *(1,) * (weight_array(pair.first).ndim - 2)) if is_op(pair.first, "Conv") else (-1,)
+    if pair.cap is not None:
+        slot = next(i for i, v in enumerate(pair.cap.inputs) if const_array(v) is not None)
+        bound = const_array(pair.cap.inputs[slot])
+        assert bound is not None
+        set_constant(pair.cap, slot, bound.astype(np.float64) - k.reshape(shape))
+    elif is_op(pair.activation, "Clip") and (top := const_scalar(input_at(pair.activation, 2))) is not None:
+        clip, y = pair.activation, pair.activation.outputs[0]
+        dtype = y.dtype.numpy() if y.dtype is not None else np.dtype(np.float32)
+        bound = add_constant(graph, f"{clip.name}_cap", (top - k.reshape(shape)).astype(dtype))
+        relu = new_node(graph, "Relu", [pair.z], name=f"{clip.name}_low", like=y)
+        cap = new_node(graph, "Min", [relu.outputs[0], bound], name=f"{clip.name}_cap", like=y)
+        insert_after(graph, y, relu, cap)
+        replace_value(graph, y, cap.outputs[0])
+        erase(graph, clip)

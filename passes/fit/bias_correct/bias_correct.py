@@ -1,0 +1,164 @@
+"""bias-correct: take the mean error of quantized layers out of their biases."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Annotated, Literal
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qcompile.calib.observe import Moments, MomentsStat, Probe
+from qcompile.decide.decisions import Decision, clear_decisions, decisions, value_at
+from qcompile.ir.model import Model
+from qcompile.ir.ops import activation_channel_axis, const_array, is_compute, is_op, output_activation_axis, weight_slot
+from qcompile.passes.fit.bias_correct.bn_means import expected
+from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult, StatisticsProvider
+from qcompile.quant.affine import fake_quant
+from qcompile.rewrite.bias import bias_site, mean_output, shift_bias
+from qcompile.rewrite.qdq import grouped, materialise
+
+F64 = NDArray[np.float64]
+Layer = tuple[ir.Node, int, Decision]
+
+
+@dataclass(frozen=True)
+class BiasCorrection(Pass):
+    """Correct biases for the shift that rounding causes: c' = c - (Q(W) - W) E[x], or layer by layer from measured means.
+
+    before: Conv(x, Q(W), c)    after: Conv(x, Q(W), c')
+    empirical: E[x] on calibration data (Nagel et al. 2019, arXiv:1906.04721, section 4.2).  The squared error of the layer
+    falls by the square of its mean, so it never rises on the calibration data.
+    bn: E[x] without data, from the BatchNormalization in front: x = clip(N(beta, gamma^2)), through ReLU, ReLU6, average
+    pooling and residual sums (section 4.2.1).  A model of x: nothing holds it to the data.
+    sequential: c' = c + E[y] - E[y~] in order, y~ measured with everything in front quantized and corrected already
+    (appendix D): rounded activations count too.  One sweep for each layer of the network's depth.
+    Weight-side on every target, without a new node.
+    Refuses layers without a bias that a constant could be added to; in mode=bn those behind no BatchNormalization.
+    """
+
+    name = "bias-correct"
+    kind = Kind.FIT
+    requires = frozenset({Fact.DECIDED, Fact.FITTED})
+    mode: Annotated[Literal["empirical", "sequential", "bn"], "where the means come from"] = "empirical"
+
+    def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:
+        """Per-channel means of the inputs (sequential: outputs) of quantized layers; of all layers before the decisions."""
+        if self.mode == "bn":
+            return ()
+        probe = _output_probe if self.mode == "sequential" else _input_probe
+        if any(True for _ in decisions(model.graph)):
+            return dict.fromkeys(probe(node) for node, _, _ in _layers(model.graph))
+        return dict.fromkeys(probe(node) for node in model.graph if is_compute(node) and weight_slot(node) == 1)
+
+    def apply(self, model: Model, ctx: PassContext) -> PassResult:
+        """Correct every layer that has a bias."""
+        layers = list(_layers(model.graph))
+        if self.mode == "sequential":
+            return PassResult(_Sequence(model, ctx).correct(layers))
+        done = [_correct(model.graph, layer, self._mean(layer[0], ctx), ctx) for layer in layers]
+        return PassResult(any(done))
+
+    def _mean(self, node: ir.Node, ctx: PassContext) -> F64 | str:
+        """E[x] of each input channel, or why it is not known."""
+        if self.mode == "bn":
+            stats = expected(value_at(node, 0))
+            return "no BatchNormalization says what its input is like" if stats is None else stats.mean
+        stat = ctx.stats.get(_input_probe(node))
+        return stat.mean if isinstance(stat, MomentsStat) else "its input was not measured"
+
+
+def _layers(graph: ir.Graph) -> Iterator[Layer]:
+    for node, slot, d in decisions(graph):
+        right = slot == 1 and is_op(node, "MatMul", "Gemm", "Conv")
+        if right and value_at(node, slot).const_value is not None:
+            yield node, slot, d
+
+
+def _input_probe(node: ir.Node) -> Probe:
+    return Probe(str(value_at(node, 0).name), Moments(activation_channel_axis(node)))
+
+
+def _output_probe(node: ir.Node) -> Probe:
+    return Probe(str(node.outputs[0].name), Moments(output_activation_axis(node)))
+
+
+def _correct(graph: ir.Graph, layer: Layer, mean: F64 | str, ctx: PassContext) -> bool:
+    node, slot, d = layer
+    site, array = bias_site(node), const_array(node.inputs[slot])
+    if site is None or d.qparams is None or array is None:
+        ctx.missed(str(node.name), "the layer has no constant bias to correct")
+        return False
+    if isinstance(mean, str):
+        ctx.missed(str(node.name), mean)
+        return False
+    weight = array.astype(np.float32)
+    error = fake_quant(weight, d.qparams, d.spec.qtype, d.spec.granularity).astype(np.float64) - weight
+    shift = mean_output(node, error, mean) if mean.ndim == 1 else None
+    if shift is None:
+        ctx.missed(str(node.name), "its input channels do not match the measured means")
+        return False
+    shift_bias(graph, site, -shift)
+    ctx.applied(str(node.name), "bias corrected", largest_shift=float(np.abs(shift).max()))
+    return True
+
+
+@dataclass
+class _Sequence:
+    """Layer-by-layer correction of `model`, measured on a twin whose decisions are real Q/DQ nodes."""
+
+    model: Model
+    ctx: PassContext
+    twin: Model = field(init=False)
+    twins: dict[str | None, ir.Node] = field(init=False)
+
+    def correct(self, layers: list[Layer]) -> bool:
+        """All layers in order of depth; those of one depth do not feed each other and share a sweep."""
+        if not layers or self.ctx.statistics is None:
+            self.ctx.missed("", "no calibration data to measure quantized layers on")
+            return False
+        self.twin = _quantized(self.model, self.ctx)
+        self.twins = {n.name: n for n in self.twin.graph}
+        depths = _depths(self.model.graph, {node for node, _, _ in layers})
+        ordered = sorted((node for node, _, _ in layers), key=depths.__getitem__)
+        done = [self._level(list(level), self.ctx.statistics) for _, level in groupby(ordered, key=depths.__getitem__)]
+        return any(done)
+
+    def _level(self, nodes: list[ir.Node], statistics: StatisticsProvider) -> bool:
+        sites = {node: bias_site(node) for node in nodes}
+        fit = [(node, site) for node, site in sites.items() if site is not None]
+        for node in (node for node, site in sites.items() if site is None):
+            self.ctx.missed(str(node.name), "the layer has no constant bias to correct")
+        measured = statistics.collect(self.twin, [self._twin_probe(node) for node, _ in fit]) if fit else {}
+        for node, site in fit:
+            stat, reference = measured[self._twin_probe(node)], self.ctx.stats[_output_probe(node)]
+            assert isinstance(stat, MomentsStat) and isinstance(reference, MomentsStat)
+            shift = reference.mean - stat.mean
+            shift_bias(self.model.graph, site, shift)
+            shift_bias(self.twin.graph, (self.twins[site[0].name], site[1]), shift)
+            self.ctx.applied(str(node.name), "bias corrected in order", largest_shift=float(np.abs(shift).max()))
+        return bool(fit)
+
+    def _twin_probe(self, node: ir.Node) -> Probe:
+        return Probe(str(self.twins[node.name].outputs[0].name), Moments(output_activation_axis(node)))
+
+
+def _quantized(model: Model, ctx: PassContext) -> Model:
+    twin = model.clone()
+    for uses in grouped(twin.graph, ctx).values():
+        materialise(twin.graph, uses, ctx)
+    clear_decisions(twin.graph)
+    return twin
+
+
+def _depths(graph: ir.Graph, layers: set[ir.Node]) -> dict[ir.Node, int]:
+    """How many layers stand in front of each node on its longest path."""
+    behind: dict[ir.Value, int] = {}
+    depths: dict[ir.Node, int] = {}
+    for node in graph:
+        depths[node] = max((behind.get(v, 0) for v in node.inputs if v is not None), default=0)
+        behind |= dict.fromkeys(node.outputs, depths[node] + (node in layers))
+    return depths

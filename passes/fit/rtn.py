@@ -1,0 +1,156 @@
+"""rtn: weight scales, with a search for the clipping range."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qcompile.calib.observe import Moments, MomentsStat, Probe, Rows, RowsStat
+from qcompile.decide.decisions import Decision, decide, decision, decisions, value_at
+from qcompile.ir.model import Model
+from qcompile.ir.ops import activation_channel_axis, const_array, input_channel_axis
+from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
+from qcompile.quant.affine import fake_quant, qparams_from_range
+from qcompile.quant.minifloat import mxfp8_qparams, nvfp4_qparams, nvfp4_search
+from qcompile.quant.ranges import weight_mse_scale
+from qcompile.quant.spec import PerAxis, PerBlock, PerTensor, QParams, QuantSpec
+
+_ROWS = 256
+
+
+@dataclass(frozen=True)
+class RoundToNearest(Pass):
+    """Round weights to the nearest code; below 8 bit, clip each channel where the layer's output error is least.
+
+    scale_c = max |W_c| / qmax (min-max), or argmin_s sum_k E[x_k^2] (W_ck - Q_s(W_ck))^2 over s <= max|W_c| / qmax.
+    NVFP4 searches each block's E4M3 scale from 0.7 to 1.6 of min-max's; MXFP8's are the powers of two that cover.
+    before: a decision without a scale     after: the decision with its scale; the weight itself is rounded at insert-qdq
+    The searched scale is kept only where the layer's output error on calibration rows is not above min-max's.
+    """
+
+    name = "rtn"
+    kind = Kind.FIT
+    requires = frozenset({Fact.DECIDED})
+    establishes = frozenset({Fact.FITTED})
+    clip: Annotated[Literal["auto", "search", "none"], "clipping: search below 8 bit (auto), always or never"] = "auto"
+
+    def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:
+        """Input energies, and input rows for the contract, of the layers whose clipping is searched."""
+        for node, slot, d in _weights(model.graph):
+            data = _data(node, slot)
+            if self._searches(d.spec) and data is not None:
+                yield Probe(str(data.name), Moments(activation_channel_axis(node)))
+                if node.op_type in ("MatMul", "Gemm"):
+                    yield Probe(str(data.name), Rows(_ROWS))
+
+    def apply(self, model: Model, ctx: PassContext) -> PassResult:
+        """Set the scale of every weight decision."""
+        changed = False
+        for node, slot, d in list(_weights(model.graph)):
+            if d.qparams is None:
+                params = _floored(node, slot, self._fit(node, slot, d, ctx), ctx)
+                decide(node, slot, d.with_qparams(params))
+                changed = True
+        return PassResult(changed)
+
+    def _searches(self, spec: QuantSpec) -> bool:
+        if spec.block_format == "mxfp8":
+            return False
+        return self.clip == "search" or (self.clip == "auto" and spec.qtype.bits < 8)
+
+    def _fit(self, node: ir.Node, slot: int, d: Decision, ctx: PassContext) -> QParams:
+        tensor = value_at(node, slot).const_value
+        assert tensor is not None
+        weight = tensor.numpy().astype(np.float32)
+        plain = minmax_qparams(weight, d.spec)
+        if not self._searches(d.spec):
+            ctx.applied(str(node.name), "min-max weight scales")
+            return plain
+        searched = self._search(node, slot, weight, d.spec, ctx)
+        gain = _gain_db(node, slot, weight, plain, searched, d.spec, ctx)
+        if gain < 0:
+            ctx.missed(
+                str(node.name), "the clip search would raise the layer's output error; min-max kept", gain_db=round(gain, 2)
+            )
+            return plain
+        ctx.applied(str(node.name), "weight clipping searched", gain_db=round(gain, 2))
+        return searched
+
+    def _search(self, node: ir.Node, slot: int, weight: NDArray[np.float32], spec: QuantSpec, ctx: PassContext) -> QParams:
+        energy = _energy(node, slot, weight, ctx)
+        if spec.block_format == "nvfp4" and isinstance(spec.granularity, PerBlock):
+            return nvfp4_search(weight, spec.granularity.axis, energy)
+        scale = weight_mse_scale(weight, spec.qtype, spec.granularity, energy)
+        return QParams(scale, np.zeros(scale.shape, np.int64))
+
+
+def _floored(node: ir.Node, slot: int, params: QParams, ctx: PassContext) -> QParams:
+    """Scales large enough that ONNX Runtime's int32 bias, c / (s_x s_w), cannot overflow on nearly dead channels.
+
+    The floor |c| / (s_x 2^29) bites only where the weights add less than a 10,000th of the bias.
+    """
+    data = decision(node, 0)
+    bias = const_array(node.inputs[2]) if len(node.inputs) > 2 else None
+    if data is None or data.qparams is None or bias is None or bias.shape != params.scale.shape:
+        return params
+    floor = np.abs(bias.astype(np.float64)) / (float(data.qparams.scale) * 2.0**29)
+    if np.any(floor > params.scale):
+        ctx.note(
+            str(node.name),
+            f"{int((floor > params.scale).sum())} nearly dead channels: weight scale raised to keep an int32 bias exact",
+        )
+    return QParams(np.maximum(params.scale, floor), params.zero_point)
+
+
+def _weights(graph: ir.Graph) -> Iterable[tuple[ir.Node, int, Decision]]:
+    return ((n, s, d) for n, s, d in decisions(graph) if s >= 0 and value_at(n, s).const_value is not None)
+
+
+def _data(node: ir.Node, slot: int) -> ir.Value | None:
+    """The activation that meets the weight at `slot`."""
+    return node.inputs[1 - slot] if node.op_type in ("MatMul", "Gemm") else node.inputs[0]
+
+
+def minmax_qparams(weight: NDArray[np.float32], spec: QuantSpec) -> QParams:
+    """Largest magnitude of each slice of the granularity over qmax, in a scale of the block format; zero point 0."""
+    if spec.block_format is not None and isinstance(spec.granularity, PerBlock):
+        return (nvfp4_qparams if spec.block_format == "nvfp4" else mxfp8_qparams)(weight, spec.granularity.axis)
+    match spec.granularity:
+        case PerTensor():
+            top = np.asarray(np.abs(weight).max())
+        case PerAxis(axis):
+            top = np.abs(weight).max(tuple(i for i in range(weight.ndim) if i != axis))
+        case PerBlock(axis, size):
+            starts = np.arange(0, weight.shape[axis], size)
+            top = np.maximum.reduceat(np.abs(weight), starts, axis=axis)
+    return qparams_from_range(-top.astype(np.float64), top.astype(np.float64), spec.qtype, True)
+
+
+def _energy(node: ir.Node, slot: int, weight: NDArray[Any], ctx: PassContext) -> NDArray[np.float64] | None:
+    """E[x_k^2] along the weight's input axis, shaped to broadcast; None for grouped convolutions."""
+    data = _data(node, slot)
+    stat = ctx.stats.get(Probe(str(data.name), Moments(activation_channel_axis(node)))) if data is not None else None
+    axis = input_channel_axis(node)
+    if not isinstance(stat, MomentsStat) or stat.sumsq.size != weight.shape[axis]:
+        return None
+    shape = [-1 if i == axis else 1 for i in range(weight.ndim)]
+    return (stat.sumsq / max(stat.count, 1) + 1e-12).reshape(shape)
+
+
+def _gain_db(
+    node: ir.Node, slot: int, w: NDArray[np.float32], plain: QParams, searched: QParams, spec: QuantSpec, ctx: PassContext
+) -> float:
+    """How much lower the output error on calibration rows is with `searched` (weight error where rows do not apply)."""
+    a, b = (fake_quant(w, p, spec.qtype, spec.granularity) - w for p in (plain, searched))
+    data = _data(node, slot)
+    stat = ctx.stats.get(Probe(str(data.name), Rows(_ROWS))) if data is not None else None
+    if isinstance(stat, RowsStat) and len(stat.rows) and slot == 1:
+        transposed = input_channel_axis(node) == 1
+        a, b = (stat.rows.astype(np.float32) @ (d.T if transposed else d) for d in (a, b))
+    before, after = float(np.square(a, dtype=np.float64).sum()), float(np.square(b, dtype=np.float64).sum())
+    return 10 * float(np.log10((before + 1e-30) / (after + 1e-30)))

@@ -1,0 +1,158 @@
+"""canonicalize: one form for what exporters write in many."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import (
+    IdentityEliminationPass,
+    InlinePass,
+    LiftConstantsToInitializersPass,
+    RemoveInitializersFromInputsPass,
+    ShapeInferencePass,
+)
+from onnxscript.optimizer import fold_constants
+
+from qcompile.errors import ModelError
+from qcompile.ir.edit import erase_dead, replace_value
+from qcompile.ir.model import Model
+from qcompile.ir.ops import const_array
+from qcompile.ir.shape_fold import fold_shapes
+from qcompile.passes.forms.canonicalize.attention_op import decompose_attention
+from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
+
+_SIZE_LIMIT = 1 << 31
+_SHAPE_ROUNDS = 8
+_QUANTIZED = (
+    "QuantizeLinear",
+    "DequantizeLinear",
+    "QLinearConv",
+    "QLinearMatMul",
+    "MatMulInteger",
+    "ConvInteger",
+    "DynamicQuantizeLinear",
+)
+
+
+@dataclass(frozen=True)
+class Canonicalize(Pass):
+    """Fold constants, inline functions, decompose Attention, drop what does nothing.
+
+    before: Cast(fp16 weight) -> MatMul;  Pad(0,0);  Add(x, 0);  Dropout;  Identity(shared gamma) -> LayerNormalization
+    after:  MatMul with a float weight;   nothing;   nothing;    nothing;  LayerNormalization with its own gamma
+    Refuses models that already hold quantized operators.
+    """
+
+    name = "canonicalize"
+    kind = Kind.EQUIVALENT
+    establishes = frozenset({Fact.CANONICAL})
+
+    def apply(self, model: Model, ctx: PassContext) -> PassResult:
+        """Raises ModelError: the model is already quantized."""
+        _refuse_quantized(model)
+        before, count = _signature(model.graph), len(model.graph)
+        InlinePass()(model.ir)
+        RemoveInitializersFromInputsPass()(model.ir)
+        LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model.ir)
+        fold_constants(model.ir, input_size_limit=_SIZE_LIMIT, output_size_limit=_SIZE_LIMIT, should_fold=_foldable)
+        LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model.ir)
+        IdentityEliminationPass()(model.ir)
+        _fold_known_shapes(model)
+        for node in list(model.graph):
+            _simplify(model.graph, node, ctx)
+        erase_dead(model)
+        ShapeInferencePass()(model.ir)
+        model.name_nodes()
+        _remark_subgraphs(model, ctx)
+        modified = before != _signature(model.graph)
+        if modified:
+            ctx.applied("", f"{count} nodes became {len(model.graph)}")
+        else:
+            ctx.note("", "already canonical")
+        return PassResult(modified)
+
+
+def _signature(graph: ir.Graph) -> tuple[list[tuple[object, ...]], list[str]]:
+    """What the graph is made of, without the weights' values (no step changes those under an old name)."""
+    nodes = [
+        (n.domain, n.op_type, n.name, [v and v.name for v in n.inputs], [v.name for v in n.outputs], sorted(n.attributes))
+        for n in graph
+    ]
+    return nodes, sorted(graph.initializers)
+
+
+def _fold_known_shapes(model: Model) -> None:
+    """Each round of shape inference may make more Reshape targets and pads constant."""
+    for _ in range(_SHAPE_ROUNDS):
+        ShapeInferencePass()(model.ir)
+        if not fold_shapes(model.graph):
+            return
+
+
+def _foldable(node: ir.Node) -> bool | None:
+    """Fold whatever has only constant inputs; leave the folder's own rules to the rest."""
+    return True if node.inputs and all(v is None or v.const_value is not None for v in node.inputs) else None
+
+
+def _refuse_quantized(model: Model) -> None:
+    for node in model.graph.all_nodes():
+        if node.op_type in _QUANTIZED:
+            raise ModelError(
+                f"the model is already quantized (node {node.name!r} is a {node.op_type}); start from the float model"
+            )
+
+
+def _simplify(graph: ir.Graph, node: ir.Node, ctx: PassContext) -> None:
+    if node.op_type == "Attention" and node.domain == "":
+        decompose_attention(graph, node, ctx)
+    elif _does_nothing(node):
+        source = node.inputs[0]
+        assert source is not None
+        if source.is_graph_input() and node.outputs[0].is_graph_output():
+            return
+        replace_value(graph, node.outputs[0], source) if not node.outputs[0].is_graph_output() else _bypass_output(graph, node)
+
+
+def _bypass_output(graph: ir.Graph, node: ir.Node) -> None:
+    """A graph output made by a node that does nothing: rename its source, if that is not an interface too."""
+    source = node.inputs[0]
+    assert source is not None
+    if source.is_graph_output() or source.is_initializer():
+        return
+    replace_value(graph, node.outputs[0], source)
+
+
+def _does_nothing(node: ir.Node) -> bool:
+    if not node.inputs or node.inputs[0] is None:
+        return False
+    match node.op_type:
+        case "Dropout":
+            return len(node.outputs) == 1 or not node.outputs[1].uses()
+        case "Pad":
+            pads = const_array(node.inputs[1]) if len(node.inputs) > 1 and node.inputs[1] is not None else None
+            return pads is not None and not np.any(pads)
+        case "Add":
+            return _keeps(node, 0.0)
+        case "Mul":
+            return _keeps(node, 1.0)
+        case _:
+            return False
+
+
+def _keeps(node: ir.Node, neutral: float) -> bool:
+    """Whether the constant second operand is neutral and does not broadcast the first to a larger shape."""
+    other, data = node.inputs[1], node.inputs[0]
+    array = const_array(other) if other is not None else None
+    if array is None or array.dtype.kind != "f" or not np.all(array == neutral) or data is None:
+        return False
+    return array.ndim == 0 or (data.shape is not None and array.ndim <= len(data.shape) and all(d == 1 for d in array.shape))
+
+
+def _remark_subgraphs(model: Model, ctx: PassContext) -> None:
+    for node in model.graph:
+        if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()):
+            ctx.note(str(node.name), f"the body of this {node.op_type} is left in float")
+        elif node.domain not in ("", "ai.onnx", "com.microsoft"):
+            ctx.note(str(node.name), f"custom operator {node.domain}::{node.op_type} is left in float")

@@ -1,0 +1,34 @@
+"""fp16: the float rest in half precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qcompile.ir.model import Model
+from qcompile.passes.lower.half.bias import free_large_biases
+from qcompile.passes.lower.half.convert import HalfLowering
+from qcompile.passes.lower.half.types import FLOAT16
+from qcompile.pipeline.base import PassContext, PassResult
+
+
+@dataclass(frozen=True)
+class Half(HalfLowering):
+    """Turn float32 tensors, weights and scales into float16; the graph's interface keeps its types.
+
+    before: x: f32 -> MatMul -> y: f32
+    after:  x: f32 -> Cast -> MatMul in f16 -> Cast -> y: f32
+    What the type cannot hold stays in float32, in the smallest island and with the reason as a remark: tensors beyond 16376
+    (a quarter of the largest number) on calibration data, reductions whose running sum may exceed 65504, the variance of a
+    decomposed norm, epsilons below 2^-20 up to their division, divisors below 2^-14, sines of many periods, integers beyond
+    2048, scales that vanish.  Attention masks are set to -16376, where the softmax is 0 all the same.
+    """
+
+    name = "fp16"
+    format = FLOAT16
+
+    def apply(self, model: Model, ctx: PassContext) -> PassResult:
+        """Convert every node that is safe; cast where precisions meet."""
+        freed = free_large_biases(model.graph)
+        if freed:
+            ctx.note("", f"{freed} biases moved behind their layer: ONNX Runtime overflows them in float16")
+        return super().apply(model, ctx)

@@ -1,0 +1,132 @@
+"""Data for calibration and evaluation: one `Dataset`, whatever it is read from (see `qcompile.calib.data.sources`)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qcompile.calib.data.readers import Arrays, Reader
+from qcompile.errors import DataError
+from qcompile.ir.model import InputInfo
+
+__all__ = ["Dataset", "InputInfo", "find_beside", "fixed_batch", "load_data"]
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Samples of `reader` at `index`, in this order, checked for NaN and infinity as they are read.
+
+    `names` are the arrays of a batch; `labels` [N] or None; `source` says where the data came from;
+    `random` marks made-up data.
+    """
+
+    reader: Reader
+    index: tuple[int, ...]
+    names: tuple[str, ...]
+    source: str
+    all_labels: NDArray[Any] | None = None
+    random: bool = False
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def labels(self) -> NDArray[Any] | None:
+        """The labels of the samples, in their order."""
+        return None if self.all_labels is None else self.all_labels[list(self.index)]
+
+    def batches(self, size: int) -> Iterator[dict[str, NDArray[Any]]]:
+        """Batches of at most `size` samples of one shape, in order, the last one shorter.
+
+        Raises:
+            DataError: NaN or infinite values (which array, which sample), or an unreadable picture.
+        """
+        start = 0
+        while start < len(self.index):
+            stop = self._batch_end(start, size)
+            batch = self.reader.read(self.index[start:stop])
+            _require_finite(batch, self.index[start:stop], self.source)
+            yield batch
+            start = stop
+
+    def take(self, n: int) -> Dataset:
+        """`n` samples spread evenly over the stored order (stored data is often sorted by class); all when fewer."""
+        if n >= len(self):
+            return self
+        chosen = (np.arange(n) * len(self)) // n
+        return replace(self, index=tuple(self.index[i] for i in chosen))
+
+    def split(self, n: int) -> tuple[Dataset, Dataset]:
+        """`take(n)` and the rest, e.g. to calibrate and to measure."""
+        first = self.take(n)
+        held = set(first.index)
+        return first, replace(self, index=tuple(i for i in self.index if i not in held))
+
+    def fingerprint(self) -> str:
+        """SHA-256 hex digest of the samples' contents and order."""
+        return hashlib.sha256(self.reader.digest(self.index)).hexdigest()
+
+    def _batch_end(self, start: int, size: int) -> int:
+        key = self.reader.shape_key(self.index[start])
+        stop = start + 1
+        while stop < min(start + size, len(self.index)) and self.reader.shape_key(self.index[stop]) == key:
+            stop += 1
+        return stop
+
+
+def load_data(
+    spec: str, inputs: Sequence[InputInfo], preprocess: str | None = None, samples: int | None = None, seed: int = 0
+) -> Dataset:
+    """Open the data that `spec` names, checked against the model's `inputs`.
+
+    Args:
+        spec: a `.npz`, a folder of them, a folder of pictures, `file.py:function`, polygraphy's JSON inputs, `random`.
+        inputs: the model's inputs (`Model.inputs()`).
+        preprocess: for pictures: a preset or a TOML file (`qcompile.calib.data.preprocess`).
+        samples: how many, spread evenly over the stored order; None takes all.
+        seed: of `random`.
+
+    Raises:
+        DataError: the data is missing, unreadable, or does not fit the model.
+    """
+    from qcompile.calib.data.sources import open_source
+
+    data = open_source(spec, inputs, preprocess, samples, seed)
+    if samples is not None and 0 < len(data) < samples:
+        raise DataError(f"{data.source} holds {len(data)} samples, {samples} are wanted; give more data or --samples {len(data)}")
+    least = fixed_batch(inputs) or 1
+    if len(data) < least:
+        raise DataError(f"{data.source} holds {len(data)} samples and the model takes {least} a run; give more data")
+    return data if samples is None else data.take(samples)
+
+
+def find_beside(model_path: str | Path) -> str | None:
+    """Data beside the model by convention: `model.calib.npz` or the folder `model.calib` for `model.onnx`."""
+    path = Path(model_path)
+    for candidate in (path.with_name(f"{path.stem}.calib.npz"), path.with_name(f"{path.stem}.calib")):
+        if candidate.exists():
+            return str(candidate)
+    return None
+
+
+def fixed_batch(inputs: Sequence[InputInfo]) -> int | None:
+    """Samples that the model takes a run, when its first axis is fixed."""
+    sizes = {i.shape[0] for i in inputs if i.shape}
+    fixed = [s for s in sizes if isinstance(s, int)]
+    return fixed[0] if len(sizes) == 1 and fixed else None
+
+
+def _require_finite(batch: Arrays, index: Sequence[int], source: str) -> None:
+    for name, array in batch.items():
+        if array.dtype.kind != "f" or np.isfinite(array).all():
+            continue
+        bad = np.argwhere(~np.isfinite(array))[0]
+        what = "NaN" if np.isnan(array[tuple(bad)]) else "an infinite value"
+        sample = index[int(bad[0])] if len(bad) else index[0]
+        raise DataError(f"{source}: array {name!r} holds {what} in sample {sample}; clean the data or its preprocessing")

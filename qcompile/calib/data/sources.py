@@ -1,0 +1,301 @@
+"""The kinds of DATA: how each is opened and checked against the model's inputs."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import importlib.util
+import itertools
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qcompile.calib.data.dataset import Dataset, fixed_batch
+from qcompile.calib.data.mapped import mapped_array
+from qcompile.calib.data.preprocess import Preprocess, bind, holds_pictures, load_preprocess
+from qcompile.calib.data.readers import ArrayReader, Arrays, FeedReader, ImageReader
+from qcompile.errors import DataError
+from qcompile.ir.model import InputInfo
+
+PICTURES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"})
+GENERATOR_SAMPLES = 512
+RANDOM_SAMPLES = 32
+
+
+def open_source(spec: str, inputs: Sequence[InputInfo], preprocess: str | None, samples: int | None, seed: int) -> Dataset:
+    """Open `spec` by its kind (see `data.load_data`); generators give at most `samples` (512 when not given)."""
+    if spec == "random":
+        return _random(inputs, samples or RANDOM_SAMPLES, seed)
+    file, _, function = spec.rpartition(":")
+    if file.endswith(".py") and function:
+        return _generator(Path(file), function, inputs, samples or GENERATOR_SAMPLES)
+    path = Path(spec)
+    if not path.exists():
+        raise DataError(f"no data at {spec}: check the path")
+    if path.is_dir():
+        return _folder(path, inputs, preprocess)
+    if path.suffix == ".json":
+        return _polygraphy(path, inputs)
+    if path.suffix == ".npz":
+        return _npz(path, inputs, preprocess)
+    raise DataError(f"{spec} is no known kind of data; give a .npz, a folder, file.py:function, polygraphy's .json or 'random'")
+
+
+def _npz(path: Path, inputs: Sequence[InputInfo], preprocess: str | None) -> Dataset:
+    arrays = _load_npz(path, inputs)
+    return _array_dataset(arrays, inputs, preprocess, str(path))
+
+
+def _folder(path: Path, inputs: Sequence[InputInfo], preprocess: str | None) -> Dataset:
+    files = sorted(p for p in path.iterdir() if p.is_file())
+    archives = [p for p in files if p.suffix == ".npz"]
+    if archives:
+        return _archives(path, archives, inputs, preprocess)
+    pictures = [p for p in files if p.suffix.lower() in PICTURES]
+    if not pictures:
+        raise DataError(f"{path} holds neither .npz files nor pictures; give a folder that does")
+    return _picture_dataset(path, pictures, inputs, preprocess)
+
+
+def _load_npz(path: Path, inputs: Sequence[InputInfo]) -> Arrays:
+    """The arrays that the model needs, and `labels`; other arrays are not read."""
+    try:
+        # Opened here, because numpy leaves a broken archive's file to the garbage collector.
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise DataError(f"{path} is one array, not a .npz; save it with numpy.savez(file, {inputs[0].name}=array)")
+            _require_names(archive.files, inputs, str(path))
+            wanted = {i.name for i in inputs} | {"labels"}
+            return {n: _member(path, archive, n) for n in archive.files if n in wanted}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as e:
+        raise DataError(f"{path} is not a readable .npz ({e}); make one with numpy.savez") from e
+
+
+def _member(path: Path, archive: np.lib.npyio.NpzFile, name: str) -> NDArray[Any]:
+    mapped = mapped_array(path, name)
+    return archive[name] if mapped is None else mapped
+
+
+def _require_names(there: Iterable[str], inputs: Sequence[InputInfo], source: str) -> None:
+    there = list(there)
+    missing = [i.name for i in inputs if i.name not in there]
+    if not missing:
+        return
+    near = {m: difflib.get_close_matches(m, there, n=1) for m in missing}
+    hints = [f"{found[0]!r} is near {m!r}" for m, found in near.items() if found]
+    raise DataError(
+        f"{source} holds the arrays {sorted(there)} and the model needs {[i.name for i in inputs]}; "
+        f"missing: {', '.join(missing)}{' (' + ', '.join(hints) + ')' if hints else ''}; rename the arrays"
+    )
+
+
+def _archives(folder: Path, files: Sequence[Path], inputs: Sequence[InputInfo], preprocess: str | None) -> Dataset:
+    """One data set of all files; shapes may differ from file to file (lengths of sentences) where nothing is preprocessed."""
+    parts = [_load_npz(p, inputs) for p in files]
+    names = parts[0].keys()
+    for part, file in zip(parts, files, strict=True):
+        if part.keys() != names:
+            raise DataError(f"{file} holds {sorted(part)} and {files[0]} holds {sorted(names)}; give all files the same arrays")
+    if all(len({p[n].shape[1:] for p in parts}) == 1 for n in names):
+        return _array_dataset({n: np.concatenate([p[n] for p in parts]) for n in names}, inputs, preprocess, str(folder))
+    if preprocess is not None:
+        raise DataError(f"the arrays of {folder} differ in shape; pictures to preprocess need one size, or a folder of pictures")
+    return _varied(folder, parts, inputs)
+
+
+def _varied(folder: Path, parts: Sequence[Arrays], inputs: Sequence[InputInfo]) -> Dataset:
+    data = _feed_dataset(parts, inputs, str(folder))
+    if "labels" in data.names or "labels" not in parts[0]:
+        return data
+    labels = np.concatenate([p["labels"] for p in parts])
+    _require_equal_lengths({data.names[0]: np.empty(len(data)), "labels": labels}, str(folder))
+    return replace(data, all_labels=labels)
+
+
+def _array_dataset(arrays: Arrays, inputs: Sequence[InputInfo], preprocess: str | None, source: str) -> Dataset:
+    labels = arrays.pop("labels", None) if all(i.name != "labels" for i in inputs) else None
+    pictures = {i.name: p for i in inputs if (p := _picture_rule(arrays[i.name], i, preprocess))}
+    if preprocess is not None and not pictures:
+        raise DataError(f"{source}: no uint8 pictures to preprocess; leave --preprocess out")
+    for info in inputs:
+        if info.name not in pictures:
+            _require_fit(arrays[info.name], info, source)
+    _require_equal_lengths({**arrays, **({} if labels is None else {"labels": labels})}, source)
+    reader = ArrayReader(arrays, {i.name: i.dtype for i in inputs}, pictures)
+    return Dataset(reader, tuple(range(len(reader))), tuple(i.name for i in inputs), source, labels)
+
+
+def _picture_rule(array: NDArray[Any], info: InputInfo, preprocess: str | None) -> Preprocess | None:
+    if preprocess is None or not holds_pictures(array) or info.dtype.kind not in "fV":
+        return None
+    return bind(load_preprocess(preprocess), info)
+
+
+def _require_fit(array: NDArray[Any], info: InputInfo, source: str) -> None:
+    """Dtype and shape of stored samples against the input; integers may change width when no value is lost."""
+    _require_dtype(array, info, source)
+    expected = info.shape[1:]
+    fits = array.ndim == len(info.shape) and all(
+        not isinstance(want, int) or want == have for want, have in zip(expected, array.shape[1:], strict=True)
+    )
+    if not fits:
+        shown = ", ".join(["samples", *map(str, expected)])
+        raise DataError(f"{source}: array {info.name!r} has shape {list(array.shape)}, the model needs [{shown}]; reshape it")
+
+
+def _require_dtype(array: NDArray[Any], info: InputInfo, source: str) -> None:
+    if array.dtype == info.dtype or (array.dtype.kind == "f" and info.dtype.kind in "fV"):
+        return
+    if array.dtype.kind in "iu" and info.dtype.kind in "iu" and _fits_integers(array, info.dtype):
+        return
+    problem = f"{source}: array {info.name!r} is {array.dtype}, the model needs {info.dtype}"
+    if array.dtype == np.uint8 and info.dtype.kind == "f":
+        raise DataError(f"{problem}; name the pictures' preprocessing with --preprocess (e.g. imagenet), or store floats")
+    raise DataError(f"{problem}; convert it")
+
+
+def _fits_integers(array: NDArray[Any], dtype: np.dtype[Any]) -> bool:
+    limits = np.iinfo(dtype)
+    return not array.size or (int(array.min()) >= limits.min and int(array.max()) <= limits.max)
+
+
+def _require_equal_lengths(arrays: Arrays, source: str) -> None:
+    lengths = {n: len(a) if a.ndim else 0 for n, a in arrays.items()}
+    if len(set(lengths.values())) > 1:
+        raise DataError(f"{source}: the arrays hold different numbers of samples ({lengths}); the first axis must be the samples")
+
+
+def _picture_dataset(folder: Path, files: Sequence[Path], inputs: Sequence[InputInfo], preprocess: str | None) -> Dataset:
+    if len(inputs) != 1:
+        raise DataError(f"{folder} holds pictures and the model has {len(inputs)} inputs; give a .npz with all of them")
+    if preprocess is None:
+        raise DataError(f"{folder} holds pictures: say how they become inputs with --preprocess (e.g. imagenet, or a .toml file)")
+    rule = bind(load_preprocess(preprocess), inputs[0])
+    files, labels = _with_labels(folder, files)
+    reader = ImageReader(inputs[0].name, inputs[0].dtype, tuple(files), rule)
+    return Dataset(reader, tuple(range(len(files))), (inputs[0].name,), str(folder), labels)
+
+
+def _with_labels(folder: Path, files: Sequence[Path]) -> tuple[Sequence[Path], NDArray[np.int64] | None]:
+    """Order and labels from `labels.csv` (columns file and class_index or label), if there is one."""
+    table = folder / "labels.csv"
+    if not table.is_file():
+        return files, None
+    with table.open(newline="") as f:
+        rows = list(csv.DictReader(f))
+    column = next((c for c in ("class_index", "label") if rows and c in rows[0]), None)
+    if column is None or "file" not in rows[0]:
+        raise DataError(f"{table} needs the columns file and class_index (or label); see its first line")
+    try:
+        labels = {folder / r["file"]: int(r[column]) for r in rows}
+    except (TypeError, ValueError) as e:
+        raise DataError(f"{table}: a {column} is not a whole number ({e}); correct that line") from e
+    absent = [p for p in labels if not p.is_file()]
+    if absent:
+        raise DataError(f"{table} names {absent[0].name}, which is not in {folder}; remove that line or add the file")
+    return list(labels), np.array(list(labels.values()), np.int64)
+
+
+def _polygraphy(path: Path, inputs: Sequence[InputInfo]) -> Dataset:
+    from polygraphy.json import load_json
+
+    try:
+        feeds: Any = load_json(str(path))
+        listed = [dict(f) for f in ([feeds] if isinstance(feeds, dict) else feeds)]
+    except Exception as e:  # polygraphy raises its own and built-in errors alike
+        raise DataError(f"{path} is not a file of polygraphy inputs ({_last_line(e)}); make it with --save-inputs") from e
+    return _feed_dataset(listed, inputs, str(path))
+
+
+def _last_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
+
+
+def _generator(path: Path, function: str, inputs: Sequence[InputInfo], samples: int) -> Dataset:
+    """At most `samples` samples of a user's function, held in memory; it yields dicts, or arrays for a single input."""
+    produce = _user_function(path, function)
+    source = f"{path}:{function}"
+
+    def feeds() -> Iterator[Arrays]:
+        try:
+            for item in produce():
+                yield item if isinstance(item, dict) else _single(item, inputs, source)
+        except DataError:
+            raise
+        except Exception as e:  # whatever the user's function raises
+            raise DataError(f"{source} failed ({type(e).__name__}: {e}); run it with python first") from e
+
+    return _feed_dataset(feeds(), inputs, source, samples)
+
+
+def _user_function(path: Path, name: str) -> Callable[[], Iterable[Any]]:
+    if not path.is_file():
+        raise DataError(f"no file {path}: check the path before ':{name}'")
+    spec = importlib.util.spec_from_file_location(f"qcompile_user_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as e:  # whatever the user's file raises
+        raise DataError(f"{path} failed while being imported ({type(e).__name__}: {e}); run it with python first") from e
+    function: Any = getattr(module, name, None)
+    if not callable(function):
+        raise DataError(f"{path} defines no function {name!r}; it has {[n for n in vars(module) if not n.startswith('_')]}")
+    return cast(Callable[[], Iterable[Any]], function)
+
+
+def _single(item: Any, inputs: Sequence[InputInfo], source: str) -> Arrays:
+    if len(inputs) != 1:
+        raise DataError(f"{source} yields bare arrays and the model has the inputs {[i.name for i in inputs]}; yield dicts")
+    return {inputs[0].name: np.asarray(item)}
+
+
+def _feed_dataset(feeds: Iterable[Arrays], inputs: Sequence[InputInfo], source: str, limit: int | None = None) -> Dataset:
+    """The first `limit` samples of the feeds (all when None)."""
+    samples = itertools.chain.from_iterable(_split(f, inputs, source) for f in feeds)
+    held = tuple(itertools.islice(samples, limit))
+    if not held:
+        raise DataError(f"{source} gives no samples; it must give at least one")
+    return Dataset(FeedReader(held), tuple(range(len(held))), tuple(i.name for i in inputs), source)
+
+
+def _split(feed: Arrays, inputs: Sequence[InputInfo], source: str) -> list[Arrays]:
+    """One feed as samples with a leading axis of 1; arrays without the batch axis get one."""
+    _require_names(feed, inputs, source)
+    arrays = {i.name: _with_batch_axis(np.asarray(feed[i.name]), i) for i in inputs}
+    for info in inputs:
+        _require_fit(arrays[info.name], info, source) if info.shape else _require_dtype(arrays[info.name], info, source)
+    batched = {n: a for n, a in arrays.items() if a.ndim}
+    _require_equal_lengths(batched, source)
+    typed = {i.name: arrays[i.name].astype(i.dtype, copy=False) for i in inputs}
+    count = len(next(iter(batched.values()))) if batched else 1
+    return [{n: a[k : k + 1] if a.ndim else a for n, a in typed.items()} for k in range(count)]
+
+
+def _with_batch_axis(array: NDArray[Any], info: InputInfo) -> NDArray[Any]:
+    return array[None] if array.ndim == len(info.shape) - 1 else array
+
+
+def _random(inputs: Sequence[InputInfo], samples: int, seed: int) -> Dataset:
+    """Standard normal floats and 0/1 integers (masks: 1); dynamic axes other than the batch get 32."""
+    samples = max(samples, fixed_batch(inputs) or 1)
+    rng = np.random.default_rng(seed)
+    arrays = {i.name: _random_array(i, samples, rng) for i in inputs}
+    reader = ArrayReader(arrays, {i.name: i.dtype for i in inputs}, {})
+    return Dataset(reader, tuple(range(samples)), tuple(arrays), "random", random=True)
+
+
+def _random_array(info: InputInfo, samples: int, rng: np.random.Generator) -> NDArray[Any]:
+    shape = (samples, *(d if isinstance(d, int) else 32 for d in info.shape[1:]))
+    if info.dtype.kind in "fV":
+        return rng.standard_normal(shape, np.float32).astype(info.dtype)
+    if "mask" in info.name:
+        return np.ones(shape, info.dtype)
+    return rng.integers(0, 2, shape).astype(info.dtype)

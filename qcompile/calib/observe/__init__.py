@@ -1,0 +1,70 @@
+"""Observers: frozen descriptions of what to learn about a tensor; their results form a commutative monoid.
+
+    observer.empty()                         the neutral element
+    observer.observe(array, first, samples)  the statistic of one batch: the tested reference of every in-graph reduction
+    stat.merge(other)                        associative and commutative, so batches, sweeps and machines may be split at will
+
+MinMax, AbsMax, Histogram, Rows and Extremes give bit-identical results for every partition; Moments and SecondMoment
+are float64 sums, bit-identical for every partition into whole chunks (`qcompile.calib.observe.chunks`) and equal up to rounding
+(about 1e-15 relative) otherwise.  Channel axes: -1 for token tensors, 1 for NCHW.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from qcompile.calib.observe.chunks import CHUNK
+from qcompile.calib.observe.extrema import AbsMax, AbsMaxStat, MinMax, MinMaxStat, absmax_of
+from qcompile.calib.observe.histogram import ChannelHistograms, ChannelHistogramsStat, Histogram, HistogramStat
+from qcompile.calib.observe.rows import Extremes, ExtremesStat, Rows, RowsStat
+from qcompile.calib.observe.stat import NotCarried, Stat, other_axes
+from qcompile.calib.observe.sums import Moments, MomentsStat, SecondMoment, SecondMomentStat
+
+__all__ = [
+    "CHUNK", "KINDS", "AbsMax", "AbsMaxStat", "ChannelHistograms", "ChannelHistogramsStat", "Extremes", "ExtremesStat",
+    "Histogram", "HistogramStat", "MinMax", "MinMaxStat", "Moments", "MomentsStat", "NotCarried", "Observer", "Probe", "Rows",
+    "RowsStat", "SecondMoment", "SecondMomentStat", "Stat", "absmax_of", "follows", "other_axes",
+]  # fmt: skip
+
+
+class Observer(Protocol):
+    """What to learn about a tensor; hashable, so equal observers share one result."""
+
+    def empty(self) -> Any:
+        """The statistic of no data."""
+        ...
+
+    def observe(self, array: NDArray[Any], first_sample_index: int = 0, samples: int | None = None) -> Any:
+        """The statistic of `array`, whose samples are numbered from `first_sample_index`.
+
+        `samples` is how many samples the array holds, when that is not its first dimension (Swin's windows).
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Ask for `observer`'s statistic of the value named `tensor` of the main graph."""
+
+    tensor: str
+    observer: Observer
+
+
+KINDS: dict[str, tuple[type[Any], type[Stat]]] = {
+    observer.kind: (observer, stat)
+    for observer, stat in (
+        (MinMax, MinMaxStat), (AbsMax, AbsMaxStat), (Moments, MomentsStat), (Histogram, HistogramStat),
+        (ChannelHistograms, ChannelHistogramsStat), (SecondMoment, SecondMomentStat), (Rows, RowsStat), (Extremes, ExtremesStat),
+    )
+}  # fmt: skip
+"""Name of an observer -> its class and that of its statistics, for files without pickle."""
+
+
+def follows(observer: Observer) -> bool:
+    """Whether this observer's statistic can be carried through a per-channel x' = (x - t) / r."""
+    return isinstance(observer, Rows) or (
+        isinstance(observer, MinMax | Moments) and observer.axis is not None and observer.heads is None
+    )

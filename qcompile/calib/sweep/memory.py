@@ -1,0 +1,245 @@
+"""How much memory a sweep needs, predicted, and the probes spread over as few sweeps as fit a limit.
+
+peak = max(loading, running) + the statistics of all sweeps
+loading = 4 x weights: the model, its bytes, ONNX Runtime's copy of both (none for a large model, whose weights are mapped)
+running = 2 x weights (plain and packed for the kernels) + the largest set of tensors alive at once
+          + 3 x what leaves the session (ONNX Runtime's, its copy, and the batch before, which is being merged)
+          + the sweep's statistics once more, while they are merged
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
+
+from qcompile.calib.data.dataset import Dataset
+from qcompile.calib.data.readers import Arrays
+from qcompile.calib.observe import Observer, Probe
+from qcompile.calib.observe.histogram import ChannelHistograms, Histogram
+from qcompile.calib.observe.rows import Rows
+from qcompile.calib.observe.sums import SecondMoment
+from qcompile.calib.sweep.graphs import named_values
+from qcompile.calib.sweep.instrument import instrument
+from qcompile.errors import UsageError
+from qcompile.ir.model import Model
+from qcompile.ir.spill import is_large
+
+_BASE = 48 << 20  # the interpreter's, ONNX Runtime's and the kernels' own working memory
+_MARGIN = 1.25  # allocators round up and keep pieces
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """One sweep: its probes, and the bytes that the process is predicted to grow by."""
+
+    probes: tuple[Probe, ...]
+    predicted_bytes: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The sweeps that answer all probes at `batch` samples a run; of each of `blocks` parts of a large model at least one."""
+
+    sweeps: tuple[SweepPlan, ...]
+    batch: int
+    blocks: int = 1
+
+    @property
+    def predicted_bytes(self) -> int:
+        """The largest of the sweeps'."""
+        return max((s.predicted_bytes for s in self.sweeps), default=0)
+
+
+def plan(model: Model, data: Dataset, probes: Sequence[Probe], batch: int, mem_limit: int | None = None) -> MemoryPlan:
+    """As few sweeps as keep each below `mem_limit` bytes (one without a limit).
+
+    The probes of one tensor stay together: they share its memory.
+
+    Raises:
+        UsageError: one tensor's probes alone do not fit; the message says which batch size or limit would do.
+    """
+    sizes = functools.cache(functools.partial(tensor_bytes, model, data))
+    return MemoryPlan(tiled(model, sizes, probes, batch, mem_limit, statistics_bytes(model, probes)), batch)
+
+
+def tiled(
+    model: Model, sizes: Callable[[int], dict[str, int]], probes: Sequence[Probe], batch: int, mem_limit: int | None, held: int
+) -> tuple[SweepPlan, ...]:
+    """The sweeps of `plan`; `sizes` gives the bytes of every tensor at a batch size, `held` those of all statistics.
+
+    Raises as `plan`.
+    """
+    tensors = list(dict.fromkeys(p.tensor for p in probes))
+
+    def sweep_of(names: Sequence[str], size: int = batch) -> SweepPlan:
+        chosen = tuple(p for p in probes if p.tensor in set(names))
+        return SweepPlan(chosen, predict(model, sizes(size), chosen, held))
+
+    def need(tensor: str, size: int) -> int:
+        return sweep_of([tensor], size).predicted_bytes
+
+    whole = sweep_of(tensors)
+    if mem_limit is None or whole.predicted_bytes <= mem_limit:
+        return (whole,)
+    sweeps: list[SweepPlan] = []
+    rest = tensors
+    while rest:
+        found = _longest(sweep_of, rest, mem_limit)
+        if found is None:
+            raise UsageError(_refusal(functools.partial(need, rest[0]), rest[0], batch, mem_limit))
+        count, sweep = found
+        sweeps.append(sweep)
+        rest = rest[count:]
+    return tuple(sweeps)
+
+
+def statistics_bytes(model: Model, probes: Sequence[Probe]) -> int:
+    """Bytes of all statistics, which stay from sweep to sweep."""
+    values = named_values(model)
+    return sum(_statistic_bytes(p.observer, values[p.tensor]) for p in probes)
+
+
+def predict(model: Model, sizes: dict[str, int], probes: Sequence[Probe], held: int) -> int:
+    """Bytes that a sweep of `probes` makes the process grow by.
+
+    Args:
+        sizes: each tensor's bytes.
+        held: bytes of the statistics of all sweeps.
+    """
+    made = instrument(model, probes)
+    graph = made.model.graph
+    mapped = is_large(graph)
+    weights = 0 if mapped else sum(v.const_value.nbytes for v in graph.initializers.values() if v.const_value is not None)
+    reduced = _with_reductions(graph, sizes)
+    outputs = sum(reduced.get(str(o.name), 0) for o in graph.outputs)
+    running = 2 * weights + _alive(graph, reduced) + 3 * outputs + statistics_bytes(model, probes)
+    return _BASE + with_margin(held + max(4 * weights, running))
+
+
+def with_margin(size: int) -> int:
+    """`size` bytes as an allocator takes them."""
+    return int(_MARGIN * size)
+
+
+def _longest(sweep_of: Callable[[Sequence[str]], SweepPlan], tensors: list[str], limit: int) -> tuple[int, SweepPlan] | None:
+    """The most of the first tensors that fit, by bisection (more probes never need less); None when not even one does."""
+    low, high, best = 1, len(tensors), None
+    while low <= high:
+        middle = (low + high) // 2
+        sweep = sweep_of(tensors[:middle])
+        if sweep.predicted_bytes <= limit:
+            low, best = middle + 1, (middle, sweep)
+        else:
+            high = middle - 1
+    return best
+
+
+def _refusal(need_at: Callable[[int], int], tensor: str, batch: int, limit: int) -> str:
+    need = need_at(batch)
+    what = f"a sweep of tensor {tensor!r} alone needs about {_mib(need)} at batch {batch}, --mem-limit is {_mib(limit)}"
+    smaller = next((b for b in _halves(batch) if need_at(b) <= limit), None)
+    advice = (
+        f"use --batch {smaller}, or give at least {_mib(need)}"
+        if smaller is not None
+        else f"no batch size fits; give at least {_mib(need)}"
+    )
+    return f"{what}; {advice}"
+
+
+def _halves(batch: int) -> list[int]:
+    return [batch >> i for i in range(1, batch.bit_length()) if batch >> i]
+
+
+def _mib(size: int) -> str:
+    return f"{-(-size // (1 << 20))} MiB"
+
+
+def tensor_bytes(model: Model, data: Dataset, batch: int) -> dict[str, int]:
+    """Bytes of every tensor at `batch` samples of the data's largest shape; an unknown one is as large as the largest."""
+    copy = model.clone()
+    feeds = _largest_sample(data)
+    for value in named_values(copy).values():
+        if value.producer() is not None:
+            value.shape = None
+    for value in copy.graph.inputs:
+        array = feeds.get(str(value.name))
+        if array is not None:
+            value.shape = ir.Shape([batch, *array.shape[1:]] if array.ndim else [])
+    ShapeInferencePass()(copy.ir)
+    known = {name: _bytes(value) for name, value in named_values(copy).items()}
+    largest = max((size for size in known.values() if size is not None), default=0)
+    return {name: largest if size is None else size for name, size in known.items()}
+
+
+def _largest_sample(data: Dataset) -> Arrays:
+    """One sample of the shape with the most values."""
+    first_of = {data.reader.shape_key(i): i for i in reversed(data.index)}
+    samples = [data.reader.read([i]) for i in first_of.values()]
+    return max(samples, key=lambda s: sum(a.size for a in s.values()))
+
+
+def _bytes(value: ir.Value) -> int | None:
+    if value.shape is None or value.dtype is None or not all(isinstance(d, int) for d in value.shape):
+        return None
+    return int(prod(d for d in value.shape if isinstance(d, int)) * value.dtype.itemsize)
+
+
+def _with_reductions(graph: ir.Graph, shapes: dict[str, int]) -> dict[str, int]:
+    """Sizes of the appended nodes' outputs: as large as their input, but for what reduces."""
+    sizes = dict(shapes)
+    for node in graph:
+        for out in node.outputs:
+            if str(out.name) not in sizes:
+                sizes[str(out.name)] = _appended_bytes(node, sizes)
+    return sizes
+
+
+def _appended_bytes(node: ir.Node, sizes: dict[str, int]) -> int:
+    source = node.inputs[0]
+    assert source is not None
+    size = sizes.get(str(source.name), 0)
+    if node.op_type == "Size":
+        return 16
+    if not node.op_type.startswith("Reduce"):
+        return size * (2 if node.op_type == "Cast" and source.dtype == ir.DataType.FLOAT16 else 1)
+    length = source.shape[-1] if source.shape is not None and len(source.shape) else 1
+    return size // length if "rows" in str(node.name) and isinstance(length, int) else min(size, 1 << 16)
+
+
+def _alive(graph: ir.Graph, sizes: dict[str, int]) -> int:
+    """The most bytes of tensors alive at once, in the graph's order; the outputs are counted by the caller."""
+    last = {str(v.name): i for i, node in enumerate(graph) for v in node.inputs if v is not None}
+    kept = {str(o.name) for o in graph.outputs}
+    alive = peak = sum(sizes.get(str(v.name), 0) for v in graph.inputs)
+    held: dict[str, int] = {}
+    for i, node in enumerate(graph):
+        for out in node.outputs:
+            if str(out.name) not in kept:
+                held[str(out.name)] = sizes.get(str(out.name), 0)
+                alive += held[str(out.name)]
+        peak = max(peak, alive)
+        for name in {str(v.name) for v in (*node.inputs, *node.outputs) if v is not None}:
+            if last.get(name, -1) <= i:
+                alive -= held.pop(name, 0)
+    return peak
+
+
+def _statistic_bytes(observer: Observer, value: ir.Value) -> int:
+    width = value.shape[-1] if value.shape is not None and len(value.shape) else 1
+    channels = width if isinstance(width, int) else 4096
+    match observer:
+        case SecondMoment():
+            return 12 * channels * channels  # float64, and the chunk at hand in float32
+        case Rows(count):
+            return 4 * count * channels
+        case Histogram(bins):
+            return 8 * bins
+        case ChannelHistograms():
+            return 8 * observer.bins * channels
+        case _:
+            return 64 * channels

@@ -1,0 +1,242 @@
+"""One pass over the data that answers many probes, near the speed of inference.
+
+Statistics are reduced inside the graph by ONNX Runtime's own kernels where they can be (`qcompile.calib.sweep.instrument`), so
+that only small results leave the session; what is left to do outside (histograms, sampling rows) is done for one
+batch while ONNX Runtime runs the next.  Statistics are merged batch by batch: memory does not grow with the samples.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+
+from qcompile.calib.data.dataset import Dataset, fixed_batch
+from qcompile.calib.observe import Probe, Stat
+from qcompile.calib.observe.chunks import CHUNK, chunk_samples, segments
+from qcompile.calib.observe.rows import Rows, RowsStat
+from qcompile.calib.sweep.instrument import Instrumented, instrument
+from qcompile.calib.sweep.memory import plan as plan_memory
+from qcompile.calib.sweep.readout import Arrays, Batch
+from qcompile.errors import DataError
+from qcompile.execute.serving import open_session
+from qcompile.execute.session import batch_length, run
+from qcompile.ir.model import Model
+
+DEFAULT_BATCH = 8
+_WAITING_ROWS = 128
+_MERGERS = os.cpu_count() or 1
+_SEGMENT_CHUNKS = 16
+
+OnBatch = Callable[[dict[Probe, Stat], int], None]
+Progress = Callable[[int, int], None]
+
+
+def sweep(
+    model: Model,
+    data: Dataset,
+    probes: Sequence[Probe],
+    *,
+    batch: int | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    start: int = 0,
+    stop: int | None = None,
+    known: dict[Probe, Stat] | None = None,
+    on_batch: OnBatch | None = None,
+    mem_limit: int | None = None,
+) -> dict[Probe, Stat]:
+    """Run samples `start` to `stop` of `data` through `model` once and return every probe's statistic.
+
+    Args:
+        batch: samples a run (default 8); a model with a fixed batch axis decides itself, and a rest that does
+            not fill it is left out.
+        threads: of ONNX Runtime.
+        progress: called with (samples done, samples in all) after each run.
+        start: a chunk boundary (`qcompile.calib.observe.chunks`), or where an earlier run with the same batch size stopped.
+        known: statistics to continue from.
+        on_batch: called with all statistics and the number of the next sample after every merged batch; where
+            `mem_limit` needs several sweeps, after every 16 chunks.
+        mem_limit: bytes that the process may grow by: the probes are spread over as many sweeps as that takes.
+
+    Raises:
+        ModelError: a probed tensor is not in the main graph, or ONNX Runtime cannot load the graph.
+        DataError: NaN or infinite values in a probed tensor; no samples, or fewer than the fixed batch.
+        UsageError: `mem_limit` is below what a single probe needs.
+    """
+    if not probes:
+        return {}
+    wanted = list(dict.fromkeys(probes))
+    stats: dict[Probe, Stat] = {p: p.observer.empty() for p in wanted} | {p: s for p, s in (known or {}).items() if p in wanted}
+    end = len(data) if stop is None else min(stop, len(data))
+    size = batch_size(model, len(data), batch)
+    groups = [wanted]
+    if mem_limit is not None:
+        groups = [list(s.probes) for s in plan_memory(model, data, wanted, size, mem_limit).sweeps]
+    if len(groups) == 1:
+        return Sweep(model, data, wanted, size, threads, mem_limit is None).run(stats, start, end, progress, on_batch)
+    length = None if on_batch is None else _SEGMENT_CHUNKS * chunk_samples(fixed_batch(model.inputs()))
+    done = _Counted(progress, (end - start) * len(groups))
+    for first, last in segments(start, end, length):
+        for group in groups:
+            one = Sweep(model, data, group, size, threads, arena=False)
+            stats |= one.run({p: stats[p] for p in group}, first, last, done.within)
+            done.finish(last - first)
+        if on_batch is not None:
+            on_batch(stats, last)
+    return stats
+
+
+def batch_size(model: Model, available: int, batch: int | None = None) -> int:
+    """Samples a run: the model's fixed batch axis, else `batch`, else 8.
+
+    Raises:
+        DataError: fewer samples than one run needs.
+    """
+    fixed = fixed_batch(model.inputs())
+    least = fixed or 1
+    if available < least:
+        raise DataError(f"the data holds {available} samples and the model needs {least} a run; give more samples")
+    return fixed or min(batch or DEFAULT_BATCH, available)
+
+
+@dataclass
+class _Counted:
+    """Progress over several sweeps."""
+
+    progress: Progress | None
+    total: int
+    before: int = 0
+
+    def within(self, done: int, _: int) -> None:
+        if self.progress is not None:
+            self.progress(self.before + done, self.total)
+
+    def finish(self, samples: int) -> None:
+        self.before += samples
+
+
+@dataclass
+class Sweep:
+    """One session that answers `probes` over ranges of samples; each probe's statistic is only touched by one thread at a time.
+
+    `own` names the probes whose statistics nobody else holds, so that they may be changed in place.
+    `arena` False gives memory back after every use (see `qcompile.execute.session.make_session`).
+    """
+
+    model: Model
+    data: Dataset
+    probes: Sequence[Probe]
+    size: int = DEFAULT_BATCH
+    threads: int | None = None
+    arena: bool = True
+    stats: dict[Probe, Stat] = field(default_factory=dict[Probe, Stat])
+    own: set[Probe] = field(default_factory=set[Probe])
+    waiting: dict[Probe, list[RowsStat]] = field(default_factory=dict[Probe, list[RowsStat]])
+
+    def __post_init__(self) -> None:
+        self.plan: Instrumented = instrument(self.model, self.probes)
+        self.session = open_session(self.plan.model, qdq_fusion=False, threads=self.threads, arena=self.arena)
+        self.outputs = [str(o.name) for o in self.plan.model.graph.outputs]
+        self.taken = {i.name for i in self.session.get_inputs()}
+
+    def run(
+        self,
+        stats: dict[Probe, Stat],
+        start: int,
+        end: int,
+        progress: Progress | None = None,
+        on_batch: OnBatch | None = None,
+    ) -> dict[Probe, Stat]:
+        """`stats` with samples `start` to `end` merged in: the batches in order, each merged while the next one runs."""
+        self.stats = stats
+        self.own.clear()
+        shares = [list(stats)[i::_MERGERS] for i in range(_MERGERS)]
+        pending: list[Future[None]] = []
+        done = start
+
+        def settle() -> None:
+            if not pending:
+                return
+            for merged in pending:
+                merged.result()
+            if progress is not None:
+                progress(done - start, end - start)
+            if on_batch is not None:
+                self._flush()
+                on_batch(self.stats, done)
+                self.own.clear()
+
+        # BLAS in one thread: its idle threads spin, and the cores belong to ONNX Runtime.
+        with threadpool_limits(1, "blas"), ThreadPoolExecutor(_MERGERS) as workers:
+            for feeds, first, chunk in self._batches(start, end):
+                batch = self._answered(feeds, first, chunk)
+                settle()
+                done = first + batch.held
+                pending = [workers.submit(self._merge, batch, share) for share in shares]
+                del batch
+            settle()
+        self._flush()
+        return self.stats
+
+    def _batches(self, start: int, end: int) -> Iterator[tuple[Arrays, int, int]]:
+        """(inputs, number of the first sample, chunk); no batch crosses a chunk boundary."""
+        fixed = fixed_batch(self.model.inputs())
+        length, first = chunk_samples(fixed), start
+        while first < end:
+            chunk = first // length
+            stop = min((chunk + 1) * length, end)
+            for feeds in replace(self.data, index=self.data.index[first:stop]).batches(self.size):
+                held = batch_length(feeds)
+                if fixed is not None and held != fixed:
+                    return
+                yield feeds, first, chunk
+                first += held
+
+    def _answered(self, feeds: Arrays, first: int, chunk: int) -> Batch:
+        """The outputs on a batch."""
+        used = {k: v for k, v in feeds.items() if k in self.taken}
+        found = dict(zip(self.outputs, run(self.session, used, self.outputs, first), strict=True))
+        batch = Batch(self.plan, found, first, batch_length(feeds), chunk * CHUNK)
+        batch.require_finite(self.model, lambda tensor: self._fetch(tensor, feeds, first))
+        return batch
+
+    def _fetch(self, tensor: str, feeds: Arrays, first: int) -> NDArray[Any]:
+        """The raw tensor of one batch, by a session of its own."""
+        plan = instrument(self.model, [Probe(tensor, Rows())])
+        session = open_session(plan.model, qdq_fusion=False)
+        wanted = {i.name for i in session.get_inputs()}
+        return run(session, {k: v for k, v in feeds.items() if k in wanted}, None, first)[0]
+
+    def _merge(self, batch: Batch, probes: Sequence[Probe]) -> None:
+        """Into what is known; the few rows that a batch adds to a sample wait for more, since a merge copies the sample."""
+        chunk = batch.chunk_first // CHUNK
+        for probe in probes:
+            known = self.stats[probe]
+            if (merged := batch.merged(probe, known, probe in self.own)) is not None:
+                self.stats[probe] = merged.folded(chunk)
+                self.own.add(probe)
+                continue
+            stat = batch.statistic(probe, known)
+            if not isinstance(stat, RowsStat):
+                self.stats[probe] = known.merge(stat).folded(chunk)
+                continue
+            parts = self.waiting.setdefault(probe, [])
+            parts.append(stat)
+            if sum(len(p.keys) for p in parts) >= _WAITING_ROWS:
+                self._flush_one(probe)
+
+    def _flush(self) -> None:
+        for probe in self.waiting:
+            self._flush_one(probe)
+
+    def _flush_one(self, probe: Probe) -> None:
+        known = self.stats[probe]
+        assert isinstance(known, RowsStat)
+        self.stats[probe] = known.merge_all(self.waiting[probe])
+        self.waiting[probe] = []

@@ -1,1 +1,0 @@
-"""Graphs that ONNX Runtime cannot run, as exactly equal graphs of standard operators that it can."""

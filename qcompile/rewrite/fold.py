@@ -1,0 +1,235 @@
+"""The one affine fold behind smooth and repq: x' = (x - t) / r per channel, undone in the linears that read x.
+
+norm:   gamma' = gamma / r,  beta' = (beta - t) / r          (exact, no new node)
+value:  columns of the value projection / s, rows of the output projection * s
+hidden: a gated MLP's up projection, a ReLU MLP's fc1 / s; behind GELU one Mul by 1 / s (and Sub t) is inserted
+linear: W' = diag(r) W,  c' = c + t W
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qcompile.ir.edit import add_constant, new_node, set_constant, splice_after
+from qcompile.ir.ops import const_array
+from qcompile.pipeline.base import AffineMap, PassContext, PassResult, claim, claimed_by, mark_folded
+from qcompile.rewrite.linear import absorb_shift, divide_outputs, like, scale_inputs, weight_of
+from qcompile.structure import (
+    Linear,
+    Matches,
+    Mlp,
+    NormToLinears,
+    VProjection,
+    find_mlps,
+    find_norm_to_linears,
+    find_v_projections,
+)
+from qcompile.structure.core import names_between
+
+F64 = NDArray[np.float64]
+T = TypeVar("T")
+SiteKind = Literal["norm", "value", "hidden"]
+
+
+@dataclass(frozen=True, eq=False)
+class FoldSite:
+    """One tensor [..., C] whose channels may be rescaled: `tensor` as its readers `linears` see it.
+
+    `channels[i]` is the channel of r that row i of the linears' weights belongs to (grouped-query heads repeat).
+    """
+
+    kind: SiteKind
+    tensor: ir.Value
+    linears: tuple[Linear, ...]
+    anchor: ir.Node
+    match: NormToLinears | VProjection | Mlp
+    shift_refusal: str | None
+    free: bool = True
+    channels: NDArray[np.int64] | None = None
+
+    @property
+    def moved(self) -> Iterator[str]:
+        """Names of the tensors whose values change."""
+        return _moved(self)
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """Names of the tensors that the linears read."""
+        return tuple(dict.fromkeys(str(x.input.name) for x in self.linears))
+
+    def weight_rows(self) -> F64:
+        """Weights of all linears side by side, [C_in, sum of outputs], float64."""
+        return np.concatenate([weight_of(x).reshape(x.in_channels, -1) for x in self.linears], axis=1)
+
+
+@dataclass
+class Folded:
+    """What the folds of one pass changed."""
+
+    maps: dict[str, AffineMap] = field(default_factory=dict[str, AffineMap])
+    changed: set[str] = field(default_factory=set[str])
+    derived: dict[str, tuple[str, AffineMap]] = field(default_factory=dict[str, tuple[str, AffineMap]])
+
+    def result(self, modified: bool) -> PassResult:
+        """What the runner is told."""
+        return PassResult(modified, self.maps, frozenset(self.changed), self.derived)
+
+
+def _remarked(matches: Matches[T], ctx: PassContext, remark: bool) -> Matches[T]:
+    """The matches; their refusals become remarks if asked for."""
+    for refusal in matches.refused if remark else ():
+        ctx.missed(str(refusal.node.name), refusal.reason)
+    return matches
+
+
+def norm_sites(graph: ir.Graph, ctx: PassContext, remark: bool = False) -> list[FoldSite]:
+    """Norm -> linears; refusals become remarks."""
+    matches = _remarked(find_norm_to_linears(graph), ctx, remark)
+    return [
+        FoldSite("norm", m.linears[0].input, m.linears, m.norm.node, m, m.shift_refusal)
+        for m in matches
+        if all(x.channel_axis == -1 for x in m.linears) and m.linears
+    ]
+
+
+def value_sites(graph: ir.Graph, ctx: PassContext, remark: bool = False) -> list[FoldSite]:
+    """Value projection -> output projection, through attention."""
+    matches = _remarked(find_v_projections(graph), ctx, remark)
+    return [FoldSite("value", m.out.input, (m.out,), m.attention.pv, m, m.shift_refusal, channels=m.columns) for m in matches]
+
+
+def hidden_sites(graph: ir.Graph, ctx: PassContext, remark: bool = False) -> list[FoldSite]:
+    """The hidden layer of an MLP -> fc2."""
+    matches = _remarked(find_mlps(graph), ctx, remark)
+    return [
+        FoldSite("hidden", m.fc2.input, (m.fc2,), m.fc2.node, m, m.shift_refusal, free=_absorber(m) is not None)
+        for m in matches
+        if m.fc2.channel_axis == -1
+    ]
+
+
+def usable(site: FoldSite, ctx: PassContext, override: bool) -> bool:
+    """Whether the site may be folded now; remarks why not."""
+    owner = claimed_by(site.anchor)
+    reason = ctx.any_excluded(x.node for x in site.linears)
+    if owner and owner != ctx.pass_name and not override:
+        reason = f"claimed by {owner}"
+    if reason:
+        ctx.missed(str(site.anchor.name), reason)
+    return reason is None
+
+
+def fold(graph: ir.Graph, site: FoldSite, r: F64, t: F64, ctx: PassContext, out: Folded, *, claims: bool = True) -> None:
+    """Rewrite one site: r [C] nonzero, t [C] (zeros where the site refuses a shift); later folds leave a claimed site alone."""
+    moved = set(_moved(site))
+    match site.match:
+        case NormToLinears():
+            _fold_norm(graph, site.match, r, t)
+            if not any(n.op_type == "Transpose" for n in site.match.path):
+                out.maps[str(site.match.norm.output.name)] = AffineMap(r, t)
+        case VProjection():
+            _fold_value(site.match, r, out)
+        case Mlp():
+            moved |= _fold_hidden(graph, site, site.match, r, t, out)
+    rows = r if site.channels is None else r[site.channels]
+    for linear in site.linears:
+        _fold_linear(graph, linear, rows, t)
+        mark_folded(linear.node)
+    if claims:
+        claim(site.anchor, ctx.pass_name)
+    exact = set(site.readers) if site.kind != "hidden" or site.free else set[str]()
+    out.maps.update({name: AffineMap(rows, t) for name in exact})
+    out.changed |= moved - set(out.maps)
+
+
+def _fold_norm(graph: ir.Graph, m: NormToLinears, r: F64, t: F64) -> None:
+    norm = m.norm
+    if norm.gamma_site is None:
+        _append_affine(graph, norm.output, 1 / r, -t / r)
+        return
+    gamma = const_array(norm.gamma)
+    assert gamma is not None
+    node, slot = norm.gamma_site
+    set_constant(node, slot, like(gamma, np.broadcast_to(gamma.astype(np.float64).reshape(-1), r.shape) / r))
+    beta = const_array(norm.beta)
+    if beta is not None and norm.beta_site is not None:
+        wide = np.broadcast_to(beta.astype(np.float64).reshape(-1), r.shape)
+        set_constant(norm.beta_site[0], norm.beta_site[1], like(beta, (wide - t) / r))
+    elif np.any(t):
+        _make_beta(graph, m, -t / r, gamma.dtype)
+
+
+def _make_beta(graph: ir.Graph, m: NormToLinears, beta: F64, dtype: np.dtype) -> None:
+    site = m.norm.beta_site
+    if site is None:
+        _append_affine(graph, m.norm.output, np.ones_like(beta), beta)
+        return
+    node, slot = site
+    node.resize_inputs(slot + 1)
+    node.replace_input_with(slot, add_constant(graph, f"{node.name}_beta", beta.astype(dtype)))
+
+
+def _append_affine(graph: ir.Graph, value: ir.Value, scale: F64, shift: F64) -> ir.Value:
+    """value * scale + shift behind `value`, for all its readers; returns the new value."""
+    dtype = value.dtype.numpy() if value.dtype is not None else np.dtype(np.float32)
+    out = value
+    for op, vector, neutral in (("Mul", scale, 1.0), ("Add", shift, 0.0)):
+        if np.all(vector == neutral):
+            continue
+        constant = add_constant(graph, f"{value.name}_{op.lower()}", vector.astype(dtype))
+        node = new_node(graph, op, [out, constant], name=f"{value.name}_fold_{op.lower()}", like=value)
+        splice_after(graph, out, node)
+        out = node.outputs[0]
+    return out
+
+
+def _fold_value(m: VProjection, s: F64, out: Folded) -> None:
+    """Columns of the value projection (weight and bias) divided by s, which is indexed by its output channel."""
+    divide_outputs(m.linear, s)
+    made = {str(m.linear.node.outputs[0].name), str(m.linear.output.name)} if m.linear.channel_axis == -1 else set[str]()
+    out.maps.update({name: AffineMap(s, np.zeros_like(s)) for name in made})
+
+
+def _absorber(m: Mlp) -> Linear | None:
+    """The linear that can take 1 / s for free: a gate's partner, or fc1 in front of ReLU."""
+    if m.gate is not None:
+        return m.up if m.up is not None and m.up is not m.fc1 else None
+    return m.fc1 if m.activation.kind == "relu" else None
+
+
+def _fold_hidden(graph: ir.Graph, site: FoldSite, m: Mlp, r: F64, t: F64, out: Folded) -> set[str]:
+    absorber = _absorber(m)
+    if absorber is not None:
+        divide_outputs(absorber, r)
+        return {str(absorber.output.name), str(absorber.node.outputs[0].name), str(m.hidden.name)}
+    new = _append_affine(graph, site.tensor, 1 / r, -t / r)
+    out.derived[str(new.name)] = (str(site.tensor.name), AffineMap(r, t))
+    return set()
+
+
+def _fold_linear(graph: ir.Graph, linear: Linear, r: F64, t: F64) -> None:
+    if np.any(t):
+        absorb_shift(graph, linear, t)
+    scale_inputs(linear, r)
+
+
+def _moved(site: FoldSite) -> Iterator[str]:
+    yield from site.readers if site.kind != "hidden" or site.free else ()
+    match site.match:
+        case NormToLinears(norm=norm, path=path):
+            yield str(norm.output.name)
+            yield from (str(v.name) for node in path for v in node.outputs)
+        case VProjection():
+            yield from names_between([site.match.linear.node], site.match.out.node)
+        case Mlp(hidden=hidden, path=path) if site.free:
+            yield str(hidden.name)
+            yield from (str(v.name) for node in path for v in node.outputs)
+            yield from names_between([site.match.fc1.node], site.match.fc2.node)
+        case _:
+            return

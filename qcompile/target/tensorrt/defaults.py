@@ -1,0 +1,86 @@
+"""What the TensorRT targets leave in float unless --quantize asks for it, and why."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from qcompile.ir.ops import int_attr, is_const, is_data_movement, is_op, static_shape, weight_slot
+from qcompile.pipeline.base import PassContext
+from qcompile.structure.core import data_uses
+from qcompile.structure.scores import Scores
+
+_CHANNELS = {"int": 4, "float": 16}  # an fp8 convolution of a picture has no kernel (measured), an int8 one gains nothing
+_SMALLEST = 16
+_UNARY = frozenset(
+    {"Abs", "ArgMax", "Cast", "Clip", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Log", "LogSoftmax"}
+    | {"Neg", "Relu", "Sigmoid", "Softmax", "Softplus", "Sqrt", "Tanh"}
+)
+_BINARY = frozenset({"Add", "Div", "Mul", "Pow", "Sub"})
+
+
+def is_native(ctx: PassContext) -> bool:
+    """Whether TensorRT really computes in the scheme (a simulated width is a study of all layers)."""
+    return ctx.target.name in ("trt", "rtx") and not ctx.scheme.simulated
+
+
+def default_refusal(node: ir.Node, slot: int, ctx: PassContext, heads: frozenset[ir.Node]) -> str | None:
+    """Why a weighted layer stays in float by default, or None."""
+    if is_op(node, "ConvTranspose"):
+        return "TensorRT has no low-precision deconvolution kernel"
+    shape = tuple(d or 0 for d in static_shape(node.inputs[slot]) or ())
+    if is_op(node, "Gemm", "MatMul") and min(shape) < _SMALLEST:
+        return f"a {'x'.join(str(d) for d in shape)} matrix is too small for a tensor-core kernel"
+    if not is_native(ctx):
+        return None
+    if is_op(node, "Conv") and (reason := _few_channels(node, shape[1], ctx)):
+        return reason
+    return "a head: nothing follows to hide its rounding, and it is a small part of the work" if node in heads else None
+
+
+def _few_channels(conv: ir.Node, per_group: int, ctx: PassContext) -> str | None:
+    qtype, groups = ctx.scheme.activation, int_attr(conv, "group", 1)
+    depthwise = groups > 1 and per_group == 1
+    limit = _CHANNELS.get(qtype.family, 0) if qtype is not None else 0
+    if qtype is None or depthwise or per_group * groups >= limit:
+        return None
+    return f"{per_group * groups} input channels are fewer than the {limit} that a {qtype.name} convolution needs to pay off"
+
+
+def final_heads(graph: ir.Graph) -> frozenset[ir.Node]:
+    """Weighted layers that reach graph outputs through elementwise and reshaping operators alone; none if no other is left."""
+    weighted = [n for n in graph if weight_slot(n) is not None]
+    heads = frozenset(n for n in weighted if _ends_outside(n.outputs[0]))
+    return frozenset() if len(heads) == len(weighted) else heads
+
+
+def _ends_outside(value: ir.Value) -> bool:
+    stack, seen = [value], set[ir.Value]()
+    while stack:
+        value = stack.pop()
+        if value in seen:
+            continue
+        seen.add(value)
+        uses = data_uses(value)
+        if not (uses or value.is_graph_output()) or not all(_passes_on(node, slot) for node, slot in uses):
+            return False
+        stack.extend(out for node, _ in uses for out in node.outputs)
+    return True
+
+
+def _passes_on(node: ir.Node, slot: int) -> bool:
+    """Elementwise with constants or graph inputs only (a sum with another branch is a residual stream), or data movement."""
+    if is_data_movement(node) or is_op(node, *_UNARY):
+        return slot == 0 or is_op(node, "Concat")
+    others = [v for i, v in enumerate(node.inputs) if i != slot and v is not None]
+    return is_op(node, *_BINARY) and all(is_const(v) or v.producer() is None for v in others)
+
+
+def attention_refusal(scores: Scores, ctx: PassContext) -> str | None:
+    """Why the products of an attention stay in float by default, or None (measured: tensorrt-rtx 1.7.1)."""
+    qtype = ctx.scheme.fallback or ctx.scheme.activation
+    if qtype is None or qtype.family != "float" or not is_native(ctx):
+        return None
+    shape = scores.matmul.outputs[0].shape
+    if shape is not None and isinstance(shape[-1], int) and isinstance(shape[-2], int):
+        return None
+    return "its sequence length is dynamic: an FP8 attention of dynamic length falls apart into separate kernels (fix the length)"

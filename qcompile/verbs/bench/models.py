@@ -1,0 +1,112 @@
+"""`qcompile bench`: latencies of several models that can be compared, because nothing but the model differs.
+
+The runs of all models are interleaved in random order, and idle thread pools do not spin: with ONNX Runtime's default
+the pools of the other sessions hold the cores, and ratios scatter by half.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from qcompile.calib.data.dataset import Dataset, fixed_batch
+from qcompile.errors import DataError, ModelError, UsageError
+from qcompile.execute.emulate.runnable import runnable
+from qcompile.execute.feeds import Feeds, cast_feeds, pad_batch
+from qcompile.execute.session import make_session, run
+from qcompile.execute.timing import interleaved, made_up, ratios, timing
+from qcompile.ir.model import InputInfo, Model
+from qcompile.report import SCHEMA_VERSION
+
+DEFAULT_RUNS = 40
+DYNAMIC_LENGTH = 32
+BATCH_NAMES = frozenset({"n", "b", "batch", "batch_size", "bs"})
+Progress = Callable[[int, int], None]
+
+
+def bench(
+    paths: Sequence[str | Path],
+    *,
+    threads: int = 2,
+    runs: int = DEFAULT_RUNS,
+    seed: int = 0,
+    data: Dataset | None = None,
+    use: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Time one sample through each model.
+
+    Args:
+        threads: intra-op threads of each session.
+        runs: timed runs of each model, after 5 untimed ones.
+        seed: of the order of the runs and of the made-up inputs.
+        data: real inputs (the first sample is used); None makes them up: standard normal reals, integers 0 and 1.
+        use: execution providers; default CUDA when usable, else the CPU.
+        progress: called with (runs done, runs in all).
+
+    Returns:
+        `schema_version, threads, runs, models` (`path, median_ms, min_ms`) and `ratios` (`path, median, min`): how many
+        times as fast as the first model.
+
+    Raises:
+        UsageError: no models, or fewer than one run.
+        ModelError: a model does not load, or ONNX Runtime lacks its formats.
+        DataError: `data` holds no sample.
+        InputError: ONNX Runtime fails on the inputs.
+    """
+    if not paths or runs < 1:
+        raise UsageError("bench needs at least one model and one run")
+    models = [Model.load(p) for p in paths]
+    for path, model in zip(paths, models, strict=True):
+        _require_kernels(path, model)
+    sessions = [make_session(p, threads=threads, use=use) for p in paths]
+    feeds = [_feeds(m, s, data, seed) for m, s in zip(models, sessions, strict=True)]
+    calls = [_call(s, f) for s, f in zip(sessions, feeds, strict=True)]
+    times = interleaved(calls, runs, random.Random(seed), progress)
+    timings = [timing(p, t) for p, t in zip(paths, times, strict=True)]
+    return {"schema_version": SCHEMA_VERSION, "threads": threads, "runs": runs, "models": timings, "ratios": ratios(timings)}
+
+
+def _require_kernels(path: str | Path, model: Model) -> None:
+    if runnable(model) is not model:
+        raise ModelError(
+            f"{path} holds operators that ONNX Runtime has no kernels for (FP4, MXFP8): a time measured here would say nothing;"
+            " use qcompile eval for its accuracy, qcompile audit for its kernels"
+        )
+
+
+def made_up_inputs(inputs: Sequence[InputInfo], seed: int = 0) -> Feeds:
+    """One sample for each input: standard normal reals, integers and booleans 0 or 1 (safe as indices and masks).
+
+    A dynamic first axis is 1, dynamic axes named like a batch too, others 32.
+    """
+    rng = np.random.default_rng(seed)
+    shapes = {i.name: [_size(dim, axis) for axis, dim in enumerate(i.shape)] for i in inputs}
+    return {i.name: made_up(shapes[i.name], i.dtype, rng) for i in inputs}
+
+
+def _size(dim: int | str | None, axis: int) -> int:
+    if isinstance(dim, int):
+        return dim
+    return 1 if axis == 0 or str(dim).lower() in BATCH_NAMES else DYNAMIC_LENGTH
+
+
+def _feeds(model: Model, session: ort.InferenceSession, data: Dataset | None, seed: int) -> Feeds:
+    if data is None:
+        return made_up_inputs(model.inputs(), seed)
+    sample = next(data.batches(1), None)
+    if sample is None:
+        raise DataError("the data holds no sample to time; give more data")
+    fixed = fixed_batch(model.inputs())
+    return cast_feeds(session, pad_batch(sample, fixed) if fixed else sample)
+
+
+def _call(session: ort.InferenceSession, feeds: Feeds) -> Callable[[], object]:
+    """One run of the session, for timing."""
+    run(session, feeds, fall_back=False)  # failures are told before the clock starts
+    return lambda: session.run(None, feeds)

@@ -1,0 +1,356 @@
+"""`qcompile calibrate` and `merge`: gather the statistics that a compilation would ask for, once, wherever the data lies."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import onnxruntime as ort
+import psutil
+
+from qcompile import __version__
+from qcompile.calib.data.checks import check_ranges, shapes, with_extremes
+from qcompile.calib.data.dataset import Dataset, fixed_batch
+from qcompile.calib.observe import KINDS, Probe, Stat
+from qcompile.calib.observe.chunks import chunk_samples
+from qcompile.calib.store.merge import merge, words
+from qcompile.calib.store.shards import DataSpec, ShardTask, merge_shards, run_shard, shard_range, split
+from qcompile.calib.store.store import Gathered, Key, Range, Statistics, from_bytes, joined, load, probe_to_json, save
+from qcompile.calib.sweep.blocks import sweep_within
+from qcompile.calib.sweep.sweep import batch_size
+from qcompile.errors import DataError, QcompileError, UsageError
+from qcompile.execute.dask_executor import DaskExecutor
+from qcompile.execute.emulate.runnable import runnable
+from qcompile.execute.executor import Executor, ProcessExecutor
+from qcompile.ir.model import Model
+from qcompile.pipeline.base import Pass
+from qcompile.pipeline.runner import Runner
+from qcompile.pipeline.spec import near
+from qcompile.verbs.compile.job import Job, Progress
+from qcompile.verbs.compile.statistics import data_spec, data_warnings, open_data, tell_data
+
+FEEDS_BYTES = 1 << 24
+FEEDS_SAMPLES = 8
+INDEX_KEPT = 4096
+SYNC_SECONDS = 5.0
+TASKS_PER_WORKER = 4
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What a calibration left in its file."""
+
+    output: Path
+    sweeps: int
+    probes: int
+    samples: int
+    missing: tuple[Range, ...]
+    resumed: int
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dict."""
+        return {**dataclasses.asdict(self), "output": str(self.output), "missing": [list(r) for r in self.missing]}
+
+
+class _Enough(QcompileError):
+    """This shard is done: what follows needs the statistics of all shards."""
+
+
+@dataclass
+class Gatherer:
+    """Answers probes by sweeps over samples `span` of the data, saved after every batch, continued from the file at `path`."""
+
+    path: Path
+    statistics: Statistics
+    data: Dataset
+    spec: DataSpec
+    span: Range
+    progress: Progress
+    threads: int | None = None
+    mem_limit: int | None = None
+    executor: Executor | None = None
+    resumed: int = 0
+    synced: float = field(default_factory=time.monotonic)
+
+    def collect(self, model: Model, probes: Sequence[Probe]) -> dict[Probe, Stat]:
+        """Statistics over all samples.
+
+        Raises:
+            DataError: the file holds other probes of this graph.
+            _Enough: the statistics of other shards are still missing.
+        """
+        held = self._held(model.digest(), with_extremes(probes))
+        gaps = held.missing(*self.span)
+        self.resumed += self.span[1] - self.span[0] - sum(b - a for a, b in gaps)
+        if gaps and self.executor is not None:
+            held = self._spread(runnable(model), held, gaps, self.executor)
+        for gap in gaps if self.executor is None else ():
+            held = self._sweep(runnable(model), held, gap)
+        self._keep(held, sync=True)
+        if held.missing(0, len(self.data)):
+            raise _Enough("the rest needs all shards")
+        return {p: held.stats[p] for p in probes}
+
+    def _held(self, graph: str, probes: Sequence[Probe]) -> Gathered:
+        held = self.statistics.sweep_of(graph)
+        if held is None:
+            return Gathered(graph, (), {p: p.observer.empty() for p in probes})
+        if odd := held.stats.keys() ^ set(probes):
+            raise DataError(
+                f"{self.path} holds other probes than this command asks for ({len(odd)} differ, first: tensor"
+                f" {next(iter(odd)).tensor!r}); give the options that it was made with, or choose another -o"
+            )
+        return held
+
+    def _sweep(self, model: Model, held: Gathered, gap: Range) -> Gathered:
+        start, stop = gap
+
+        def on_batch(stats: dict[Probe, Stat], done: int) -> None:
+            now = replace(held, ranges=tuple(joined([*held.ranges, (start, done)])), stats=dict(stats))
+            self._keep(now, sync=time.monotonic() - self.synced > SYNC_SECONDS)
+
+        found = sweep_within(model, self.mem_limit)(
+            model, self.data, list(held.stats), batch=self.statistics.key.batch, threads=self.threads, start=start, stop=stop,
+            progress=self.progress.on_sweep, known=dict(held.stats), on_batch=on_batch,
+        )  # fmt: skip
+        return replace(held, ranges=tuple(joined([*held.ranges, gap])), stats=found)
+
+    def _spread(self, model: Model, held: Gathered, gaps: Sequence[Range], executor: Executor) -> Gathered:
+        """Chunks as tasks; what comes back is merged and saved at once."""
+        length = self.statistics.key.chunk
+        with self._model_file(model) as (path, digest):
+            ranges = split(gaps, length, TASKS_PER_WORKER * executor.workers)
+            tasks = [self._task(path, digest, held, r) for r in ranges]
+            total, done = sum(b - a for a, b in ranges), set[int]()
+
+            def on_task(index: int) -> None:
+                done.add(index)
+                self.progress.on_sweep(sum(ranges[i][1] - ranges[i][0] for i in list(done)), total)
+
+            for _, result in executor.results(run_shard, tasks, merge_shards, on_task):
+                if (part := from_bytes(result).sweep_of(held.graph)) is None:
+                    raise DataError("a worker sent statistics of another graph; give all workers the same qcompile")
+                held = _added(held, part, self.statistics.key)
+                self._keep(held, sync=True)
+        return held
+
+    def _task(self, path: Path, digest: str, held: Gathered, r: Range) -> ShardTask:
+        key = json.dumps(dataclasses.asdict(self.statistics.key))
+        probes = json.dumps([probe_to_json(p) for p in held.stats])
+        return ShardTask(str(path), digest, held.graph, self.spec, key, probes, *r, self.threads, self.mem_limit)
+
+    @contextlib.contextmanager
+    def _model_file(self, model: Model) -> Any:
+        """(path, digest) of a file that workers can load: the source where nothing was rewritten, else one beside the output."""
+        digest = model.digest()
+        if digest == self.statistics.key.model and model.path is not None:
+            yield model.path.resolve(), digest
+            return
+        folder = self.path.resolve().with_name(f".{self.path.name}.{digest[:12]}")
+        folder.mkdir(exist_ok=True)
+        try:
+            yield model.save(folder / "model.onnx"), digest
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _keep(self, held: Gathered, *, sync: bool) -> None:
+        self.statistics = self.statistics.with_sweep(held)
+        save(self.path, self.statistics, sync=sync)
+        if sync:
+            self.synced = time.monotonic()
+
+
+def calibrate(
+    job: Job,
+    output: Path,
+    progress: Progress,
+    *,
+    observers: Sequence[str] = (),
+    shard: tuple[int, int] | None = None,
+    resume: bool = False,
+    executor: Callable[[], Executor] | None = None,
+) -> Calibrated:
+    """Gather into `output` what the job's pipeline asks for, or `observers` of every float activation of the model.
+
+    An output that is there and belongs to the same model, data and options is continued.
+
+    Args:
+        shard: (i, n): only the i-th of n parts of the samples, of the first sweep.
+        resume: it is an error if there is nothing to continue.
+        executor: starts the workers that the samples are spread over; None sweeps in this process.
+
+    Raises:
+        DataError: no data, or `output` belongs to something else.
+        UsageError: an unknown observer; a job that reads no statistics.
+    """
+    data = open_data(job)
+    if data is None:
+        raise UsageError("these passes read no statistics; choose others, or name --observers")
+    tell_data(data, progress)
+    warnings = data_warnings(job, data)
+    for text in warnings:
+        progress.note(f"warning: {text}")
+    statistics = _opened(output, resume, _fresh(job, data, warnings))
+    length = statistics.key.chunk
+    span = (0, len(data)) if shard is None else shard_range(*shard, len(data), length)
+    spec = data_spec(job, _absolute(str(job.data_source)))
+    gatherer = Gatherer(output, statistics, data, spec, span, progress, job.options.threads, job.options.mem_limit)
+    workers = executor() if executor is not None else None
+    try:
+        gatherer.executor = workers
+        _gather(job, gatherer, observers, progress)
+    finally:
+        if workers is not None:
+            workers.close()
+    if not gatherer.statistics.sweeps:
+        raise UsageError("these passes read no statistics of this model; choose others, or name --observers")
+    finished = _finished(gatherer.statistics)
+    save(output, finished)
+    everything = tuple(finished.about["warnings"])
+    for text in everything[len(warnings) :]:
+        progress.note(f"warning: {text}")
+    missing = tuple(finished.missing())
+    return Calibrated(output, len(finished.sweeps), _probes(finished), span[1] - span[0], missing, gatherer.resumed, everything)
+
+
+def merge_files(paths: Sequence[Path], output: Path) -> Calibrated:
+    """Merge statistics files of disjoint samples into `output`.
+
+    Raises:
+        DataError: they do not belong together, overlap, or cannot be read.
+    """
+    merged = _finished(merge([(str(path), load(path)) for path in paths]))
+    save(output, merged)
+    missing, warnings = tuple(merged.missing()), tuple(merged.about["warnings"])
+    held = merged.key.samples - sum(b - a for a, b in missing)
+    return Calibrated(output, len(merged.sweeps), _probes(merged), held, missing, 0, warnings)
+
+
+def executor_for(workers: int | None, dask: str | None) -> Callable[[], Executor] | None:
+    """Starts the workers that the command line asks for: processes here, or a dask cluster; None for neither.
+
+    Raises:
+        UsageError: both are given.
+    """
+    if workers is not None and dask is not None:
+        raise UsageError("--workers starts processes here and --dask uses a cluster; give one of them")
+    if dask is not None:
+        return lambda: DaskExecutor(dask)
+    return None if workers is None else lambda: ProcessExecutor(workers)
+
+
+def _gather(job: Job, gatherer: Gatherer, observers: Sequence[str], progress: Progress) -> None:
+    with contextlib.suppress(_Enough):
+        if observers:
+            gatherer.collect(job.model, _probes_of_all(job.model, observers))
+            return
+        passes = _until_last_reader(job.plan.passes)
+        Runner(gatherer, None, "off", on_pass=progress.on_pass).run(job.model, passes, job.context())
+
+
+def _until_last_reader(passes: Sequence[Pass]) -> Sequence[Pass]:
+    last = max((i for i, p in enumerate(passes) if type(p).probes is not Pass.probes), default=-1)
+    return passes[: last + 1]
+
+
+def _probes_of_all(model: Model, observers: Sequence[str]) -> list[Probe]:
+    """`observers` of every float tensor that a node computes, and of the float inputs; matrices and up."""
+    unknown = [o for o in observers if o not in KINDS]
+    if unknown:
+        raise UsageError(f"unknown observer {unknown[0]!r}{near(unknown[0], KINDS)} (observers: {', '.join(KINDS)})")
+    values = [*model.graph.inputs, *(v for node in model.graph for v in node.outputs)]
+    floats = [v for v in values if v.name and v.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16) and _is_activation(v)]
+    return [Probe(str(v.name), KINDS[o][0]()) for o in observers for v in floats]
+
+
+def _is_activation(value: ir.Value) -> bool:
+    node = value.producer()
+    return value.shape is not None and len(value.shape) >= 2 and (node is None or node.op_type != "Constant")
+
+
+def _fresh(job: Job, data: Dataset, warnings: Sequence[str]) -> Statistics:
+    """A file that holds nothing yet."""
+    versions = {"qcompile": __version__, "onnxruntime": ort.__version__}
+    fixed = fixed_batch(job.model.inputs())
+    key = Key(
+        job.model.digest(), data.fingerprint(), len(data), chunk_samples(fixed),
+        batch_size(job.model, len(data), job.options.batch), job.options.seed, versions,
+    )  # fmt: skip
+    about = {
+        "source": data.source, "random": data.random, "shapes": shapes(data), "warnings": list(warnings),
+        "data_warnings": list(warnings), "index": list(data.index) if len(data) <= INDEX_KEPT else None,
+        "target": job.target.name, "scheme": job.scheme.name, "pipeline": job.pipeline,
+    }  # fmt: skip
+    return Statistics(key, (), about, _feeds(data, fixed))
+
+
+def _feeds(data: Dataset, fixed: int | None) -> tuple[dict[str, Any], ...]:
+    """The samples that outputs are compared on, if they are small."""
+    few = data.take(max(FEEDS_SAMPLES, fixed or 1))
+    feeds = tuple(feed for i in range(len(few)) for feed in replace(few, index=few.index[i : i + 1]).batches(1))
+    return feeds if sum(a.nbytes for f in feeds for a in f.values()) <= FEEDS_BYTES else ()
+
+
+def _opened(output: Path, resume: bool, fresh: Statistics) -> Statistics:
+    """What is at `output`, or `fresh`."""
+    _remove_stale(output)
+    if not output.exists():
+        if resume:
+            raise DataError(f"there is nothing to resume at {output}; leave --resume out to begin")
+        return fresh
+    there = load(output)
+    differing = there.key.differences(fresh.key)
+    mine, theirs = fresh.about["pipeline"], there.about.get("pipeline")
+    differing += [] if mine == theirs else [f"the passes ({theirs} against {mine})"]
+    if differing:
+        raise DataError(
+            f"{output} is there and belongs to something else: {'; '.join(differing)};"
+            " delete it, choose another -o, or give the options that it was made with"
+        )
+    return there
+
+
+def _added(held: Gathered, part: Gathered, key: Key) -> Gathered:
+    merged = merge([("the file", Statistics(key, (held,))), ("a shard", Statistics(key, (part,)))]).sweeps[0]
+    return merged.folded(key.chunk, key.samples)
+
+
+def _finished(statistics: Statistics) -> Statistics:
+    """With the warnings about ranges, which take the statistics of all samples."""
+    about = statistics.about
+    whole = [s for s in statistics.sweeps if not s.missing(0, statistics.key.samples)]
+    found = [w for s in whole for w in check_ranges(s.stats, about.get("index"))]
+    return replace(statistics, about={**about, "warnings": [*about.get("data_warnings", ()), *dict.fromkeys(found)]})
+
+
+def _remove_stale(output: Path) -> None:
+    """Leftovers of a process that was killed while it wrote."""
+    for stale in output.parent.glob(f".{output.name}.*.tmp"):
+        pid = stale.name.split(".")[-2]
+        if pid.isdigit() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):
+            stale.unlink(missing_ok=True)
+
+
+def _probes(statistics: Statistics) -> int:
+    return sum(len(s.stats) for s in statistics.sweeps)
+
+
+def _absolute(spec: str) -> str:
+    """Workers may run in another folder."""
+    file, colon, function = spec.rpartition(":")
+    if file.endswith(".py"):
+        return f"{Path(file).resolve()}{colon}{function}"
+    return str(Path(spec).resolve()) if Path(spec).exists() else spec
+
+
+__all__ = ["Calibrated", "Gatherer", "calibrate", "merge_files", "words"]

@@ -1,0 +1,104 @@
+"""`qcompile check`: findings, their SARIF form, and a repaired copy of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from qcompile import __version__
+from qcompile.errors import ModelError, UsageError
+from qcompile.ir.atomic import write_atomic
+from qcompile.ir.model import Model
+from qcompile.oracle.ranges import Proof
+from qcompile.report import SCHEMA_VERSION, json_text
+from qcompile.target.findings import Finding
+from qcompile.target.integer.rules import proof_of
+from qcompile.target.repair import repair
+from qcompile.target.rules import RULES, check
+from qcompile.target.sarif import sarif
+from qcompile.target.view import GraphView
+
+INTEGER = "integer"
+INLINE_BYTES = 1_500_000_000  # a protobuf file ends at 2 GB
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The findings on a model (after a repair: those that remain), what a repair fixed and wrote, and the overflow proof."""
+
+    target: str
+    findings: tuple[Finding, ...]
+    fixed: tuple[Finding, ...] = ()
+    output: Path | None = None
+    proof: Proof | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """`schema_version, target, errors, warnings` of `rule, node, message, fix, fixable`; with a repair `fixed, output`;
+        of an integer-only model `proof_complete, assumptions, worst, proof` (see `qcompile.oracle.ranges.Proof`)."""
+        errors, warnings = ([_finding(f, self.target) for f in self.findings if f.severity == s] for s in ("error", "warning"))
+        document: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "target": self.target}
+        document |= {"errors": errors, "warnings": warnings}
+        if self.output is not None:
+            document |= {"fixed": [_finding(f, self.target) for f in self.fixed], "output": str(self.output)}
+        return document | (self.proof.to_json() if self.proof is not None else {})
+
+    def to_sarif(self, file: str) -> dict[str, Any]:
+        """The findings as a SARIF document about `file`."""
+        return sarif(self.findings, RULES[self.target], file, __version__)
+
+
+def _finding(f: Finding, target: str) -> dict[str, Any]:
+    fixable = next(r.repair is not None for r in RULES[target] if r.id == f.rule)
+    return {"rule": f.rule, "node": f.node, "message": f.message, "fix": f.fix, "fixable": fixable}
+
+
+def check_file(model: Path, target: str, gpus: Sequence[str] = ()) -> Checked:
+    """The rule checker's findings on a file.
+
+    Raises:
+        ModelError: not an ONNX file, or its external data is missing.
+    """
+    view = GraphView.open(model)
+    found = tuple(check(view, target, gpus))
+    return Checked(target, found, proof=proof_of(view) if target == INTEGER else None)
+
+
+def fix_file(model: Path, output: Path, target: str, gpus: Sequence[str] = ()) -> Checked:
+    """Write a copy of `model` with the mechanical fixes to `output`, and check it again.
+
+    Raises:
+        UsageError: `output` is `model`.
+        ModelError: `model` cannot be read, or `output` cannot be written; nothing half-written is left.
+    """
+    if output.resolve() == model.resolve():
+        raise UsageError(f"-o {output} is the input, which is never overwritten; choose another name")
+    check(model, target, gpus)  # says what is wrong with the file before its weights are read
+    done = repair(onnx.load(str(model)), target, gpus)
+    _save(done.model, output)
+    return Checked(target, tuple(done.remaining), tuple(done.fixed), output)
+
+
+def _save(model: onnx.ModelProto, output: Path) -> None:
+    if model.ByteSize() > INLINE_BYTES:
+        Model.from_proto(model).save(output)
+        return
+    try:
+        write_atomic(output, model.SerializeToString(deterministic=True))
+    except OSError as error:
+        raise ModelError(f"cannot write {output}: {error.strerror or error}; choose another place with -o") from error
+
+
+def write_sarif(checked: Checked, model: Path, output: Path) -> None:
+    """Write the SARIF document about `model` to `output`, atomically.
+
+    Raises:
+        ModelError: `output` cannot be written.
+    """
+    try:
+        write_atomic(output, json_text(checked.to_sarif(model.name)) + "\n")
+    except OSError as error:
+        raise ModelError(f"cannot write {output}: {error.strerror or error}; choose another place with --sarif") from error

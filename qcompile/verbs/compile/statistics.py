@@ -1,0 +1,163 @@
+"""What a compilation is calibrated with: data, or statistics that were gathered before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from qcompile.calib.data.checks import check_data, check_ranges, shapes, with_extremes
+from qcompile.calib.data.dataset import Dataset
+from qcompile.calib.observe import Probe, Stat
+from qcompile.calib.store.shards import DataSpec
+from qcompile.calib.store.stored import StoredStatistics, Sweeps
+from qcompile.calib.sweep.memory import MemoryPlan
+from qcompile.errors import DataError, QcompileError
+from qcompile.execute.session import device_note
+from qcompile.ir.model import Model
+from qcompile.verbs.compile.job import DEFAULT_SAMPLES, Job, Progress
+from qcompile.verbs.compile.providers import OrtComparator, SweepStatistics, comparator
+
+
+@dataclass
+class RangeChecks:
+    """Statistics of `source`; also learns which samples set min-max ranges, and keeps the warnings."""
+
+    source: Sweeps
+    index: Sequence[int]
+    warnings: list[str] = field(default_factory=list[str])
+
+    def collect(self, model: Model, probes: Sequence[Probe]) -> dict[Probe, Stat]:
+        """The probes' statistics."""
+        found = self.source.collect(model, with_extremes(probes))
+        self.warnings += [w for w in check_ranges(found, self.index) if w not in self.warnings]
+        return {p: found[p] for p in probes}
+
+
+class Planned(QcompileError):
+    """The first sweep is planned: nothing has to run."""
+
+
+@dataclass
+class FirstSweep:
+    """Stands in for the sweeps: plans the first one's memory and ends there."""
+
+    source: SweepStatistics
+    plan: MemoryPlan | None = None
+
+    def collect(self, model: Model, probes: Sequence[Probe]) -> dict[Probe, Stat]:
+        """Raises Planned."""
+        self.plan = self.source.plan(model, with_extremes(probes))
+        raise Planned("planned")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Where statistics come from, what outputs are compared on, and what the output's metadata says about it."""
+
+    statistics: Sweeps
+    source: str
+    samples: int
+    fingerprint: str
+    random: bool
+    shapes: dict[str, Any]
+    sweeper: SweepStatistics | None
+    compared: Dataset | None
+    known: dict[Probe, Stat] = field(default_factory=dict[Probe, Stat])
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def sweeps(self) -> int:
+        """Sweeps so far."""
+        return 0 if self.sweeper is None else self.sweeper.sweeps
+
+    @property
+    def range_warnings(self) -> list[str]:
+        """What the ranges of the sweeps so far show."""
+        return self.statistics.warnings if isinstance(self.statistics, RangeChecks) else []
+
+    def comparator(self, job: Job) -> OrtComparator | None:
+        """On the first samples, unless verification is off or there are none."""
+        if job.options.verify == "off" or self.compared is None:
+            return None
+        return comparator(self.compared, job.model.inputs(), job.options.seed, job.options.threads)
+
+
+def data_spec(job: Job, source: str) -> DataSpec:
+    """How a job's data is opened."""
+    o = job.options
+    return DataSpec(source, o.preprocess, o.samples, DEFAULT_SAMPLES, o.seed)
+
+
+def open_data(job: Job) -> Dataset | None:
+    """The job's data; None where it needs none.
+
+    Raises:
+        DataError: it needs some and there is none, or it cannot be read.
+    """
+    if job.data_source is not None:
+        return data_spec(job, job.data_source).open(job.model.inputs())
+    if job.options.exact or not _wants_data(job):
+        return None
+    raise DataError(
+        "no calibration data: give some with --calib, or put"
+        f" {job.model.path.stem if job.model.path else 'model'}.calib.npz beside the model"
+        " (arrays named as the model's inputs, first axis = samples); --calib random is for trying things out"
+    )
+
+
+def open_calibration(job: Job, progress: Progress) -> Calibration | None:
+    """Statistics from `--stats`, else from sweeps over the data; None where the job needs none.
+
+    Raises:
+        DataError: neither can be used, or the two do not belong together.
+    """
+    if job.options.stats is not None:
+        return _from_file(job, str(job.options.stats), progress)
+    data = open_data(job)
+    return None if data is None else _from_data(job, data, progress)
+
+
+def _from_data(job: Job, data: Dataset, progress: Progress) -> Calibration:
+    tell_data(data, progress)
+    source = sweeper(job, data, progress)
+    warnings = data_warnings(job, data)
+    checked = RangeChecks(source, data.index)
+    described = (data.source, len(data), data.fingerprint(), data.random, shapes(data))
+    return Calibration(checked, *described, source, data, warnings=tuple(warnings))
+
+
+def data_warnings(job: Job, data: Dataset) -> list[str]:
+    """What the checks of the data say; made-up data is not checked."""
+    return [] if data.random else check_data(data, job.model.inputs(), job.options.preprocess)
+
+
+def tell_data(data: Dataset, progress: Progress) -> None:
+    """What is calibrated on, and where models run."""
+    progress.note(f"calibrating on {len(data)} samples of {data.source}")
+    if (note := device_note()) is not None:
+        progress.note(note)
+
+
+def _from_file(job: Job, path: str, progress: Progress) -> Calibration:
+    """Data is used beside the file only where the command names it."""
+    data = open_data(job) if job.options.calib is not None else None
+    swept = None if data is None else sweeper(job, data, progress)
+    stored = StoredStatistics.open(path, job.model, swept, data)
+    key, about = stored.statistics.key, stored.statistics.about
+    progress.note(f"statistics of {key.samples} samples from {path}")
+    source = f"{about.get('source', 'unknown data')} ({path})"
+    compared = data if data is not None else stored.feeds()
+    described = (source, key.samples, key.data, bool(about.get("random")), dict(about.get("shapes", {})))
+    return Calibration(stored, *described, swept, compared, stored.known(), tuple(about.get("warnings", ())))
+
+
+def sweeper(job: Job, data: Dataset, progress: Progress) -> SweepStatistics:
+    """Sweeps over `data` as the job's options ask."""
+    return SweepStatistics(data, job.options.threads, job.options.batch, progress.on_sweep, mem_limit=job.options.mem_limit)
+
+
+def _wants_data(job: Job) -> bool:
+    return (
+        job.scheme.activation is not None or job.scheme.body == "float16" or any(p.kind.value == "fit" for p in job.plan.passes)
+    )

@@ -1,0 +1,368 @@
+"""`qcompile deploy`: a model or an engine into a Triton model repository, checked before it appears there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import onnx
+
+from qcompile.backend.manifest import is_engine, read_manifest, sha256
+from qcompile.backend.pbtxt import to_text
+from qcompile.backend.profile import Profile, ShapeRange, default_profile
+from qcompile.backend.repository import publish, require_room, staging, tree, warmup_file, warmup_path, write_staged
+from qcompile.backend.triton import (
+    CONFIG,
+    FILES,
+    NUMPY_TYPES,
+    WARMUP,
+    Accelerator,
+    Backend,
+    Interface,
+    Serving,
+    WarmupFile,
+    check_serving,
+    choose_batch,
+    config_text,
+    interface_fields,
+    interface_of,
+    model_config,
+)
+from qcompile.calib.data.dataset import Dataset, find_beside, fixed_batch, load_data
+from qcompile.errors import BackendError, GateError, ModelError, UsageError
+from qcompile.execute.feeds import Feeds
+from qcompile.ir.model import Model
+from qcompile.report import SCHEMA_VERSION
+from qcompile.target.view import GraphView, load_graph_only
+from qcompile.verbs.deploy.parity import Parity, as_requested, check_served, requests_of
+
+DEFAULT_SAMPLES = 32
+
+
+@dataclass(frozen=True)
+class DeployOptions:
+    """What to serve and how; the fields are the options of `qcompile deploy`.
+
+    `data`: real requests for the warm-up and the parity check, by default the data beside the reference or the model.
+    """
+
+    name: str | None = None
+    backend: Backend | None = None
+    version: int = 1
+    max_batch: int | None = None
+    preferred: tuple[int, ...] = ()
+    queue_delay_us: int | None = None
+    instances: int = 1
+    policy: Literal["latest", "all"] | tuple[int, ...] = "latest"
+    accelerator: Accelerator | None = None
+    labels: Path | None = None
+    data: str | None = None
+    preprocess: str | None = None
+    samples: int | None = None
+    reference: Path | None = None
+    min_sqnr: float | None = None
+    onnx: Path | None = None
+    replace: bool = False
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The file to serve, the ONNX model that says what its interface is, and for a plan its manifest."""
+
+    file: Path
+    onnx: Path
+    backend: Backend
+    manifest: dict[str, Any]
+    profiles: tuple[Profile, ...]
+
+
+@dataclass(frozen=True)
+class _Requests:
+    """Feeds of the parity check; `warmup` is the first request as files."""
+
+    feeds: tuple[Feeds, ...]
+    warmup: tuple[WarmupFile, ...]
+    source: str | None
+
+
+def deploy(model: str | Path, repository: str | Path, options: DeployOptions | None = None) -> dict[str, Any]:
+    """Write `repository`/NAME/config.pbtxt and NAME/VERSION/model.onnx (or model.plan), all at once or not at all.
+
+    An ONNX model is run before it appears (`qcompile.parity`); a plan runs only on its GPU, so its digest is compared
+    with its manifest, and its interface is that of the ONNX file which the manifest names.
+
+    Returns:
+        `schema_version, repository, name, version, backend, folder, files, max_batch_size, config` (the message), `warmup`
+        (files), `data`, `parity` (see `Parity.to_json`; null without data or for a plan), `integrity` and `notes`.
+
+    Raises:
+        UsageError: options that contradict each other, the model, or what the repository holds.
+        ModelError, DataError: the model or the data cannot be used.
+        BackendError: a TensorRT-RTX engine, a plan that is not the one of its manifest, or an unwritable folder.
+        GateError: the served file is not the model that was meant.
+    """
+    options = options or DeployOptions()
+    source = _source(Path(model), options)
+    proto = load_graph_only(source.onnx)
+    interface, place = interface_of(proto), Path(repository)
+    serving = _serving(source, proto, interface, options)
+    check_serving(serving)
+    fields = to_text(interface_fields(interface, serving))
+    require_room(place, serving.name, options.version, fields, options.replace)
+    requests = _requests(source, interface, serving, options)
+    config = model_config(interface, serving, requests.warmup)
+    with staging(place, serving.name) as staged:
+        write_staged(staged, _contents(source, proto, options, config, requests.warmup))
+        integrity = _integrity(source, proto, staged / str(options.version))
+        parity = _parity(source, staged, config, requests, options)
+        folder = publish(staged, place, options.version)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "repository": str(place),
+        "name": serving.name,
+        "version": options.version,
+        "backend": serving.backend,
+        "folder": str(folder),
+        "files": tree(folder),
+        "max_batch_size": serving.max_batch,
+        "config": config,
+        "warmup": [warmup_path(options.version, i) for i in range(len(requests.warmup))],
+        "data": requests.source,
+        "parity": None if parity is None else parity.to_json(),
+        "integrity": integrity,
+        "notes": _notes(source, serving, requests, parity),
+    }
+
+
+# ---- what is served ------------------------------------------------------------------------------------------------
+
+
+def _source(model: Path, options: DeployOptions) -> _Source:
+    if not model.is_file():
+        raise ModelError(f"no model at {model}: check the path")
+    if not is_engine(model):
+        return _onnx_source(model, options)
+    manifest = read_manifest(model)
+    if "engine" not in manifest:
+        raise ModelError(f"{model} is an engine without its manifest {model.name}.json; build it with qcompile build")
+    return _plan_source(model, manifest, options)
+
+
+def _onnx_source(model: Path, options: DeployOptions) -> _Source:
+    if options.backend == "tensorrt":
+        raise UsageError("--backend tensorrt serves a plan: build one first (qcompile build --target trt), and give its engine")
+    if options.onnx is not None:
+        raise UsageError("--onnx belongs to an engine, and this is an ONNX model; drop it")
+    return _Source(model, model, "onnxruntime", {}, ())
+
+
+def _plan_source(engine: Path, manifest: dict[str, Any], options: DeployOptions) -> _Source:
+    onnx_path = options.onnx or engine.with_name(str(manifest.get("onnx", {}).get("file", "")))
+    if manifest.get("target") != "trt":
+        raise BackendError(
+            f"{engine} is an engine of {manifest.get('backend')}, and Triton's tensorrt backend loads TensorRT plans only; "
+            "build one with --target trt on the GPU machine, or serve the ONNX model: "
+            f"qcompile deploy {onnx_path.name} --accelerator tensorrt"
+        )
+    if options.backend == "onnxruntime" or options.accelerator:
+        raise UsageError("an engine is served by the tensorrt backend; drop --backend and --accelerator, or give the ONNX model")
+    if options.reference is not None or options.min_sqnr is not None:
+        raise UsageError(
+            "--reference and --min-sqnr run the model, and an engine runs on its GPU only: qcompile bench compares it there"
+        )
+    if not onnx_path.is_file():
+        raise ModelError(f"the ONNX model {onnx_path} that {engine.name} was built from is not there; name it with --onnx")
+    return _Source(engine, onnx_path, "tensorrt", manifest, tuple(_profile(p) for p in manifest.get("profiles", [])))
+
+
+def _profile(document: dict[str, Any]) -> Profile:
+    shapes = {name: ShapeRange(*(tuple(s) for s in three)) for name, three in document["shapes"].items()}
+    return Profile(shapes, document.get("source", "given"))
+
+
+def _serving(source: _Source, proto: onnx.ModelProto, interface: Interface, options: DeployOptions) -> Serving:
+    batch = choose_batch(interface, options.max_batch, source.profiles)
+    guessed = default_profile(proto) if options.accelerator else None
+    return Serving(
+        name=options.name or source.file.name.split(".")[0],
+        backend=source.backend,
+        max_batch=batch,
+        preferred=options.preferred,
+        queue_delay_us=options.queue_delay_us,
+        instances=options.instances,
+        policy=options.policy,
+        profiles=source.profiles if guessed is None else (_clamped(guessed, batch),),
+        accelerator=options.accelerator,
+        precision=_precision(proto) if options.accelerator else None,
+        labels=None if options.labels is None else options.labels.name,
+    )
+
+
+def _clamped(profile: Profile, batch: int) -> Profile:
+    """The profile with its batches no larger than the server's."""
+    if not batch:
+        return profile
+
+    def cut(shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (min(shape[0], batch), *shape[1:])
+
+    shapes = {n: ShapeRange(cut(r.min), cut(r.opt), (batch, *r.max[1:])) for n, r in profile.shapes.items()}
+    return Profile(shapes, profile.source)
+
+
+def _precision(proto: onnx.ModelProto) -> Literal["INT8", "FP16"] | None:
+    """The TensorRT execution provider's mode: it has to be told of int8 Q/DQ, and of a float16 body without."""
+    view = GraphView.open(proto)
+    if any(view.low_type(dq) == "int8" for dq in view.of_type("DequantizeLinear")):
+        return "INT8"
+    halves = any(t.data_type == onnx.TensorProto.FLOAT16 for t in proto.graph.initializer)
+    return "FP16" if halves else None
+
+
+def _contents(
+    source: _Source, proto: onnx.ModelProto, options: DeployOptions, config: dict[str, Any], warmup: Sequence[WarmupFile]
+) -> dict[str, bytes | Path]:
+    """{path in the model's folder: bytes, or the file to copy}."""
+    version, contents = str(options.version), dict[str, bytes | Path]()
+    contents[f"{version}/{FILES[source.backend]}"] = source.file
+    if source.backend == "onnxruntime":
+        contents |= {f"{version}/{name}": source.file.parent / name for name in _external(proto)}
+    contents |= {f"{WARMUP}/{w.file}": w.data for w in warmup}
+    if options.labels is not None:
+        contents[options.labels.name] = options.labels
+    return contents | {CONFIG: config_text(config).encode()}
+
+
+def _external(proto: onnx.ModelProto) -> list[str]:
+    return sorted({e.value for t in proto.graph.initializer for e in t.external_data if e.key == "location"})
+
+
+# ---- requests ------------------------------------------------------------------------------------------------------
+
+
+def _requests(source: _Source, interface: Interface, serving: Serving, options: DeployOptions) -> _Requests:
+    data = _data(source, options)
+    if data is None:
+        return _Requests((), (), None)
+    fixed = None if serving.max_batch else fixed_batch(Model.load(source.onnx).inputs())
+    feeds = tuple(requests_of(data, serving.max_batch, fixed))
+    return _Requests(feeds, _warmup(feeds[0], model_config(interface, serving), options.version), data.source)
+
+
+def _data(source: _Source, options: DeployOptions) -> Dataset | None:
+    beside = next((d for m in (options.reference, source.onnx) if m is not None and (d := find_beside(m))), None)
+    spec = options.data or beside
+    if spec is None:
+        return None
+    data = load_data(spec, Model.load(source.onnx).inputs(), options.preprocess, options.samples)
+    return data if options.samples else data.take(DEFAULT_SAMPLES)
+
+
+def _warmup(feeds: Feeds, config: dict[str, Any], version: int) -> tuple[WarmupFile, ...]:
+    typed = as_requested(feeds, config)
+    first = {n: x[0] if config["max_batch_size"] else x for n, x in typed.items()}
+    return tuple(
+        WarmupFile(
+            io["name"], str(io["data_type"]), first[io["name"]].shape or (1,), warmup_file(version, i), _raw(first[io["name"]])
+        )
+        for i, io in enumerate(config["input"])
+    )
+
+
+def _raw(array: np.ndarray[Any, Any]) -> bytes:
+    """Row-major, little-endian."""
+    little = array.dtype.newbyteorder("<") if array.dtype.kind in "iuf" else array.dtype
+    return np.ascontiguousarray(array, little).tobytes()
+
+
+def _read_back(staged: Path, config: dict[str, Any]) -> Feeds:
+    """The warm-up request as Triton makes it from the files: raw bytes, the config's types and dims, a batch axis of 1."""
+    files: dict[str, Any] = {i["key"]: i["value"] for i in config["model_warmup"][0]["inputs"]}
+    feeds: Feeds = {}
+    for io in config["input"]:
+        entry = files[io["name"]]
+        raw = (staged / WARMUP / entry["input_data_file"]).read_bytes()
+        dims = [] if "reshape" in io else entry["dims"]
+        shape = (1, *dims) if config["max_batch_size"] else tuple(dims)
+        feeds[io["name"]] = np.frombuffer(raw, NUMPY_TYPES[entry["data_type"]]).reshape(shape)
+    return feeds
+
+
+# ---- checks --------------------------------------------------------------------------------------------------------
+
+
+def _integrity(source: _Source, proto: onnx.ModelProto, folder: Path) -> dict[str, Any]:
+    """Digests of what was written against what was meant."""
+    written = sha256(folder / FILES[source.backend])
+    if source.backend == "onnxruntime":
+        names = {FILES["onnxruntime"]: source.file, **{n: source.file.parent / n for n in _external(proto)}}
+        if any(sha256(folder / n) != sha256(original) for n, original in names.items()):
+            raise GateError(f"{source.file} changed while it was copied; nothing was deployed, run the command again")
+        return {"sha256": written, "same_as": str(source.file)}
+    recorded = source.manifest
+    if written != recorded["engine"]["sha256"]:
+        raise BackendError(f"{source.file} is not the engine that its manifest describes (SHA-256 differs); build it again")
+    if sha256(source.onnx) != recorded["onnx"]["sha256"]:
+        raise ModelError(
+            f"{source.onnx} is not the model that {source.file.name} was built from (SHA-256 differs); name it with --onnx"
+        )
+    return {"sha256": written, "same_as": f"{source.file.name}.json", "onnx": str(source.onnx)}
+
+
+def _parity(source: _Source, staged: Path, config: dict[str, Any], requests: _Requests, options: DeployOptions) -> Parity | None:
+    if source.backend == "tensorrt" or not requests.feeds:
+        if options.reference is not None or options.min_sqnr is not None:
+            raise UsageError("--reference and --min-sqnr compare outputs: give requests with --data")
+        return None
+    _require_warmup(staged, config, requests.feeds[0])
+    served = staged / str(options.version) / FILES[source.backend]
+    parity = check_served(served, config, options.reference or source.file, requests.feeds, options.accelerator is not None)
+    _gate(parity, options)
+    return parity
+
+
+def _require_warmup(staged: Path, config: dict[str, Any], first: Feeds) -> None:
+    """What Triton makes of the warm-up files must be the first request."""
+    read, meant = _read_back(staged, config), as_requested(first, config)
+    if any(not np.array_equal(x, meant[n][: len(x)] if x.ndim else meant[n]) for n, x in read.items()):
+        raise GateError("the warm-up files do not hold the first request; nothing was deployed; this is a bug, please report it")
+
+
+def _gate(parity: Parity, options: DeployOptions) -> None:
+    if options.reference is None and not parity.equal:
+        raise GateError("the served file does not give the outputs of the file that it was copied from; nothing was deployed")
+    if options.min_sqnr is not None and parity.sqnr_db < options.min_sqnr:
+        raise GateError(
+            f"SQNR against the reference is {parity.sqnr_db:.1f} dB, below --min-sqnr {options.min_sqnr:g}; "
+            "nothing was deployed; look at the layers with qcompile eval --per-layer"
+        )
+
+
+def _notes(source: _Source, serving: Serving, requests: _Requests, parity: Parity | None) -> list[str]:
+    notes: list[str] = []
+    if not requests.feeds:
+        notes.append("no data: there is no warm-up request, and no outputs were compared (--data DATA)")
+    if not serving.max_batch:
+        notes.append("max_batch_size is 0: requests carry full shapes and are not joined")
+    if parity is not None and parity.simulated:
+        notes.append("ONNX Runtime alone cannot fuse this model's Q/DQ pairs: they were simulated one by one")
+    if serving.accelerator:
+        notes.append("TensorRT builds inside the server at the first requests; that was not tried here, it needs a GPU")
+    return notes + _plan_notes(source)
+
+
+def _plan_notes(source: _Source) -> list[str]:
+    if source.backend != "tensorrt":
+        return []
+    manifest = source.manifest
+    where = ", ".join(cast(list[str], manifest.get("compute_capabilities", []))) or "the GPU that built it"
+    portable = "VERSION_COMPATIBLE" in manifest.get("flags", [])
+    how = (
+        "start the server with --backend-config=tensorrt,version-compatible=true"
+        if portable
+        else f"the server's TensorRT must be {manifest['version']}"
+    )
+    return [f"the plan was not run: that needs a GPU ({where}); {how}"]

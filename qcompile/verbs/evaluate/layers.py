@@ -1,0 +1,165 @@
+"""Which layer hurts: the intermediate tensors of two graphs, compared by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx_ir as ir
+import onnxruntime as ort
+
+from qcompile.calib.data.dataset import Dataset, fixed_batch
+from qcompile.errors import ModelError
+from qcompile.execute.emulate.runnable import runnable
+from qcompile.execute.feeds import run_padded
+from qcompile.execute.metrics import ChannelTally, Distance
+from qcompile.execute.serving import open_session
+from qcompile.execute.session import batch_length
+from qcompile.ir.model import Model
+from qcompile.ir.ops import is_data_movement
+
+SAMPLES = 16
+RESCALED_GAIN_DB = 10.0
+RESCALED_SLOPE = 0.02
+_NOT_LAYERS = {"QuantizeLinear", "DequantizeLinear", "Constant", "Shape"}
+_FLOATS = {"tensor(float)", "tensor(float16)", "tensor(double)"}
+
+
+@dataclass
+class _Layer:
+    """A tensor that both graphs make under one name."""
+
+    node: ir.Node
+    value: str
+    distance: Distance = field(default_factory=Distance)
+    channels: ChannelTally = field(default_factory=ChannelTally)
+
+    @property
+    def sqnr_db(self) -> tuple[float, bool]:
+        """SQNR in dB, and whether a per-channel affine map was undone first.
+
+        Passes that fold scales into a norm leave its output under its name with other values: a far better fit after
+        per-channel scaling, with slopes that are not 1, says so.  A shift of means alone is an error, not a fold.
+        """
+        plain = self.distance.sqnr_db
+        fitted, slope = self.channels.fit()
+        if slope > RESCALED_SLOPE and fitted - plain >= RESCALED_GAIN_DB:
+            return fitted, True
+        return plain, False
+
+
+def layer_errors(
+    reference: Model,
+    candidate: Model,
+    data: Dataset,
+    *,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """The error of every float tensor that nodes of both main graphs make under the same name, worst first.
+
+    Sessions run unfused (no Q/DQ fusion), one sample a run, at most 16 samples.
+
+    Returns:
+        Dicts of `node, op_type, value, sqnr_db, input_sqnr_db, relative_error, rescaled`.  `input_sqnr_db` is the worst
+        SQNR among the node's own compared inputs (null when none is): a node far below it is where the error enters.
+
+    Raises:
+        ModelError: the graphs share no tensor, or a graph does not load.
+    """
+    layers = _common(reference, candidate)
+    if not layers:
+        raise ModelError("the two graphs share no tensor names; compare a model with one that was made from it")
+    chosen = data if len(data) <= SAMPLES else data.take(SAMPLES)
+    _run(layers, reference, candidate, chosen, threads, progress)
+    return _rows({n: layer for n, layer in layers.items() if layer.distance.largest or layer.distance.largest_error})
+
+
+def _common(reference: Model, candidate: Model) -> dict[str, _Layer]:
+    theirs = {v.name for n in candidate.graph if n.op_type not in _NOT_LAYERS for v in n.outputs}
+    return {
+        str(v.name): _Layer(node, str(v.name))
+        for node in reference.graph
+        if node.op_type not in _NOT_LAYERS and not is_data_movement(node)
+        for v in node.outputs
+        if v.name and v.name in theirs
+    }
+
+
+def _run(
+    layers: dict[str, _Layer],
+    reference: Model,
+    candidate: Model,
+    data: Dataset,
+    threads: int | None,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    fixed = fixed_batch(reference.inputs()) or fixed_batch(candidate.inputs())
+    sessions = [_exposed(m, layers, threads) for m in (reference, candidate)]
+    names = _float_outputs(sessions, layers)
+    done = 0
+    for feeds in data.batches(fixed or 1):
+        outputs = [run_padded(s, feeds, fixed, done, names) for s in sessions]
+        for name, r, c in zip(names, *outputs, strict=True):
+            if r.shape == c.shape:
+                layers[name].distance.add(r, c)
+                layers[name].channels.add(r, c)
+        done += batch_length(feeds)
+        if progress is not None:
+            progress(done, len(data))
+
+
+def _exposed(model: Model, layers: dict[str, _Layer], threads: int | None) -> ort.InferenceSession:
+    copy = model.clone()
+    present = {v.name for v in copy.graph.outputs}
+    copy.graph.outputs.extend(v for n in copy.graph for v in n.outputs if v.name in layers and v.name not in present)
+    return simulate(runnable(copy), threads)
+
+
+def simulate(model: Model, threads: int | None = None) -> ort.InferenceSession:
+    """A session that computes Q/DQ pairs as they stand.
+
+    ONNX Runtime 1.31 reads a Clip in front of fp8 codes as integer quantization even so; then without optimizations.
+
+    Raises:
+        ModelError: ONNX Runtime cannot load the model.
+    """
+    try:
+        return open_session(model, qdq_fusion=False, threads=threads)
+    except ModelError:
+        return open_session(model, qdq_fusion=False, optimize="off", threads=threads)
+
+
+def _float_outputs(sessions: list[ort.InferenceSession], layers: dict[str, _Layer]) -> list[str]:
+    floats = [{o.name for o in s.get_outputs() if o.type in _FLOATS} for s in sessions]
+    return [name for name in layers if all(name in f for f in floats)]
+
+
+def _rows(layers: dict[str, _Layer]) -> list[dict[str, Any]]:
+    found = {name: layer.sqnr_db for name, layer in layers.items()}
+    rows = [_row(layer, *found[name], found) for name, layer in layers.items()]
+    return sorted(rows, key=lambda row: (row["sqnr_db"], row["node"]))
+
+
+def _row(layer: _Layer, sqnr: float, rescaled: bool, found: dict[str, tuple[float, bool]]) -> dict[str, Any]:
+    inputs = [found[name][0] for v in layer.node.inputs for name in _sources(v, found)]
+    return {
+        "node": layer.node.name,
+        "op_type": layer.node.op_type,
+        "value": layer.value,
+        "sqnr_db": sqnr,
+        "input_sqnr_db": min(inputs, default=None),
+        "relative_error": layer.distance.relative_error,
+        "rescaled": rescaled,
+    }
+
+
+def _sources(value: ir.Value | None, found: dict[str, tuple[float, bool]]) -> set[str]:
+    """The compared tensors that `value` is made of, through data movement (which is not compared itself)."""
+    if value is None or str(value.name) in found:
+        return set() if value is None else {str(value.name)}
+    producer = value.producer()
+    if producer is None or not is_data_movement(producer):
+        return set()
+    return set[str]().union(*(_sources(v, found) for v in producer.inputs))

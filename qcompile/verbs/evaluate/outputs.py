@@ -1,0 +1,206 @@
+"""`qcompile eval`: a candidate against its float reference on data, as one JSON-ready dict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from qcompile.calib.data.dataset import Dataset, fixed_batch
+from qcompile.errors import DataError, ModelError
+from qcompile.execute.emulate.runnable import runnable
+from qcompile.execute.feeds import run_padded
+from qcompile.execute.metrics import Distance, ErrorTally, LabelTally, LogitTally
+from qcompile.execute.serving import MAPPED
+from qcompile.execute.session import batch_length, make_session
+from qcompile.ir.model import Model
+from qcompile.ir.spill import is_large
+from qcompile.report import SCHEMA_VERSION
+from qcompile.verbs.evaluate.layers import layer_errors, simulate
+
+Progress = Callable[[int, int], None]
+Array = NDArray[Any]
+DEFAULT_BATCH = 16
+
+
+@dataclass
+class _Tallies:
+    """What is summed up while the data runs: against each other, and each against the labels."""
+
+    first: Distance = field(default_factory=Distance)
+    others: dict[str, Distance] = field(default_factory=dict)
+    logits: LogitTally = field(default_factory=LogitTally)
+    reference_task: LabelTally | ErrorTally | None = None
+    candidate_task: LabelTally | ErrorTally | None = None
+    has_classes: bool = False
+
+
+def evaluate(
+    reference: str | Path,
+    candidate: str | Path,
+    data: Dataset,
+    *,
+    per_layer: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Compare `candidate` with `reference` on `data`.
+
+    Both run on ONNX Runtime with full optimization, as deployed; a candidate that ONNX Runtime refuses to fuse, or whose
+    formats it lacks (FP4, MXFP8), is simulated (`candidate.simulated`).  Metrics are of the first output; the others are
+    listed under `outputs`.
+
+    Args:
+        per_layer: also compare the intermediate tensors that both graphs name (Q/DQ fusion off, first 16 samples).
+        threads: of ONNX Runtime.
+        progress: called with (samples done, samples in all).
+
+    Returns:
+        `schema_version, reference, candidate, samples, sqnr_db, cosine, relative_error, agreement, kl, outputs` and, when
+        asked for, `per_layer` (worst first).  `agreement` and `kl` are null for outputs that are not [..., C]; `reference` and
+        `candidate` hold `path, size_mb` and with labels `top1, nll` (integers [...] for logits [..., C]) or `mse` (reals of
+        the output's shape).
+
+    Raises:
+        ModelError: a model does not load, or the two do not have the same outputs.
+        DataError: the data holds no samples, or labels that do not exist among the classes.
+        InputError: ONNX Runtime fails on a batch.
+    """
+    if not len(data):
+        raise DataError("there are no samples to evaluate on; give more data")
+    models = Model.load(reference), Model.load(candidate)
+    sessions, simulated = _sessions(models, Path(reference), Path(candidate), threads)
+    tallies = _run(sessions, data, _fixed(*models), progress)
+    result = _summary(Path(reference), Path(candidate), tallies, simulated, len(data))
+    if per_layer:
+        result["per_layer"] = layer_errors(*models, data, threads=threads, progress=progress)
+    return result
+
+
+def _fixed(reference: Model, candidate: Model) -> int | None:
+    return fixed_batch(reference.inputs()) or fixed_batch(candidate.inputs())
+
+
+def _sessions(
+    models: tuple[Model, Model], reference: Path, candidate: Path, threads: int | None
+) -> tuple[tuple[ort.InferenceSession, ort.InferenceSession], bool]:
+    """Both sessions, and whether the candidate's Q/DQ pairs are simulated because ONNX Runtime fails to run or to fuse them."""
+    first, _ = _session(models[0], reference, threads)
+    second, simulated = _session(models[1], candidate, threads)
+    return (first, second), simulated
+
+
+def _session(model: Model, path: Path, threads: int | None) -> tuple[ort.InferenceSession, bool]:
+    """A session, and whether it simulates."""
+    ready = runnable(model)
+    if ready is not model:
+        return simulate(ready, threads), True
+    try:
+        return make_session(path, threads=threads, **(MAPPED if is_large(model.graph) else {})), False
+    except ModelError:
+        return simulate(model, threads), True
+
+
+def _run(
+    sessions: tuple[ort.InferenceSession, ort.InferenceSession], data: Dataset, fixed: int | None, progress: Progress | None
+) -> _Tallies:
+    names = _output_names(*sessions)
+    tallies, labels, done = _Tallies(others={n: Distance() for n in names[1:]}), data.labels, 0
+    for feeds in data.batches(fixed or DEFAULT_BATCH):
+        held = batch_length(feeds)
+        outputs = [run_padded(s, feeds, fixed, done) for s in sessions]
+        _require_comparable(names, *outputs)
+        _tally(tallies, outputs[0], outputs[1], None if labels is None else labels[done : done + held])
+        done += held
+        if progress is not None:
+            progress(done, len(data))
+    return tallies
+
+
+def _output_names(reference: ort.InferenceSession, candidate: ort.InferenceSession) -> list[str]:
+    names = [o.name for o in reference.get_outputs()]
+    others = [o.name for o in candidate.get_outputs()]
+    if len(names) != len(others):
+        raise ModelError(
+            f"the reference has the outputs {names} and the candidate {others}; compare a model with one that was made from it"
+        )
+    return names
+
+
+def _require_comparable(names: list[str], reference: list[Array], candidate: list[Array]) -> None:
+    for name, r, c in zip(names, reference, candidate, strict=True):
+        if r.shape != c.shape:
+            raise ModelError(
+                f"output {name!r} is {r.shape} in the reference and {c.shape} in the candidate; give two forms of one model"
+            )
+        for which, array in (("reference", r), ("candidate", c)):
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                raise ModelError(
+                    f"output {name!r} of the {which} holds NaN or infinity; keep the layer at fault in float (--keep-float)"
+                )
+
+
+def _tally(tallies: _Tallies, reference: list[Array], candidate: list[Array], labels: Array | None) -> None:
+    r, c = reference[0], candidate[0]
+    tallies.first.add(r, c)
+    for distance, a, b in zip(tallies.others.values(), reference[1:], candidate[1:], strict=True):
+        distance.add(a, b)
+    if _are_logits(r):
+        tallies.has_classes = True
+        tallies.logits.add(r, c)
+    if labels is not None:
+        _tally_labels(tallies, r, c, labels)
+
+
+def _tally_labels(tallies: _Tallies, r: Array, c: Array, labels: Array) -> None:
+    """Add a batch to the task's metrics; labels that fit neither task are left alone."""
+    kind = _task(r, labels)
+    if kind is None:
+        return
+    if tallies.reference_task is None or tallies.candidate_task is None:
+        tallies.reference_task, tallies.candidate_task = kind(), kind()
+    tallies.reference_task.add(r, labels)
+    tallies.candidate_task.add(c, labels)
+
+
+def _task(output: Array, labels: Array) -> type[LabelTally] | type[ErrorTally] | None:
+    if labels.dtype.kind in "iu" and labels.shape == output.shape[:-1] and output.ndim > 1:
+        if labels.size and (labels.min() < 0 or labels.max() >= output.shape[-1]):
+            span = f"{labels.min()}..{labels.max()}"
+            raise DataError(f"the labels hold {span} and the output has {output.shape[-1]} classes; fix the labels")
+        return LabelTally
+    return ErrorTally if labels.dtype.kind == "f" and labels.shape == output.shape else None
+
+
+def _are_logits(output: Array) -> bool:
+    """[N, C] or [N, T, C]: pictures and other maps have no classes on their last axis."""
+    return output.dtype.kind == "f" and output.ndim in (2, 3) and output.shape[-1] > 1
+
+
+def _summary(reference: Path, candidate: Path, tallies: _Tallies, simulated: bool, samples: int) -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "reference": _side(reference, tallies.reference_task),
+        "candidate": {**_side(candidate, tallies.candidate_task), "simulated": simulated},
+        "samples": samples,
+        "sqnr_db": tallies.first.sqnr_db,
+        "cosine": tallies.first.cosine,
+        "relative_error": tallies.first.relative_error,
+        "agreement": tallies.logits.agreement if tallies.has_classes else None,
+        "kl": tallies.logits.kl if tallies.has_classes else None,
+        "outputs": [{"name": name, "sqnr_db": d.sqnr_db} for name, d in tallies.others.items()],
+    }
+
+
+def _side(path: Path, task: LabelTally | ErrorTally | None) -> dict[str, Any]:
+    side: dict[str, Any] = {"path": str(path), "size_mb": round(path.stat().st_size / 1e6, 3)}
+    if isinstance(task, LabelTally):
+        side |= {"top1": task.top1, "nll": task.nll}
+    if isinstance(task, ErrorTally):
+        side |= {"mse": task.mse}
+    return side

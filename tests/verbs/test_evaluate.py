@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from numpy.typing import NDArray
+
+from qcompile.errors import DataError, ModelError
+from qcompile.execute import metrics
+from qcompile.verbs.evaluate.outputs import evaluate
+from tests.verbs import evaluation_graphs as graphs
+
+KEYS = {
+    "schema_version",
+    "reference",
+    "candidate",
+    "samples",
+    "sqnr_db",
+    "cosine",
+    "relative_error",
+    "agreement",
+    "kl",
+    "outputs",
+}
+
+
+@pytest.fixture
+def reference(tmp_path: Path) -> Path:
+    return graphs.float_model(tmp_path / "float.onnx")
+
+
+def run(path: Path, x: NDArray[Any]) -> NDArray[Any]:
+    return np.asarray(ort.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x})[0])
+
+
+def test_a_model_against_itself(tmp_path: Path, reference: Path) -> None:
+    result = evaluate(reference, reference, graphs.dataset(tmp_path / "d.npz", reference))
+    assert set(result) == KEYS
+    assert (result["agreement"], result["kl"], result["sqnr_db"], result["samples"]) == (1.0, 0.0, metrics.MAX_SQNR_DB, 20)
+    assert result["cosine"] == pytest.approx(1.0)
+    assert "top1" not in result["candidate"] and result["candidate"]["path"] == str(reference)
+    json.dumps(result, allow_nan=False)
+
+
+def test_metrics_are_those_of_the_whole_data(tmp_path: Path, reference: Path) -> None:
+    labels = np.random.default_rng(2).integers(0, graphs.CLASSES, 37)
+    candidate = graphs.coarse_model(tmp_path / "coarse.onnx")
+    data = graphs.dataset(tmp_path / "d.npz", reference, 37, labels)
+    seen: list[tuple[int, int]] = []
+    result = evaluate(reference, candidate, data, progress=lambda done, total: seen.append((done, total)))
+    x = np.concatenate([b["x"] for b in data.batches(37)])
+    r, c = run(reference, x), run(candidate, x)
+    assert result["sqnr_db"] == pytest.approx(metrics.sqnr_db(r, c), rel=1e-3)
+    assert result["kl"] == pytest.approx(metrics.kl(r, c), rel=1e-3)
+    assert result["agreement"] == metrics.agreement(r, c)
+    assert result["reference"]["top1"] == metrics.top1(r, labels)
+    assert result["candidate"]["nll"] == pytest.approx(metrics.nll(c, labels), rel=1e-4)
+    assert seen == [(16, 37), (32, 37), (37, 37)]
+
+
+def test_real_valued_labels_give_the_squared_error(tmp_path: Path, reference: Path) -> None:
+    labels = np.zeros((20, graphs.CLASSES), np.float32)
+    result = evaluate(reference, reference, graphs.dataset(tmp_path / "d.npz", reference, labels=labels))
+    assert result["reference"]["mse"] > 0 and "top1" not in result["reference"]
+
+
+def test_labels_outside_the_classes_are_an_error(tmp_path: Path, reference: Path) -> None:
+    data = graphs.dataset(tmp_path / "d.npz", reference, labels=np.full(20, graphs.CLASSES))
+    with pytest.raises(DataError, match="5 classes"):
+        evaluate(reference, reference, data)
+
+
+def test_half_precision_interfaces(tmp_path: Path, reference: Path) -> None:
+    half = graphs.half_model(tmp_path / "half.onnx")
+    result = evaluate(reference, half, graphs.dataset(tmp_path / "d.npz", reference))
+    assert 40 < result["sqnr_db"] < 100
+
+
+def test_a_fixed_batch_that_the_data_does_not_fill(tmp_path: Path, reference: Path) -> None:
+    fixed = graphs.float_model(tmp_path / "fixed.onnx", batch=8)
+    data = graphs.dataset(tmp_path / "d.npz", reference, 20)
+    result = evaluate(reference, fixed, data, per_layer=True)
+    assert result["samples"] == 20 and result["sqnr_db"] > 100
+    assert result["per_layer"][0]["sqnr_db"] > 100
+
+
+def test_other_outputs_are_listed(tmp_path: Path) -> None:
+    reference = graphs.float_model(tmp_path / "float.onnx", more=("hidden",))
+    result = evaluate(reference, reference, graphs.dataset(tmp_path / "d.npz", reference))
+    assert result["outputs"] == [{"name": "hidden", "sqnr_db": metrics.MAX_SQNR_DB}]
+
+
+def test_different_outputs_are_an_error(tmp_path: Path, reference: Path) -> None:
+    two = graphs.float_model(tmp_path / "two.onnx", more=("hidden",))
+    with pytest.raises(ModelError, match="outputs"):
+        evaluate(reference, two, graphs.dataset(tmp_path / "d.npz", reference))
+
+
+def test_nan_in_the_candidate_is_an_error(tmp_path: Path, reference: Path) -> None:
+    w = graphs.weights()
+    w["w2"][0, 0] = np.nan
+    broken = graphs.save(tmp_path / "nan.onnx", graphs.body(), w)
+    with pytest.raises(ModelError, match="candidate holds NaN"):
+        evaluate(reference, broken, graphs.dataset(tmp_path / "d.npz", reference))
+
+
+@pytest.mark.parametrize(("tensor", "hurt"), [("hidden", "fc2"), ("normed", "fc1")])
+def test_per_layer_finds_where_the_error_enters(tmp_path: Path, reference: Path, tensor: str, hurt: str) -> None:
+    candidate = graphs.coarse_model(tmp_path / "coarse.onnx", tensor, 1.0)
+    rows = evaluate(reference, candidate, graphs.dataset(tmp_path / "d.npz", reference), per_layer=True)["per_layer"]
+    assert [r["sqnr_db"] for r in rows] == sorted(r["sqnr_db"] for r in rows)
+    assert {r["node"] for r in rows} == {"norm", "fc1", "act", "fc2"}
+    row = next(r for r in rows if r["node"] == hurt)
+    assert row["input_sqnr_db"] > 100 and row["sqnr_db"] < 30 and not row["rescaled"]
+    json.dumps(rows, allow_nan=False)
+
+
+def test_per_layer_undoes_folded_scales(tmp_path: Path, reference: Path) -> None:
+    folded = graphs.folded_model(tmp_path / "folded.onnx")
+    rows = evaluate(reference, folded, graphs.dataset(tmp_path / "d.npz", reference), per_layer=True)["per_layer"]
+    assert {r["node"] for r in rows if r["rescaled"]} == {"norm"}
+    assert min(r["sqnr_db"] for r in rows) > 80
