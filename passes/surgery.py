@@ -65,7 +65,7 @@ class GraphSurgery(Pass):
         new, remarks = import_graph(self._call(self._load(), to_gs(model)), model)
         self._check(new)
         if new.digest() == from_gs(to_gs(model), model).digest():
-            ctx.missed(self.spec_name(), "the function changed nothing")
+            ctx.remarks.missed(self.spec_name(), "the function changed nothing")
             return PassResult(modified=False)
         old = frozenset(_tensor_names(model))
         self._report(ctx, model, new, remarks)
@@ -109,11 +109,13 @@ class GraphSurgery(Pass):
 
     def _report(self, ctx: PassContext, old: Model, new: Model, remarks: list[str]) -> None:
         for remark in remarks:
-            ctx.note(self.spec_name(), remark)
+            ctx.remarks.note(self.spec_name(), remark)
         if surgery_kind(self._load()) is None:
-            ctx.note(self.spec_name(), "not declared with @qcompile.surgery: taken as a change of the float function")
+            ctx.remarks.note(self.spec_name(), "not declared with @qcompile.surgery: taken as a change of the float function")
         was, now = ({n.name for n in m.graph.all_nodes()} for m in (old, new))
-        ctx.applied(self.spec_name(), "graph or constants changed", nodes_added=len(now - was), nodes_removed=len(was - now))
+        ctx.remarks.applied(
+            self.spec_name(), "graph or constants changed", nodes_added=len(now - was), nodes_removed=len(was - now)
+        )
 
 
 @cache

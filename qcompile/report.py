@@ -37,6 +37,26 @@ class Remark:
         }
 
 
+@dataclass
+class Remarks:
+    """Where the pass `pass_name` says what it did: one remark a candidate site."""
+
+    pass_name: str = ""
+    all: list[Remark] = field(default_factory=list[Remark])
+
+    def applied(self, node: str, reason: str, **numbers: float | int | str) -> None:
+        """A site was rewritten."""
+        self.all.append(Remark("applied", self.pass_name, node, reason, numbers))
+
+    def missed(self, node: str, reason: str, **numbers: float | int | str) -> None:
+        """A site was skipped, and why."""
+        self.all.append(Remark("missed", self.pass_name, node, reason, numbers))
+
+    def note(self, node: str, reason: str, **numbers: float | int | str) -> None:
+        """Something worth knowing that is neither."""
+        self.all.append(Remark("note", self.pass_name, node, reason, numbers))
+
+
 @dataclass(frozen=True)
 class PassReport:
     """One executed pass: what it changed, how far outputs moved, what it cost."""

@@ -19,6 +19,7 @@ from qcompile.ir.model import Model
 from qcompile.passes.forms.canonicalize.canonicalize import Canonicalize
 from qcompile.pipeline.base import PassContext
 from qcompile.quant.spec import SCHEMES
+from qcompile.report import Remarks
 from qcompile.rewrite.fold import Folded, fold, norm_sites
 from qcompile.target.catalog import TARGETS
 
@@ -38,7 +39,7 @@ def transplant(
 ) -> Model:
     """A copy of `model` whose norms put out channels of very different ranges; the float function stays."""
     copy, rng = model.clone(), np.random.default_rng(seed)
-    ctx = PassContext(SCHEMES["w8a8"], TARGETS["trt"], pass_name="transplant")
+    ctx = PassContext(SCHEMES["w8a8"], TARGETS["trt"], remarks=Remarks("transplant"))
     Canonicalize().apply(copy, ctx)
     sites = norm_sites(copy.graph, ctx)
     for site in sites:

@@ -13,7 +13,7 @@ from qcompile.decide.decisions import Decision, clear_decisions, decide, decisio
 from qcompile.decide.ranges import Readers, automatic
 from qcompile.decide.site import Placement, Site
 from qcompile.ir.model import Model
-from qcompile.ir.select import selected, with_width
+from qcompile.ir.select import selected
 from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult, quantized_forms
 from qcompile.quant.affine import qparams_from_range
 from qcompile.quant.minifloat import nvfp4_tensor_scale
@@ -76,9 +76,9 @@ class Annotate(Pass):
         for site in placement.sites:
             self._decide(site, ctx, readers)
         for node, reason in placement.missed:
-            ctx.missed(node, reason)
+            ctx.remarks.missed(node, reason)
         for node, reason in placement.notes:
-            ctx.note(node, reason)
+            ctx.remarks.note(node, reason)
         _remark_idle(model, placement, ctx)
         return PassResult(bool(placement.sites))
 
@@ -110,23 +110,23 @@ class Annotate(Pass):
         if site.is_weight:
             axis = str(site.spec.granularity)
             decide(site.node, site.slot, Decision(site.spec, f"{name}:{axis}"))
-            ctx.applied(str(site.node.name), f"weight {name} in {site.spec.qtype.name}")
+            ctx.remarks.applied(str(site.node.name), f"weight {name} in {site.spec.qtype.name}")
             return
         if site.spec.block_format == "mxfp8":
             decide(site.node, site.slot, Decision(site.spec, f"{name}:mxfp8", QParams(np.ones(()), np.zeros((), np.int64))))
-            ctx.applied(str(site.node.name), f"activation {name} in mxfp8, all scales found at run time")
+            ctx.remarks.applied(str(site.node.name), f"activation {name} in mxfp8, all scales found at run time")
             return
         lo, hi, method = self._range(site, ctx, readers)
         params = _params(site.spec, lo, hi)
         decide(site.node, site.slot, Decision(site.spec, _quantizer(name, params), params))
         numbers = {"lo": float(np.min(lo)), "hi": float(np.max(hi)), "range": method}
-        ctx.applied(str(site.node.name), f"activation {name} in {site.spec.qtype.name}", **numbers)
+        ctx.remarks.applied(str(site.node.name), f"activation {name} in {site.spec.qtype.name}", **numbers)
 
     def _range(self, site: Site, ctx: PassContext, readers: Readers) -> tuple[np.ndarray, np.ndarray, str]:
         """(lo, hi, how it was found)."""
         if site.bounds is not None:
             return np.asarray(site.bounds[0]), np.asarray(site.bounds[1]), "known"
-        stats = [ctx.stats[p] for p in self._probes(site, ctx, readers)]
+        stats = [ctx.told[p] for p in self._probes(site, ctx, readers)]
         found = readers.choose(site, self._method(site, ctx), stats)
         room = _HEADROOM if site.spec.qtype.bits > 8 else 1.0
         return found.lo * room, found.hi * room, found.method
@@ -137,16 +137,15 @@ def _follow(site: Site, leader: Site, ctx: PassContext) -> None:
     led = decision(leader.node, leader.slot)
     assert led is not None
     decide(site.node, site.slot, led)
-    ctx.applied(str(site.node.name), f"residual {site.value.name} shares the quantizer of {leader.node.name}")
+    ctx.remarks.applied(str(site.node.name), f"residual {site.value.name} shares the quantizer of {leader.node.name}")
 
 
 def _remark_idle(model: Model, placement: Placement, ctx: PassContext) -> None:
     """Selectors that choose no node that could be quantized: misspelt, or folded away by an earlier pass."""
     names = {str(s.node.name) for s in placement.sites} | {name for name, _ in placement.missed}
-    widths = (with_width(text)[0] for text in ctx.bits)
-    for selector in dict.fromkeys((*ctx.keep_float, *ctx.only, *ctx.quantize, *widths)):
+    for selector in dict.fromkeys(ctx.selection.selectors):
         if not any(n.name in names for n in selected(selector, model.graph)):
-            ctx.missed("", f"selector {selector!r} chooses no node that could be quantized here")
+            ctx.remarks.missed("", f"selector {selector!r} chooses no node that could be quantized here")
 
 
 def _params(spec: QuantSpec, lo: np.ndarray, hi: np.ndarray) -> QParams:

@@ -9,10 +9,11 @@ from typing import Annotated, Literal
 import numpy as np
 
 from qcompile.calib.observe import Probe, Rows, RowsStat
+from qcompile.calib.observe.change import FOLD_ROWS
 from qcompile.decide.decisions import Decision, decide, decision
 from qcompile.ir.model import Model
 from qcompile.ir.ops import const_array
-from qcompile.pipeline.base import FOLD_ROWS, Fact, Kind, Pass, PassContext, PassResult
+from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
 from qcompile.quant.companding import GELU_MINIMUM, Error, codebook, companded_type, fit
 from qcompile.quant.spec import QuantSpec
 from qcompile.structure import Mlp, find_mlps
@@ -54,19 +55,19 @@ class CompandGelu(Pass):
         """Decide the input of every second linear."""
         matches = find_mlps(model.graph)
         for refused in matches.refused:
-            ctx.missed(str(refused.node.name), refused.reason)
+            ctx.remarks.missed(str(refused.node.name), refused.reason)
         done = [self._one(m, ctx) for m in matches.found]
-        if not ctx.remarks:
-            ctx.note("", "no linear layer reads a GELU")
+        if not ctx.remarks.all:
+            ctx.remarks.note("", "no linear layer reads a GELU")
         return PassResult(any(done))
 
     def _one(self, m: Mlp, ctx: PassContext) -> bool:
         reason = _refusal(m, ctx)
-        stat = None if reason else ctx.stats[_probe(m)]
+        stat = None if reason else ctx.told[_probe(m)]
         if isinstance(stat, RowsStat) and float(stat.rows.min()) < -GELU_MINIMUM - _SLACK:
             reason = f"its smallest value {float(stat.rows.min()):.3g} lies below the minimum of GELU"
         if reason or not isinstance(stat, RowsStat):
-            ctx.missed(str(m.fc2.node.name), str(reason))
+            ctx.remarks.missed(str(m.fc2.node.name), str(reason))
             return False
         kind, shift = _TYPES[self.kind_]
         width = ctx.scheme.activation.bits if ctx.scheme.activation else 8
@@ -78,7 +79,7 @@ class CompandGelu(Pass):
         decide(m.fc2.node, slot, Decision(QuantSpec(coded), identity, params))
         e = codebook(coded, params).fake_quant(rows) - rows
         sqnr = round(10 * float(np.log10((error(rows) + 1e-30) / (error(e) + 1e-30))), 2)
-        ctx.applied(str(m.fc2.node.name), f"hidden layer in {coded.name}", scale=float(params.scale), sqnr_db=sqnr)
+        ctx.remarks.applied(str(m.fc2.node.name), f"hidden layer in {coded.name}", scale=float(params.scale), sqnr_db=sqnr)
         return True
 
 
@@ -89,7 +90,7 @@ def _refusal(m: Mlp, ctx: PassContext) -> str | None:
         return f"it reads {m.kind}, not a GELU"
     if m.fc2.channel_axis != -1:
         return "its channels are not the last axis"
-    if reason := ctx.excluded(m.fc2.node):
+    if reason := ctx.selection.excluded(m.fc2.node):
         return reason
     return None if decision(m.fc2.node, m.fc2.input_slot) is not None else "its input is left in float"
 

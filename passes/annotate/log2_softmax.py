@@ -11,11 +11,12 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompile.calib.observe import Moments, MomentsStat, Probe, Rows, RowsStat
+from qcompile.calib.observe.change import FOLD_ROWS
 from qcompile.decide.decisions import Decision, decide, decision
 from qcompile.errors import UsageError
 from qcompile.ir.model import Model
 from qcompile.ir.ops import is_op
-from qcompile.pipeline.base import FOLD_ROWS, Fact, Kind, Pass, PassContext, PassResult
+from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
 from qcompile.quant.affine import fake_quant, qparams_from_range
 from qcompile.quant.companding import Error, codebook, companded_type, fit, product_error, value_error
 from qcompile.quant.qtype import FLOAT8E4M3FN, QType, qtype
@@ -70,7 +71,7 @@ class Log2Softmax(Pass):
         found, reason = list(_attentions(model.graph)), self._refusal(ctx)
         done = [self._one(node, values, reason, ctx) for node, values in found]
         if not found:
-            ctx.note("", "no softmax output is multiplied with values")
+            ctx.remarks.note("", "no softmax output is multiplied with values")
         return PassResult(any(done))
 
     def _refusal(self, ctx: PassContext) -> str | None:
@@ -82,13 +83,13 @@ class Log2Softmax(Pass):
 
     def _one(self, node: ir.Node, values: Values, reason: str | None, ctx: PassContext) -> bool:
         matmul, slot = values.matmul, 1 - values.slot
-        reason = reason or ctx.excluded(matmul) or ctx.excluded(node)
+        reason = reason or ctx.selection.excluded(matmul) or ctx.selection.excluded(node)
         if not reason and self.deploy == "fp8" and decision(matmul, slot) is None:
             reason = "the product of probabilities and values is left in float"
         if reason:
-            ctx.missed(str(node.name), reason)
+            ctx.remarks.missed(str(node.name), reason)
             return False
-        stat = ctx.stats[_rows_probe(values)]
+        stat = ctx.told[_rows_probe(values)]
         assert isinstance(stat, RowsStat)
         coded, error = self._coded(ctx), _error(values, ctx)
         rows = stat.rows[:_SEARCHED].astype(np.float64)
@@ -99,7 +100,7 @@ class Log2Softmax(Pass):
             plain = fake_quant(rows, qparams_from_range(0.0, rows.max(), FLOAT8E4M3FN), FLOAT8E4M3FN)
             numbers["plain_fp8_sqnr_db"] = _sqnr(rows, plain, error)
         numbers |= {f"curve{i}": float(c) for i, c in enumerate(params.curve)}
-        ctx.applied(str(node.name), f"probabilities in {coded.name}", **numbers)
+        ctx.remarks.applied(str(node.name), f"probabilities in {coded.name}", **numbers)
         return True
 
     def _coded(self, ctx: PassContext) -> QType:
@@ -135,7 +136,7 @@ def _values_probe(values: Values) -> Probe:
 
 def _error(values: Values, ctx: PassContext) -> Error:
     """Of P V where V's moments are known, else of P."""
-    stat = ctx.stats.get(_values_probe(values))
+    stat = ctx.told.get(_values_probe(values))
     if not isinstance(stat, MomentsStat) or not stat.count:
         return value_error
     return product_error(float(stat.var.sum()), float(np.square(stat.mean).sum()))

@@ -11,11 +11,12 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompile.calib.observe import MinMax, MinMaxStat, Probe
-from qcompile.ir.channel_stats import move_channel_stats
+from qcompile.calib.observe.change import AffineMap
 from qcompile.ir.edit import add_constant, erase, new_node, replace_value, set_constant
 from qcompile.ir.model import Model
+from qcompile.ir.notes import move_channel_stats
 from qcompile.ir.ops import const_array, const_scalar, is_op, pads_zeros
-from qcompile.pipeline.base import AffineMap, Fact, Kind, Pass, PassContext, PassResult
+from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
 from qcompile.rewrite.bias import (
     bias_at,
     bias_site,
@@ -95,21 +96,21 @@ class CrossLayerEqualization(Pass):
         changed: set[str],
     ) -> None:
         channels = len(weight_array(chain.first))
-        stat = ctx.stats.get(_probe(chain))
+        stat = ctx.told.get(_probe(chain))
         if stat is not None and (not isinstance(stat, MinMaxStat) or stat.lo.shape != (channels,)):
-            ctx.missed(str(chain.first.name), "the measured channels do not match its weight")
+            ctx.remarks.missed(str(chain.first.name), "the measured channels do not match its weight")
             return
         s = _rounded(by_weights if by_weights.size else self._scales(chain, stat), self.steps)
         t = self._centre(chain, stat, s, ctx)
         spread = float(s.max() / s.min())
         if spread < _PAYS and not t.any():
-            ctx.missed(str(chain.first.name), "its channels have like ranges", spread=round(spread, 2))
+            ctx.remarks.missed(str(chain.first.name), "its channels have like ranges", spread=round(spread, 2))
             return
         moved = set(_names(chain))
         out = _fold(graph, chain, s, t)
         maps[str(out.name)] = AffineMap(s, t * s)
         changed |= moved
-        ctx.applied(
+        ctx.remarks.applied(
             str(chain.first.name),
             f"equalized into {chain.second.name}" + (", centred" if t.any() else ""),
             s_min=float(s.min()),
@@ -129,7 +130,7 @@ class CrossLayerEqualization(Pass):
         if not self.center or stat is None or not bounded:
             return np.zeros_like(s)
         if pads_zeros(chain.second):
-            ctx.note(str(chain.first.name), f"not centred: {chain.second.name} pads with zeros, its border would need -t")
+            ctx.remarks.note(str(chain.first.name), f"not centred: {chain.second.name} pads with zeros, its border would need -t")
             return np.zeros_like(s)
         return (stat.lo + stat.hi) / 2 / s
 
@@ -138,11 +139,11 @@ def _usable(graph: ir.Graph, ctx: PassContext) -> Iterable[ConvChain]:
     """Pairs that may be rescaled; remarks on the others."""
     matches = find_conv_chains(graph)
     for refusal in matches.refused:
-        ctx.missed(str(refusal.node.name), refusal.reason)
+        ctx.remarks.missed(str(refusal.node.name), refusal.reason)
     for chain in matches:
-        reason = _refusal(chain) or ctx.excluded(chain.first) or ctx.excluded(chain.second)
+        reason = _refusal(chain) or ctx.selection.excluded(chain.first) or ctx.selection.excluded(chain.second)
         if reason:
-            ctx.missed(str(chain.first.name), reason)
+            ctx.remarks.missed(str(chain.first.name), reason)
         else:
             yield chain
 

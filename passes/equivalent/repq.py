@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qcompile.calib.observe import MinMax, MinMaxStat, Probe, Rows, RowsStat
+from qcompile.calib.observe.change import FOLD_ROWS
 from qcompile.ir.model import Model
-from qcompile.pipeline.base import FOLD_ROWS, Fact, Kind, Pass, PassContext, PassResult, quantized_forms
+from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult, quantized_forms
 from qcompile.quant.spec import Scheme
 from qcompile.rewrite.fold import Folded, FoldSite, fold, norm_sites, usable
 from qcompile.target.target import Target
@@ -66,7 +67,7 @@ class RepQ(Pass):
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
         """Fold every norm -> linear site."""
         if ctx.scheme.activation is None:
-            ctx.missed("", "the scheme leaves activations in float, nothing to reparameterize")
+            ctx.remarks.missed("", "the scheme leaves activations in float, nothing to reparameterize")
             return PassResult(False)
         out, done = Folded(), False
         for site in norm_sites(model.graph, ctx, remark=True):
@@ -86,14 +87,14 @@ class RepQ(Pass):
             if site.shift_refusal is None
             else f"norm site reparameterized, scale only: {site.shift_refusal}"
         )
-        ctx.applied(str(site.anchor.name), reason, r_min=float(r.min()), r_max=float(r.max()))
+        ctx.remarks.applied(str(site.anchor.name), reason, r_min=float(r.min()), r_max=float(r.max()))
 
     def _ranges(self, site: FoldSite, ctx: PassContext, bits: int) -> tuple[F64, F64]:
-        stat = ctx.stats[Probe(str(site.tensor.name), MinMax(-1))]
+        stat = ctx.told[Probe(str(site.tensor.name), MinMax(-1))]
         assert isinstance(stat, MinMaxStat)
         if self.percentile == "minmax":
             return stat.lo, stat.hi
-        rows = ctx.stats[Probe(str(site.tensor.name), _SEEN)]
+        rows = ctx.told[Probe(str(site.tensor.name), _SEEN)]
         assert isinstance(rows, RowsStat)
         return best_percentile(rows.rows.astype(np.float64), bits)
 

@@ -10,10 +10,11 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.calib.observe import MinMax, MinMaxStat, Probe, Rows, RowsStat
+from qcompile.calib.observe.change import FOLD_ROWS
 from qcompile.ir.edit import add_constant, erase, insert_after, new_node, replace_value
 from qcompile.ir.model import Model
 from qcompile.ir.ops import const_array, is_op
-from qcompile.pipeline.base import FOLD_ROWS, Fact, Kind, Pass, PassContext, PassResult
+from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
 from qcompile.quant.companding import companded_type, fit, twin_branches
 from qcompile.structure import Mlp, find_mlps
 from qcompile.structure.scores import Scores, Values, find_scores, find_values
@@ -50,12 +51,12 @@ class SplitRange(Pass):
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
         """Split every site that has two ranges."""
         if ctx.scheme.activation is None:
-            ctx.missed("", "the scheme leaves activations in float, nothing to split")
+            ctx.remarks.missed("", "the scheme leaves activations in float, nothing to split")
             return PassResult(False)
         done = [_split_mlp(model.graph, m, ctx) for m in list(self._mlps(model))]
         done += [_split_product(model.graph, softmax, v, ctx) for softmax, v in list(self._products(model))]
-        if not ctx.remarks:
-            ctx.note("", "nothing reads a GELU or a softmax" if self.softmax else "no linear layer reads a GELU")
+        if not ctx.remarks.all:
+            ctx.remarks.note("", "nothing reads a GELU or a softmax" if self.softmax else "no linear layer reads a GELU")
         return PassResult(any(done))
 
     def _mlps(self, model: Model) -> Iterator[Mlp]:
@@ -69,16 +70,16 @@ class SplitRange(Pass):
 
 
 def _split_mlp(graph: ir.Graph, m: Mlp, ctx: PassContext) -> bool:
-    node, stat = m.fc2.node, ctx.stats[_range_probe(m)]
+    node, stat = m.fc2.node, ctx.told[_range_probe(m)]
     assert isinstance(stat, MinMaxStat)
     low, high = float(stat.lo.min()), float(stat.hi.max())
-    reason = ctx.excluded(node)
+    reason = ctx.selection.excluded(node)
     if m.fc2.kind == "conv" or m.fc2.input_slot != 0:
         reason = reason or "it is not a MatMul or Gemm with a right-hand weight"
     if low >= 0 or high <= 0:
         reason = reason or f"its input has one sign only ({m.kind})"
     if reason:
-        ctx.missed(str(node.name), reason, low=low, high=high)
+        ctx.remarks.missed(str(node.name), reason, low=low, high=high)
         return False
     x = m.fc2.input
     zero = _constant(graph, x, "zero", 0.0)
@@ -86,17 +87,17 @@ def _split_mlp(graph: ir.Graph, m: Mlp, ctx: PassContext) -> bool:
     parts.append(new_node(graph, "Min", [x, zero], name=f"{node.name}_negative", like=x))
     insert_after(graph, x, *parts)
     _two_products(graph, node, 0, [p.outputs[0] for p in parts], lambda: _weight_copy(graph, node))
-    ctx.applied(str(node.name), "one product for positive, one for negative inputs", low=low, high=high)
+    ctx.remarks.applied(str(node.name), "one product for positive, one for negative inputs", low=low, high=high)
     return True
 
 
 def _split_product(graph: ir.Graph, softmax: ir.Node, values: Values, ctx: PassContext) -> bool:
     node, slot = values.matmul, 1 - values.slot
-    stat, reason = ctx.stats[_rows_probe(values)], ctx.excluded(node) or ctx.excluded(softmax)
+    stat, reason = ctx.told[_rows_probe(values)], ctx.selection.excluded(node) or ctx.selection.excluded(softmax)
     if not isinstance(stat, RowsStat) or len(stat.rows) < _LEAST_ROWS:
         reason = reason or "its probabilities were not measured"
     if reason or not isinstance(stat, RowsStat):
-        ctx.missed(str(softmax.name), str(reason))
+        ctx.remarks.missed(str(softmax.name), str(reason))
         return False
     bits = min(ctx.scheme.activation.bits, 8) if ctx.scheme.activation else 8
     coded = companded_type("twin", bits)
@@ -115,7 +116,7 @@ def _split_product(graph: ir.Graph, softmax: ir.Node, values: Values, ctx: PassC
         mark_branch(branch)
     if isinstance(scores, Scores):
         mark_branch(scores.matmul)
-    ctx.applied(str(softmax.name), "one product for small, one for large probabilities", split=split)
+    ctx.remarks.applied(str(softmax.name), "one product for small, one for large probabilities", split=split)
     return True
 
 

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from qcompile.calib.observe import MinMax, MinMaxStat, Probe
 from qcompile.ir.edit import add_constant, erase, erase_dead, new_node, replace_value
 from qcompile.ir.model import Model
+from qcompile.ir.notes import copy_notes
 from qcompile.ir.ops import const_array, input_at, int_attr, is_op, weight_slot
 from qcompile.ir.shapes import dims, rank
-from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult, copy_notes
+from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
 from qcompile.structure import Norm, find_activations, find_norms
 from qcompile.structure.core import Refusal, data_uses, label
 
@@ -73,9 +74,9 @@ class SplitShortcut(Pass):
         """Split every layer whose parts differ; remark on the others."""
         changed = False
         for site in list(find_shortcuts(model.graph)):
-            reason = site.reason if isinstance(site, Refusal) else ctx.excluded(site.node) or _refusal(site)
+            reason = site.reason if isinstance(site, Refusal) else ctx.selection.excluded(site.node) or _refusal(site)
             if reason or isinstance(site, Refusal):
-                ctx.missed(str(site.node.name), str(reason))
+                ctx.remarks.missed(str(site.node.name), str(reason))
                 continue
             changed = self._one(model.graph, site, ctx) or changed
         if changed:
@@ -86,11 +87,11 @@ class SplitShortcut(Pass):
         tops = _tops(site, ctx)
         unlike = max(tops) / max(min(tops), 1e-30) if tops else np.inf
         if tops and (unlike < self.ratio or not max(tops)):
-            ctx.missed(str(site.node.name), "the joined parts have like ranges", ratio=round(float(unlike), 2))
+            ctx.remarks.missed(str(site.node.name), "the joined parts have like ranges", ratio=round(float(unlike), 2))
             return False
         split(graph, site)
         numbers = {"ratio": round(float(min(unlike, 1e6)), 2)}
-        ctx.applied(str(site.node.name), f"split into branches of {' + '.join(map(str, site.sizes))} channels", **numbers)
+        ctx.remarks.applied(str(site.node.name), f"split into branches of {' + '.join(map(str, site.sizes))} channels", **numbers)
         return True
 
 
@@ -185,7 +186,7 @@ def _probe(site: Shortcut) -> Probe:
 
 def _tops(site: Shortcut, ctx: PassContext) -> list[float]:
     """The largest magnitude of each part on calibration data; empty when it was not measured."""
-    stat = ctx.stats.get(_probe(site))
+    stat = ctx.told.get(_probe(site))
     if not isinstance(stat, MinMaxStat) or stat.lo.shape != (sum(site.sizes),):
         return []
     top = np.maximum(-stat.lo, stat.hi)

@@ -11,9 +11,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompile.calib.observe import MinMax, MinMaxStat, Probe
-from qcompile.ir.channel_stats import channel_stats, move_channel_stats
 from qcompile.ir.edit import add_constant, erase, insert_after, new_node, replace_value, set_constant
 from qcompile.ir.model import Model
+from qcompile.ir.notes import channel_stats, move_channel_stats
 from qcompile.ir.ops import const_array, const_scalar, input_at, is_op, output_activation_axis, pads_zeros, weight_slot
 from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
 from qcompile.rewrite.bias import bias_site, mean_output, shift_bias, weight_array
@@ -56,9 +56,9 @@ class AbsorbBias(Pass):
         """Absorb every pair; remark on the others."""
         changed: set[str] = set()
         for pair in list(_pairs(model.graph)):
-            reason = pair.reason if isinstance(pair, Refusal) else ctx.any_excluded((pair.first, pair.second))
+            reason = pair.reason if isinstance(pair, Refusal) else ctx.selection.any_excluded((pair.first, pair.second))
             if reason or isinstance(pair, Refusal):
-                ctx.missed(str(pair.node.name if isinstance(pair, Refusal) else pair.first.name), str(reason))
+                ctx.remarks.missed(str(pair.node.name if isinstance(pair, Refusal) else pair.first.name), str(reason))
                 continue
             self._one(model.graph, pair, ctx, changed)
         return PassResult(bool(changed), changed=frozenset(changed))
@@ -67,12 +67,12 @@ class AbsorbBias(Pass):
         k = self._least(pair, ctx)
         shift = mean_output(pair.second, weight_array(pair.second), k) if k is not None else None
         if k is None or shift is None:
-            ctx.missed(
+            ctx.remarks.missed(
                 str(pair.first.name), "no BatchNormalization says how small it gets" if self.by == "bn" else "not measured"
             )
             return
         if not k.any():
-            ctx.missed(str(pair.first.name), "no channel stays above 0")
+            ctx.remarks.missed(str(pair.first.name), "no channel stays above 0")
             return
         changed |= set(_names(pair))
         first, second = bias_site(pair.first), bias_site(pair.second)
@@ -81,7 +81,7 @@ class AbsorbBias(Pass):
         move_channel_stats(pair.z, shift=-k)
         shift_bias(graph, second, shift)
         _lower_cap(graph, pair, k)
-        ctx.applied(
+        ctx.remarks.applied(
             str(pair.first.name), f"absorbed into {pair.second.name}", channels=int((k > 0).sum()), largest=float(k.max())
         )
 
@@ -90,7 +90,7 @@ class AbsorbBias(Pass):
         if self.by == "bn":
             stats = channel_stats(pair.z)
             return None if stats is None else _worth(stats.mean - _DEVIATIONS * stats.std, stats.mean + _DEVIATIONS * stats.std)
-        stat = ctx.stats.get(_probe(pair))
+        stat = ctx.told.get(_probe(pair))
         return _worth(stat.lo, stat.hi) if isinstance(stat, MinMaxStat) and stat.lo.ndim == 1 else None
 
 

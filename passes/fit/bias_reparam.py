@@ -37,7 +37,7 @@ class BiasReparam(Pass):
         """Correct the bias of every layer that reads shifted codes."""
         done = [_one(model.graph, node, slot, d, ctx) for node, slot, d in list(_shifted(model.graph))]
         if not done:
-            ctx.note("", "no layer reads AdaLog codes with a shift")
+            ctx.remarks.note("", "no layer reads AdaLog codes with a shift")
         return PassResult(any(done))
 
 
@@ -51,13 +51,13 @@ def _shifted(graph: ir.Graph) -> Iterator[tuple[ir.Node, int, Decision]]:
 def _one(graph: ir.Graph, node: ir.Node, slot: int, d: Decision, ctx: PassContext) -> bool:
     linear, params = match_linear(node), d.qparams
     if not isinstance(linear, Linear) or linear.input_slot != slot or params is None:
-        ctx.missed(str(node.name), "it has no constant weight whose columns could be summed")
+        ctx.remarks.missed(str(node.name), "it has no constant weight whose columns could be summed")
         return False
     q, shift, offset = params.curve
     extra = -offset * _column_sums(linear)
     add_to_bias(graph, linear, extra)
     decide(node, slot, replace(d, quantizer=f"{d.quantizer}:unshifted", qparams=replace(params, curve=(q, shift, 0.0))))
-    ctx.applied(str(node.name), "the shift of its codes moved into its bias", largest=float(np.abs(extra).max()))
+    ctx.remarks.applied(str(node.name), "the shift of its codes moved into its bias", largest=float(np.abs(extra).max()))
     return True
 
 

@@ -69,16 +69,16 @@ class RoundToNearest(Pass):
         weight = tensor.numpy().astype(np.float32)
         plain = minmax_qparams(weight, d.spec)
         if not self._searches(d.spec):
-            ctx.applied(str(node.name), "min-max weight scales")
+            ctx.remarks.applied(str(node.name), "min-max weight scales")
             return plain
         searched = self._search(node, slot, weight, d.spec, ctx)
         gain = _gain_db(node, slot, weight, plain, searched, d.spec, ctx)
         if gain < 0:
-            ctx.missed(
+            ctx.remarks.missed(
                 str(node.name), "the clip search would raise the layer's output error; min-max kept", gain_db=round(gain, 2)
             )
             return plain
-        ctx.applied(str(node.name), "weight clipping searched", gain_db=round(gain, 2))
+        ctx.remarks.applied(str(node.name), "weight clipping searched", gain_db=round(gain, 2))
         return searched
 
     def _search(self, node: ir.Node, slot: int, weight: NDArray[np.float32], spec: QuantSpec, ctx: PassContext) -> QParams:
@@ -100,7 +100,7 @@ def _floored(node: ir.Node, slot: int, params: QParams, ctx: PassContext) -> QPa
         return params
     floor = np.abs(bias.astype(np.float64)) / (float(data.qparams.scale) * 2.0**29)
     if np.any(floor > params.scale):
-        ctx.note(
+        ctx.remarks.note(
             str(node.name),
             f"{int((floor > params.scale).sum())} nearly dead channels: weight scale raised to keep an int32 bias exact",
         )
@@ -134,7 +134,7 @@ def minmax_qparams(weight: NDArray[np.float32], spec: QuantSpec) -> QParams:
 def _energy(node: ir.Node, slot: int, weight: NDArray[Any], ctx: PassContext) -> NDArray[np.float64] | None:
     """E[x_k^2] along the weight's input axis, shaped to broadcast; None for grouped convolutions."""
     data = _data(node, slot)
-    stat = ctx.stats.get(Probe(str(data.name), Moments(activation_channel_axis(node)))) if data is not None else None
+    stat = ctx.told.get(Probe(str(data.name), Moments(activation_channel_axis(node)))) if data is not None else None
     axis = input_channel_axis(node)
     if not isinstance(stat, MomentsStat) or stat.sumsq.size != weight.shape[axis]:
         return None
@@ -148,7 +148,7 @@ def _gain_db(
     """How much lower the output error on calibration rows is with `searched` (weight error where rows do not apply)."""
     a, b = (fake_quant(w, p, spec.qtype, spec.granularity) - w for p in (plain, searched))
     data = _data(node, slot)
-    stat = ctx.stats.get(Probe(str(data.name), Rows(_ROWS))) if data is not None else None
+    stat = ctx.told.get(Probe(str(data.name), Rows(_ROWS))) if data is not None else None
     if isinstance(stat, RowsStat) and len(stat.rows) and slot == 1:
         transposed = input_channel_axis(node) == 1
         a, b = (stat.rows.astype(np.float32) @ (d.T if transposed else d) for d in (a, b))

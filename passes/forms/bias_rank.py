@@ -37,14 +37,14 @@ def _reshape(add: ir.Node, ctx: PassContext) -> bool:
         return False
     product = add.inputs[1 - slot]
     if product is None or product.shape is None:
-        ctx.missed(str(add.name), "the rank of the product is not known")
+        ctx.remarks.missed(str(add.name), "the rank of the product is not known")
         return False
     if len(product.shape) < 3:
         return False
     bias = const_array(add.inputs[slot])
     assert bias is not None
     set_constant(add, slot, bias.reshape([1] * (len(product.shape) - 1) + [-1]))
-    ctx.applied(str(add.name), f"bias [{bias.shape[0]}] has rank {len(product.shape)}")
+    ctx.remarks.applied(str(add.name), f"bias [{bias.shape[0]}] has rank {len(product.shape)}")
     return True
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qcompile.ir.channel_stats import ChannelStats, set_channel_stats
 from qcompile.ir.edit import erase_dead, replace_value, set_constant
 from qcompile.ir.model import Model
+from qcompile.ir.notes import ChannelStats, set_channel_stats
 from qcompile.ir.ops import CONV_OPS, const_array, float_attr, int_attr, is_op, pads_zeros, weight_slot
 from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
 from qcompile.rewrite.bias import bias_at, bias_site, by_input, by_output, mean_output, set_bias, shift_bias, weight_array
@@ -65,21 +65,21 @@ class _Affine:
 def _fold(graph: ir.Graph, bn: ir.Node, linear: Linear | None, ctx: PassContext, changed: set[str]) -> bool:
     affine = _affine(bn)
     if isinstance(affine, str):
-        ctx.missed(str(bn.name), affine)
+        ctx.remarks.missed(str(bn.name), affine)
         return False
     front = linear or _conv_in_front(bn)
     if not isinstance(front, str):
         node = _into_front(graph, front, affine)
         changed |= set(names_between([node], bn))
-        ctx.applied(str(bn.name), f"folded into {node.name}")
+        ctx.remarks.applied(str(bn.name), f"folded into {node.name}")
     else:
         readers = _readers(bn, affine)
         if isinstance(readers, str):
-            ctx.missed(str(bn.name), f"{front}; {readers}")
+            ctx.remarks.missed(str(bn.name), f"{front}; {readers}")
             return False
         for reader in readers:
             _into_reader(graph, reader, affine)
-        ctx.applied(str(bn.name), f"folded into {', '.join(str(r.node.name) for r in readers)} behind it")
+        ctx.remarks.applied(str(bn.name), f"folded into {', '.join(str(r.node.name) for r in readers)} behind it")
     x = bn.inputs[0]
     assert x is not None
     replace_value(graph, bn.outputs[0], x)

@@ -36,7 +36,7 @@ class FoldDims(Pass):
         casts = [n for n in model.graph if _is_known(n)]
         for node in casts:
             _fold(model.graph, node)
-            ctx.applied(str(node.name), "computed from known dimensions")
+            ctx.remarks.applied(str(node.name), "computed from known dimensions")
         if casts:
             fold_constants(model.ir, input_size_limit=_SIZE_LIMIT, output_size_limit=_SIZE_LIMIT)
             LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model.ir)

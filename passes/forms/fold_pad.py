@@ -35,7 +35,7 @@ class FoldPad(Pass):
 def _fold(pad: ir.Node, ctx: PassContext) -> bool:
     reason = _refusal(pad)
     if reason:
-        ctx.missed(str(pad.name), reason)
+        ctx.remarks.missed(str(pad.name), reason)
         return False
     amounts = _amounts(pad)
     assert amounts is not None
@@ -45,7 +45,7 @@ def _fold(pad: ir.Node, ctx: PassContext) -> bool:
         old = list(conv.attributes["pads"].as_ints()) if "pads" in conv.attributes else [0] * len(spatial)
         conv.attributes["pads"] = ir.AttrInt64s("pads", [a + b for a, b in zip(old, spatial, strict=True)])
         conv.replace_input_with(0, pad.inputs[0])
-    ctx.applied(str(pad.name), "folded into the convolution's pads")
+    ctx.remarks.applied(str(pad.name), "folded into the convolution's pads")
     return True
 
 

@@ -11,7 +11,8 @@ import onnx_ir as ir
 from qcompile.ir import ops
 from qcompile.ir.edit import add_constant, erase_dead, fresh_name, insert_after, new_node, replace_value
 from qcompile.ir.model import Model
-from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult, copy_notes
+from qcompile.ir.notes import copy_notes
+from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
 from qcompile.quant.spec import Scheme
 from qcompile.structure.core import Refusal
 from qcompile.structure.norm import Norm, match_norm
@@ -50,7 +51,7 @@ def _at(model: Model, root: ir.Node, ctx: PassContext) -> bool:
     """Matched one by one: the output of a norm may be the input of the next."""
     match = match_norm(root)
     if isinstance(match, Refusal):
-        ctx.missed(str(root.name), match.reason)
+        ctx.remarks.missed(str(root.name), match.reason)
     return isinstance(match, Norm) and match.kind in _OPERATOR and _fuse(model, match, ctx)
 
 
@@ -59,11 +60,11 @@ def _fuse(model: Model, norm: Norm, ctx: PassContext) -> bool:
     source = _source(norm)
     refusal = _refusal(norm, model.opset, since, source)
     if refusal is not None or source is None:
-        ctx.missed(str(norm.node.name), refusal or "its casts do not meet")
+        ctx.remarks.missed(str(norm.node.name), refusal or "its casts do not meet")
         return False
     names = [str(node.name) for node in norm.nodes]
     _replace(model.graph, norm, op_type, source)
-    ctx.applied(names[-1], f"{len(names)} nodes became one {op_type}", epsilon=norm.eps)
+    ctx.remarks.applied(names[-1], f"{len(names)} nodes became one {op_type}", epsilon=norm.eps)
     return True
 
 

@@ -47,7 +47,7 @@ def _reorder(graph: ir.Graph, erf: ir.Node, ctx: PassContext) -> str:
     inner.replace_input_with(half, x)
     outer.replace_input_with(x_slot, constant)
     inner.outputs[0].name = fresh_name(graph, f"{inner.outputs[0].name}_times_x")
-    ctx.applied(str(outer.name), "GELU: times x first, times 0.5 last")
+    ctx.remarks.applied(str(outer.name), "GELU: times x first, times 0.5 last")
     return str(inner.outputs[0].name)
 
 

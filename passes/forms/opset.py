@@ -34,7 +34,7 @@ class RaiseOpset(Pass):
         """Raises ModelError: the converter knows no way."""
         wanted = self.version or ctx.target.opset(ctx.scheme)
         if model.opset >= wanted:
-            ctx.note("", f"opset {model.opset} is high enough ({wanted} is needed)")
+            ctx.remarks.note("", f"opset {model.opset} is high enough ({wanted} is needed)")
             return PassResult(False)
         before = model.opset
         big = {
@@ -46,7 +46,7 @@ class RaiseOpset(Pass):
         model.ir = _convert(model, set(big), wanted)
         _restore(model, big, metadata)
         model.name_nodes()
-        ctx.applied("", f"opset {before} raised to {wanted}")
+        ctx.remarks.applied("", f"opset {before} raised to {wanted}")
         return PassResult(True)
 
 

@@ -36,14 +36,14 @@ class SpaceToDepthStem(Pass):
         """Rewrite every convolution that reads a graph input."""
         stems = [n for n in model.graph if is_op(n, "Conv") and n.inputs[0] is not None and n.inputs[0].is_graph_input()]
         if not stems:
-            ctx.note("", "no convolution reads the model's input")
+            ctx.remarks.note("", "no convolution reads the model's input")
         return PassResult(bool([True for node in stems if _rewrite(model.graph, node, ctx)]))
 
 
 def _rewrite(graph: ir.Graph, conv: ir.Node, ctx: PassContext) -> bool:
     reason = _refusal(conv)
     if reason:
-        ctx.missed(str(conv.name), reason)
+        ctx.remarks.missed(str(conv.name), reason)
         return False
     x, weight, picture = conv.inputs[0], const_array(conv.inputs[1]), _picture(conv)
     assert x is not None and weight is not None and picture is not None
@@ -58,7 +58,7 @@ def _rewrite(graph: ir.Graph, conv: ir.Node, ctx: PassContext) -> bool:
     _set(conv, "strides", [1, 1])
     _set(conv, "kernel_shape", list(packed.shape[2:]))
     _set(conv, "pads", [begin for begin, _ in sizes] + [end for _, end in sizes])
-    ctx.applied(str(conv.name), f"{weight.shape[1]} channels became {4 * weight.shape[1]}", kernel=int(packed.shape[2]))
+    ctx.remarks.applied(str(conv.name), f"{weight.shape[1]} channels became {4 * weight.shape[1]}", kernel=int(packed.shape[2]))
     return True
 
 

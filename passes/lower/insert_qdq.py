@@ -43,4 +43,4 @@ def _one(graph: ir.Graph, tensor: str, uses: list[Use], ctx: PassContext) -> Non
     kind = "activation" if value_at(node, slot).const_value is None else "weight"
     params = materialise(graph, uses, ctx)
     form = decision.spec.block_format or decision.spec.qtype.name
-    ctx.applied(str(node.name), f"{kind} {tensor} in {form}", scale=float(np.mean(params.scale)), uses=len(uses))
+    ctx.remarks.applied(str(node.name), f"{kind} {tensor} in {form}", scale=float(np.mean(params.scale)), uses=len(uses))

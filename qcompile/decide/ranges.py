@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qcompile.calib.observe import Histogram, HistogramStat, MinMax, MinMaxStat, Probe, Rows, RowsStat, Stat
+from qcompile.calib.observe.change import FOLD_ROWS
 from qcompile.decide.site import Site
+from qcompile.ir.notes import input_folded
 from qcompile.ir.ops import const_array, int_attr
-from qcompile.pipeline.base import FOLD_ROWS, input_folded
 from qcompile.quant import ranges
 from qcompile.quant.entropy import entropy
 from qcompile.quant.qtype import QType

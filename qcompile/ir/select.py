@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
 
@@ -19,6 +20,63 @@ from qcompile.quant.spec import Scheme, integer_scheme
 
 ORIGIN = "qcompile.origin"
 """Metadata of a node that replaces another: the name that the user knows."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The user's selectors by option: what stays in float, what alone is quantized, what is against the default, and widths."""
+
+    keep_float: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+    quantize: tuple[str, ...] = ()
+    bits: tuple[str, ...] = ()
+    _chosen: dict[tuple[str, int, int], frozenset[ir.Node]] = field(
+        default_factory=dict[tuple[str, int, int], frozenset[ir.Node]], init=False, repr=False, compare=False
+    )
+
+    @property
+    def by_option(self) -> dict[str, tuple[str, ...]]:
+        """The selectors by the field's name."""
+        return {"keep_float": self.keep_float, "only": self.only, "quantize": self.quantize, "bits": self.bits}
+
+    @property
+    def selectors(self) -> tuple[str, ...]:
+        """All of them, without widths."""
+        return (*self.keep_float, *self.only, *self.quantize, *(with_width(text)[0] for text in self.bits))
+
+    def any_excluded(self, nodes: Iterable[ir.Node]) -> str | None:
+        """Why one of `nodes` is left alone, or None."""
+        return next((reason for node in nodes if (reason := self.excluded(node))), None)
+
+    def excluded(self, node: ir.Node) -> str | None:
+        """Why `node` is left alone, or None; --keep-float wins over --quantize, that over --only."""
+        kept = self._chosen_by(self.keep_float, node)
+        if kept is not None:
+            return f"kept in float by --keep-float {kept}"
+        if self.only and self.forced(node) is None and self._chosen_by(self.only, node) is None:
+            return f"not selected by --only {','.join(self.only)}"
+        return None
+
+    def forced(self, node: ir.Node) -> str | None:
+        """The --quantize selector that asks for `node` although the default leaves it in float, or None."""
+        return self._chosen_by(self.quantize, node)
+
+    def scheme_of(self, node: ir.Node, scheme: Scheme) -> Scheme:
+        """`scheme` with the widths of the last --bits selector that chooses `node`."""
+        for selector, widths in map(with_width, reversed(self.bits)):
+            if node in self._selected(selector, node.graph):
+                return replace(scheme, name=widths.name, weight=widths.weight, activation=widths.activation)
+        return scheme
+
+    def _chosen_by(self, selectors: Sequence[str], node: ir.Node) -> str | None:
+        return next((s for s in selectors if node in self._selected(s, node.graph)), None)
+
+    def _selected(self, selector: str, graph: ir.Graph | ir.Function | None) -> frozenset[ir.Node]:
+        assert isinstance(graph, ir.Graph)
+        key = (selector, id(graph), len(graph))
+        if key not in self._chosen:
+            self._chosen[key] = selected(selector, graph)
+        return self._chosen[key]
 
 
 def require_selector(text: str) -> None:

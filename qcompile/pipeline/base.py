@@ -4,29 +4,22 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
-from qcompile.calib.observe import Probe, Stat
+from qcompile.calib.observe import Probe, Stat, Told
+from qcompile.calib.observe.change import AffineMap
 from qcompile.errors import UsageError
 from qcompile.ir.model import Model
-from qcompile.ir.select import ORIGIN, names, selected, with_width
+from qcompile.ir.select import Selection
 from qcompile.quant.spec import Scheme
-from qcompile.report import Remark, RemarkKind
+from qcompile.report import Remarks
 from qcompile.target.target import Target
 
 __all__ = [
     "AffineMap", "Comparator", "Comparison", "Fact", "Kind", "Pass", "PassContext", "PassResult", "Probe", "Stat",
     "StatisticsProvider", "option_name",
 ]  # fmt: skip
-
-CLAIM = "qcompile.claimed_by"
-FOLDED = "qcompile.input_folded"
-KEPT = "qcompile.keep_float"
-FOLD_ROWS = 512
 
 
 class Kind(enum.Enum):
@@ -58,14 +51,6 @@ class Fact(enum.Enum):
     HALF = "half"
 
 
-@dataclass(frozen=True)
-class AffineMap:
-    """How a tensor's values changed: x' = (x - t) / r per channel; r, t float64 of shape [C] or []."""
-
-    r: NDArray[np.float64]
-    t: NDArray[np.float64]
-
-
 class StatisticsProvider(Protocol):
     """Where the runner gets statistics from: one call, one sweep over the calibration data."""
 
@@ -95,73 +80,18 @@ class Comparator(Protocol):
 
 @dataclass
 class PassContext:
-    """What a pass is told, and where its remarks go.
+    """What a pass is told: the scheme, the target, the user's selection, the answers to its probes; and where its remarks go.
 
-    `stats` answer its probes; `statistics` measures other models, for passes whose later steps depend on the first.
+    `statistics` measures other models, for passes whose later steps depend on the first.
     """
 
     scheme: Scheme
     target: Target
-    stats: Mapping[Probe, Stat] = field(default_factory=dict)
+    selection: Selection = field(default_factory=Selection)
+    told: Told = field(default_factory=Told)
+    remarks: Remarks = field(default_factory=Remarks)
     statistics: StatisticsProvider | None = None
     seed: int = 0
-    keep_float: tuple[str, ...] = ()
-    only: tuple[str, ...] = ()
-    quantize: tuple[str, ...] = ()
-    bits: tuple[str, ...] = ()
-    pass_name: str = ""
-    remarks: list[Remark] = field(default_factory=list)
-    _choices: dict[tuple[str, int, int], frozenset[Any]] = field(
-        default_factory=dict[tuple[str, int, int], frozenset[Any]], init=False, repr=False
-    )
-
-    def applied(self, node: str, reason: str, **numbers: float | int | str) -> None:
-        """A site was rewritten."""
-        self._remark("applied", node, reason, numbers)
-
-    def missed(self, node: str, reason: str, **numbers: float | int | str) -> None:
-        """A site was skipped, and why."""
-        self._remark("missed", node, reason, numbers)
-
-    def note(self, node: str, reason: str, **numbers: float | int | str) -> None:
-        """Something worth knowing that is neither."""
-        self._remark("note", node, reason, numbers)
-
-    def _remark(self, kind: RemarkKind, node: str, reason: str, numbers: Mapping[str, float | int | str]) -> None:
-        self.remarks.append(Remark(kind, self.pass_name, node, reason, dict(numbers)))
-
-    def any_excluded(self, nodes: Iterable[Any]) -> str | None:
-        """Why the user's selectors leave one of `nodes` alone, or None."""
-        return next((reason for node in nodes if (reason := self.excluded(node))), None)
-
-    def excluded(self, node: Any) -> str | None:
-        """Why the user's selectors leave `node` alone, or None; --keep-float wins over --quantize, that over --only."""
-        kept = self._chosen_by(self.keep_float, node)
-        if kept is not None:
-            return f"kept in float by --keep-float {kept}"
-        if self.only and self.forced(node) is None and self._chosen_by(self.only, node) is None:
-            return f"not selected by --only {','.join(self.only)}"
-        return None
-
-    def forced(self, node: Any) -> str | None:
-        """The --quantize selector that asks for `node` although the default leaves it in float, or None."""
-        return self._chosen_by(self.quantize, node)
-
-    def scheme_of(self, node: Any) -> Scheme:
-        """The scheme with the widths of the last --bits selector that chooses `node`."""
-        for selector, widths in map(with_width, reversed(self.bits)):
-            if node in self._selected(selector, node.graph):
-                return replace(self.scheme, name=widths.name, weight=widths.weight, activation=widths.activation)
-        return self.scheme
-
-    def _chosen_by(self, selectors: Sequence[str], node: Any) -> str | None:
-        return next((s for s in selectors if node in self._selected(s, node.graph)), None)
-
-    def _selected(self, selector: str, graph: Any) -> frozenset[Any]:
-        key = (selector, id(graph), len(graph))
-        if key not in self._choices:
-            self._choices[key] = selected(selector, graph)
-        return self._choices[key]
 
 
 @dataclass(frozen=True)
@@ -244,39 +174,3 @@ def quantized_forms(target: Target, scheme: Scheme) -> frozenset[Fact]:
 def option_name(field_name: str) -> str:
     """The spelling of an option in pipeline strings: block_size -> block-size."""
     return field_name.rstrip("_").replace("_", "-")
-
-
-def mark_folded(node: Any) -> None:
-    """Note on a linear layer that a fold changed the channels of its input."""
-    node.metadata_props[FOLDED] = "1"
-
-
-def input_folded(node: Any) -> bool:
-    """Whether a fold changed the channels of this layer's input: its rows and per-channel extremes are known."""
-    return FOLDED in node.metadata_props
-
-
-def keep_float(node: Any, reason: str) -> None:
-    """Note on a node that a pass made and that is not meant to be quantized."""
-    node.metadata_props[KEPT] = reason
-
-
-def kept_float(node: Any) -> str | None:
-    """Why this node is not meant to be quantized, or None."""
-    return node.metadata_props.get(KEPT)
-
-
-def copy_notes(source: Any, target: Any) -> None:
-    """Hand a node's notes on to the node that takes its place; selectors still find it by the old name."""
-    target.metadata_props.setdefault(ORIGIN, names(source)[-1])
-    target.metadata_props.update({k: v for k, v in source.metadata_props.items() if k in (CLAIM, FOLDED, KEPT)})
-
-
-def claim(node: Any, pass_name: str) -> None:
-    """Mark the producer of a fold site as rewritten by `pass_name`."""
-    node.metadata_props[CLAIM] = pass_name
-
-
-def claimed_by(node: Any) -> str | None:
-    """The pass that rewrote this fold site first, or None."""
-    return node.metadata_props.get(CLAIM)

@@ -11,13 +11,14 @@ from typing import Any, Literal
 import numpy as np
 import psutil
 
-from qcompile.calib.observe import NotCarried, Probe, Stat, follows
+from qcompile.calib.observe import NotCarried, Probe, Stat, Told, follows
+from qcompile.calib.observe.change import AffineMap
 from qcompile.errors import GateError, QcompileError, VerifyError
 from qcompile.ir.model import Model
 from qcompile.ir.verify import verify_structure
-from qcompile.pipeline.base import AffineMap, Comparator, Comparison, Kind, Pass, PassContext, PassResult, StatisticsProvider
+from qcompile.pipeline.base import Comparator, Comparison, Kind, Pass, PassContext, PassResult, StatisticsProvider
 from qcompile.pipeline.spec import format_pass
-from qcompile.report import PassReport
+from qcompile.report import PassReport, Remarks
 
 VerifyMode = Literal["each", "end", "off"]
 EQUIVALENT_TOLERANCE = 5e-6
@@ -68,7 +69,7 @@ class Runner:
         for i, p in enumerate(passes):
             self.on_pass(format_pass(p), i, len(passes))
             before = current.clone()
-            report, result = self._one(p, current, passes[i + 1 :], replace(ctx, remarks=[], pass_name=p.name), before)
+            report, result = self._one(p, current, passes[i + 1 :], replace(ctx, remarks=Remarks(p.name)), before)
             if getattr(p, "changes_function", False) and result.modified:
                 reference, segment_start, report = (
                     current.clone(),
@@ -93,10 +94,10 @@ class Runner:
     ) -> tuple[PassReport, PassResult]:
         start = time.perf_counter()
         try:
-            ctx.stats, ctx.statistics = self._statistics(p, model, later, ctx), self.statistics
+            ctx.told, ctx.statistics = Told(self._statistics(p, model, later, ctx)), self.statistics
             result = p.apply(model, ctx)
-            if not result.modified and not ctx.remarks:
-                ctx.note("", "no site matched")
+            if not result.modified and not ctx.remarks.all:
+                ctx.remarks.note("", "no site matched")
             verify_structure(model, p.name)
         except Exception as e:
             hint = self.on_failure(Failure(format_pass(p), before, e))
@@ -106,7 +107,7 @@ class Runner:
             raise VerifyError(f"pass {p.name!r} failed: {type(e).__name__}: {e}{hint or '; please report it'}") from e
         self._carry(result)
         seconds, rss = time.perf_counter() - start, psutil.Process().memory_info().rss / 1e6
-        return PassReport(format_pass(p), p.kind.value, result.modified, tuple(ctx.remarks), seconds, rss), result
+        return PassReport(format_pass(p), p.kind.value, result.modified, tuple(ctx.remarks.all), seconds, rss), result
 
     # statistics -----------------------------------------------------------------------------
 
@@ -122,10 +123,10 @@ class Runner:
 
     def _early(self, p: Pass, later: Sequence[Pass], model: Model, ctx: PassContext) -> Iterable[Probe]:
         """Probes of later passes that will still hold when they run: one sweep answers them too."""
-        scratch = replace(ctx, remarks=[])
+        scratch = replace(ctx, remarks=Remarks())
         moved = set(p.may_change(model, scratch))
         for q in later:
-            for probe in q.probes(model, replace(scratch, pass_name=q.name)):
+            for probe in q.probes(model, replace(scratch, remarks=Remarks(q.name))):
                 if probe.tensor not in moved or follows(probe.observer):
                     yield probe
             moved |= set(q.may_change(model, scratch))

@@ -16,9 +16,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from qcompile.calib.observe.change import AffineMap
 from qcompile.ir.edit import add_constant, new_node, set_constant, splice_after
+from qcompile.ir.notes import claim, claimed_by, mark_folded
 from qcompile.ir.ops import const_array
-from qcompile.pipeline.base import AffineMap, PassContext, PassResult, claim, claimed_by, mark_folded
+from qcompile.pipeline.base import PassContext, PassResult
 from qcompile.rewrite.linear import absorb_shift, divide_outputs, like, scale_inputs, weight_of
 from qcompile.structure import (
     Linear,
@@ -84,7 +86,7 @@ class Folded:
 def _remarked(matches: Matches[T], ctx: PassContext, remark: bool) -> Matches[T]:
     """The matches; their refusals become remarks if asked for."""
     for refusal in matches.refused if remark else ():
-        ctx.missed(str(refusal.node.name), refusal.reason)
+        ctx.remarks.missed(str(refusal.node.name), refusal.reason)
     return matches
 
 
@@ -117,11 +119,11 @@ def hidden_sites(graph: ir.Graph, ctx: PassContext, remark: bool = False) -> lis
 def usable(site: FoldSite, ctx: PassContext, override: bool) -> bool:
     """Whether the site may be folded now; remarks why not."""
     owner = claimed_by(site.anchor)
-    reason = ctx.any_excluded(x.node for x in site.linears)
-    if owner and owner != ctx.pass_name and not override:
+    reason = ctx.selection.any_excluded(x.node for x in site.linears)
+    if owner and owner != ctx.remarks.pass_name and not override:
         reason = f"claimed by {owner}"
     if reason:
-        ctx.missed(str(site.anchor.name), reason)
+        ctx.remarks.missed(str(site.anchor.name), reason)
     return reason is None
 
 
@@ -142,7 +144,7 @@ def fold(graph: ir.Graph, site: FoldSite, r: F64, t: F64, ctx: PassContext, out:
         _fold_linear(graph, linear, rows, t)
         mark_folded(linear.node)
     if claims:
-        claim(site.anchor, ctx.pass_name)
+        claim(site.anchor, ctx.remarks.pass_name)
     exact = set(site.readers) if site.kind != "hidden" or site.free else set[str]()
     out.maps.update({name: AffineMap(rows, t) for name in exact})
     out.changed |= moved - set(out.maps)

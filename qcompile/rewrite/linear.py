@@ -9,8 +9,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qcompile.ir.channel_stats import forget_channel_stats, move_channel_stats
 from qcompile.ir.edit import add_constant, new_node, set_constant, splice_after
+from qcompile.ir.notes import forget_channel_stats, move_channel_stats
 from qcompile.ir.ops import const_array
 from qcompile.structure.linear import Linear, match_linear
 

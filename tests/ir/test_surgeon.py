@@ -156,7 +156,7 @@ def test_pass_runs_the_users_function(tmp_path: Path) -> None:
     result = p.apply(model, ctx)
     assert result.modified and p.changes_function and "y" in result.changed
     assert [n.op_type for n in model.graph] == ["MatMul", "Sigmoid", "MatMul", "Add"]
-    assert [r.kind for r in ctx.remarks] == ["applied"]
+    assert [r.kind for r in ctx.remarks.all] == ["applied"]
     assert p.spec_name() == f"{p.file}:operate"
 
 
@@ -170,14 +170,14 @@ def test_pass_that_changes_nothing_says_so(tmp_path: Path) -> None:
     body = "@surgery(kind='equivalent')\ndef operate(graph):\n    assert graph.tensors()['w'].values.any()\n    return graph\n"
     model, ctx, p = Model.from_proto(tiny.linear()), context(), surgery_pass(tmp_path, body)
     assert not p.apply(model, ctx).modified and not p.changes_function
-    assert [(r.kind, r.reason) for r in ctx.remarks] == [("missed", "the function changed nothing")]
+    assert [(r.kind, r.reason) for r in ctx.remarks.all] == [("missed", "the function changed nothing")]
 
 
 def test_undeclared_function_counts_as_a_change(tmp_path: Path) -> None:
     p, ctx = surgery_pass(tmp_path, "def operate(graph):\n    graph.nodes[1].op = 'Sigmoid'\n"), context()
     p.apply(Model.from_proto(tiny.linear()), ctx)
     assert p.changes_function
-    assert any("not declared" in r.reason for r in ctx.remarks)
+    assert any("not declared" in r.reason for r in ctx.remarks.all)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from qcompile.calib.sweep.sweep import sweep
 from qcompile.execute.emulate.runnable import runnable
 from qcompile.execute.session import make_session
 from qcompile.ir.model import Model
+from qcompile.ir.select import Selection
 from qcompile.ir.tensors import map_tensors
 from qcompile.pipeline import registry
 from qcompile.pipeline.base import Pass, PassContext
@@ -67,7 +68,8 @@ def dataset(arrays: Feeds) -> Dataset:
 
 def context(target: str = "ort", scheme: str = "w8a8", **options: Any) -> PassContext:
     """What a pass is told."""
-    return PassContext(SCHEMES[scheme], TARGETS[target], **options)
+    chosen = {k: options.pop(k) for k in ("keep_float", "only", "quantize", "bits") if k in options}
+    return PassContext(SCHEMES[scheme], TARGETS[target], Selection(**chosen), **options)
 
 
 @dataclass(frozen=True)

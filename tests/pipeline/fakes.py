@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from qcompile.calib.observe import AbsMax, AbsMaxStat, MinMax, MinMaxStat, Observer, Probe, Stat
+from qcompile.calib.observe.change import AffineMap
 from qcompile.ir.edit import set_constant
 from qcompile.ir.model import Model
-from qcompile.pipeline.base import AffineMap, Comparison, Fact, Kind, Pass, PassContext, PassResult
+from qcompile.pipeline.base import Comparison, Fact, Kind, Pass, PassContext, PassResult
 from qcompile.quant.spec import SCHEMES
 from qcompile.target.catalog import TARGETS
 

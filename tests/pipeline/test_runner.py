@@ -74,7 +74,7 @@ def test_extremes_follow_a_change_of_variable() -> None:
     seen: dict[Probe, Stat] = {}
 
     def keep(model: Model, ctx: PassContext) -> bool:
-        seen.update(ctx.stats)
+        seen.update(ctx.told.items())
         return True
 
     assert sweeps(Fake(asks=("a",), touches=("a",), maps=("a",)), Fake(asks=("a",), act=keep)) == [["a"]]
@@ -101,7 +101,7 @@ def test_a_probe_without_data_says_what_to_give() -> None:
 
 def test_a_pass_sees_only_what_it_asked_for() -> None:
     def check(model: Model, ctx: PassContext) -> bool:
-        assert [p.tensor for p in ctx.stats] == ["a"]
+        assert [p.tensor for p, _ in ctx.told.items()] == ["a"]
         return True
 
     run([Fake(asks=("a",), act=check), Fake(asks=("b",))])
@@ -260,8 +260,8 @@ def test_a_verify_failure_is_reproducible_too() -> None:
 
 def test_strict_fails_for_a_users_pass_that_changed_nothing() -> None:
     def skip(model: Model, ctx: PassContext) -> bool:
-        ctx.missed("fc", "its weight is shared")
-        ctx.missed("fc2", "its weight is shared")
+        ctx.remarks.missed("fc", "its weight is shared")
+        ctx.remarks.missed("fc2", "its weight is shared")
         return False
 
     with pytest.raises(
@@ -279,7 +279,7 @@ def test_a_pass_that_matched_nothing_says_so() -> None:
 
 def test_each_pass_has_its_own_remarks() -> None:
     def speak(model: Model, ctx: PassContext) -> bool:
-        ctx.applied("n", ctx.pass_name, gain=1.5)
+        ctx.remarks.applied("n", ctx.remarks.pass_name, gain=1.5)
         return True
 
     _, reports = run([Fake(act=speak), Other(act=speak)])

@@ -11,10 +11,11 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompile.calib.observe import MinMax, MinMaxStat, Probe
+from qcompile.calib.observe.change import AffineMap
 from qcompile.ir.model import Model
 from qcompile.ir.ops import const_array
 from qcompile.passes.equivalent.center.softmax import centre_probabilities, probabilities
-from qcompile.pipeline.base import AffineMap, Fact, Kind, Pass, PassContext, PassResult, quantized_forms
+from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult, quantized_forms
 from qcompile.quant.spec import Scheme
 from qcompile.rewrite.fold import Folded, FoldSite, fold, hidden_sites, norm_sites
 from qcompile.rewrite.linear import absorb_shift, divide_outputs, fresh, scale_inputs, scale_outputs, shift_outputs
@@ -94,7 +95,7 @@ class Center(Pass):
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
         """Shift every site that is free; remark on the others."""
         if ctx.scheme.activation is None:
-            ctx.missed("", "the scheme leaves activations in float, nothing to centre")
+            ctx.remarks.missed("", "the scheme leaves activations in float, nothing to centre")
             return PassResult(False)
         out = Folded()
         self._remark_refused(model, ctx)
@@ -106,7 +107,7 @@ class Center(Pass):
             self._value(model.graph, m, ctx, out)
         for a in list(self._softmaxes(model)):
             _softmax(model.graph, a, ctx, out)
-        return out.result(any(r.kind == "applied" for r in ctx.remarks))
+        return out.result(any(r.kind == "applied" for r in ctx.remarks.all))
 
     def _sites(self, model: Model, ctx: PassContext, remark: bool = False) -> list[FoldSite]:
         sites = norm_sites(model.graph, ctx, remark) if self.norm else []
@@ -116,10 +117,10 @@ class Center(Pass):
         """Attention and values that no rewrite can follow."""
         attentions = find_attentions(model.graph)
         for refusal in attentions.refused if self._wants_attention() else ():
-            ctx.missed(str(refusal.node.name), f"attention not centred: {refusal.reason}")
+            ctx.remarks.missed(str(refusal.node.name), f"attention not centred: {refusal.reason}")
         for refusal in find_v_projections(model.graph, attentions).refused if self.v or self.heads else ():
             if refusal not in attentions.refused:
-                ctx.missed(str(refusal.node.name), f"values not centred: {refusal.reason}")
+                ctx.remarks.missed(str(refusal.node.name), f"values not centred: {refusal.reason}")
 
     def _wants_attention(self) -> bool:
         return self.k or self.drop or self.balance or self.v or self.heads or self.softmax
@@ -136,30 +137,32 @@ class Center(Pass):
     # ---- norm outputs and GELU ------------------------------------------------------------------------------------
 
     def _shift_site(self, graph: ir.Graph, site: FoldSite, ctx: PassContext, out: Folded) -> None:
-        reason = site.shift_refusal or ctx.any_excluded(x.node for x in site.linears)
-        stat = ctx.stats[Probe(str(site.tensor.name), MinMax(-1))]
+        reason = site.shift_refusal or ctx.selection.any_excluded(x.node for x in site.linears)
+        stat = ctx.told[Probe(str(site.tensor.name), MinMax(-1))]
         assert isinstance(stat, MinMaxStat)
         if reason or stat.lo.shape != (site.linears[0].in_channels,):
-            ctx.missed(str(site.anchor.name), reason or "the measured channels do not match the weight's rows")
+            ctx.remarks.missed(str(site.anchor.name), reason or "the measured channels do not match the weight's rows")
             return
         t, before, after = _centre(stat.lo, stat.hi)
         if after > _PAYS * before:
-            ctx.missed(str(site.anchor.name), "already centred: the range would hardly shrink", largest=before, centred=after)
+            ctx.remarks.missed(
+                str(site.anchor.name), "already centred: the range would hardly shrink", largest=before, centred=after
+            )
             return
         fold(graph, site, np.ones_like(t), t, ctx, out, claims=False)
-        ctx.applied(str(site.anchor.name), f"{site.kind} output centred", largest=before, centred=after)
+        ctx.remarks.applied(str(site.anchor.name), f"{site.kind} output centred", largest=before, centred=after)
 
     # ---- attention ------------------------------------------------------------------------------------------------
 
     def _keys(self, graph: ir.Graph, a: Attention, ctx: PassContext, out: Folded) -> None:
-        reason = _key_refusal(a) or ctx.any_excluded((a.q.linear.node, a.k.linear.node))
+        reason = _key_refusal(a) or ctx.selection.any_excluded((a.q.linear.node, a.k.linear.node))
         if reason:
-            ctx.missed(str(a.scores.name), f"keys not centred: {reason}")
+            ctx.remarks.missed(str(a.scores.name), f"keys not centred: {reason}")
             return
         shift = self._key_shift(a, ctx)
         if shift.refusal and not self.balance:
             why = f"keys not centred: {shift.refusal}"
-            ctx.missed(str(a.scores.name), why, largest=shift.before, centred=shift.after)
+            ctx.remarks.missed(str(a.scores.name), why, largest=shift.before, centred=shift.after)
             return
         moved = set(_attention_names(a))
         if not shift.refusal:
@@ -171,7 +174,7 @@ class Center(Pass):
             _note_map(out, a.k.linear, np.ones_like(shift.t), shift.t, moved)
         done = "bias of the keys dropped" if self.drop else "keys centred"
         what = [done] * (not shift.refusal) + ["q and k balanced"] * self.balance
-        ctx.applied(str(a.scores.name), ", ".join(what), largest=shift.before, centred=shift.after)
+        ctx.remarks.applied(str(a.scores.name), ", ".join(what), largest=shift.before, centred=shift.after)
 
     def _key_shift(self, a: Attention, ctx: PassContext) -> _Shift:
         """k0 of each output channel of the keys' projection, or why it stays 0."""
@@ -205,15 +208,15 @@ class Center(Pass):
         scale_outputs(a.q.linear, down)
 
     def _value(self, graph: ir.Graph, m: VProjection, ctx: PassContext, out: Folded) -> None:
-        reason = m.shift_refusal or ctx.any_excluded((m.linear.node, m.out.node)) or _layout_refusal(m.linear, m.out)
+        reason = m.shift_refusal or ctx.selection.any_excluded((m.linear.node, m.out.node)) or _layout_refusal(m.linear, m.out)
         if reason:
-            ctx.missed(str(m.attention.pv.name), f"values not centred: {reason}")
+            ctx.remarks.missed(str(m.attention.pv.name), f"values not centred: {reason}")
             return
         shift = self._value_shift(m, ctx)
         s = _head_scales(m, shift.top) if self.heads else np.ones_like(shift.t)
         if shift.refusal and np.all(s == 1):
             what = "of like ranges" if self.heads else "centred"
-            ctx.missed(str(m.attention.pv.name), f"values are {what} already", largest=shift.before, centred=shift.after)
+            ctx.remarks.missed(str(m.attention.pv.name), f"values are {what} already", largest=shift.before, centred=shift.after)
             return
         moved = set(names_between([m.linear.node], m.out.node, *_BARRIERS))
         if not shift.refusal:
@@ -223,7 +226,7 @@ class Center(Pass):
         scale_inputs(m.out, s[m.columns])
         _note_map(out, m.linear, s, shift.t, moved)
         what = ["values centred"] * (not shift.refusal) + ["heads scaled alike"] * bool(np.any(s != 1))
-        ctx.applied(str(m.attention.pv.name), ", ".join(what), largest=shift.before, centred=shift.after)
+        ctx.remarks.applied(str(m.attention.pv.name), ", ".join(what), largest=shift.before, centred=shift.after)
 
     def _value_shift(self, m: VProjection, ctx: PassContext) -> _Shift:
         """v0 of each output channel of the values' projection, or why it stays 0."""
@@ -245,15 +248,15 @@ def _head_scales(m: VProjection, top: F64) -> F64:
 
 
 def _softmax(graph: ir.Graph, a: Attention, ctx: PassContext, out: Folded) -> None:
-    reason, stat = ctx.any_excluded((a.softmax, a.pv)), ctx.stats[_probability_probe(a)]
+    reason, stat = ctx.selection.any_excluded((a.softmax, a.pv)), ctx.told[_probability_probe(a)]
     assert isinstance(stat, MinMaxStat)
     t, before, after = _centre(stat.lo, stat.hi)
     if reason or after > _PAYS * before:
-        ctx.missed(str(a.softmax.name), reason or "probabilities are centred already", largest=before, centred=after)
+        ctx.remarks.missed(str(a.softmax.name), reason or "probabilities are centred already", largest=before, centred=after)
         return
     out.changed |= {str(a.pv.outputs[0].name)}
     centre_probabilities(graph, a.values, float(t))
-    ctx.applied(str(a.softmax.name), "probabilities centred", largest=before, centred=after)
+    ctx.remarks.applied(str(a.softmax.name), "probabilities centred", largest=before, centred=after)
 
 
 def _probability_probe(a: Attention) -> Probe:
@@ -288,7 +291,7 @@ def _centre(lo: F64, hi: F64) -> tuple[F64, float, float]:
 
 
 def _extremes(linear: Linear, ctx: PassContext) -> tuple[F64, F64]:
-    stat = ctx.stats[Probe(str(linear.output.name), MinMax(-1))]
+    stat = ctx.told[Probe(str(linear.output.name), MinMax(-1))]
     assert isinstance(stat, MinMaxStat)
     return stat.lo, stat.hi
 

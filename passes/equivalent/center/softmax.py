@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.ir.edit import add_constant, insert_after, new_node, redirect, splice_after
-from qcompile.pipeline.base import keep_float
+from qcompile.ir.notes import keep_float
 from qcompile.structure.scores import Values
 
 _AXES_AS_INPUT = 13

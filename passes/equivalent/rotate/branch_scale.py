@@ -21,7 +21,7 @@ def fold_branch_scales(graph: ir.Graph, ctx: PassContext) -> set[str]:
         scale = other_input(mul, output) if mul is not None else None
         if mul is None or linear.channel_axis != -1 or not is_channel_vector(scale, linear.out_channels):
             continue
-        if ctx.excluded(linear.node):
+        if ctx.selection.excluded(linear.node):
             continue
         array = const_array(scale)
         assert array is not None
@@ -29,5 +29,5 @@ def fold_branch_scales(graph: ir.Graph, ctx: PassContext) -> set[str]:
         replace_value(graph, mul.outputs[0], output)
         graph.remove(mul, safe=True)
         changed |= {str(output.name), str(linear.node.outputs[0].name), str(mul.outputs[0].name)}
-        ctx.applied(str(linear.node.name), "the constant scale of its branch was folded into it")
+        ctx.remarks.applied(str(linear.node.name), "the constant scale of its branch was folded into it")
     return changed

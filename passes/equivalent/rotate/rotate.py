@@ -11,13 +11,15 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompile.calib.observe import Probe, Rows, RowsStat
+from qcompile.calib.observe.change import FOLD_ROWS
 from qcompile.ir.edit import add_constant, insert_after, new_node, redirect, set_constant
 from qcompile.ir.model import Model
+from qcompile.ir.notes import keep_float
 from qcompile.ir.ops import const_array
 from qcompile.passes.equivalent.rotate.branch_scale import fold_branch_scales
 from qcompile.passes.equivalent.rotate.rms_norm import to_rms
 from qcompile.passes.equivalent.rotate.rotation import Reading, proxy_error, stream_rotation
-from qcompile.pipeline.base import FOLD_ROWS, Fact, Kind, Pass, PassContext, PassResult, keep_float
+from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
 from qcompile.quant.hadamard import block_order, klt_rotation, rotation
 from qcompile.rewrite.linear import absorb_shift, like, map_constant, map_inputs, map_outputs, scale_inputs, weight_of
 from qcompile.structure import Linear, Mlp, Norm, VProjection, find_mlps, find_v_projections
@@ -92,7 +94,7 @@ class Rotate(Pass):
             self._values(model, ctx, rng, changed)
         if self.r4 == "block":
             self._hidden(model, ctx, rng)
-        return PassResult(any(r.kind == "applied" for r in ctx.remarks), changed=frozenset(changed))
+        return PassResult(any(r.kind == "applied" for r in ctx.remarks.all), changed=frozenset(changed))
 
     def _measures(self) -> bool:
         return self.kind_ == "klt" or self.search > 1
@@ -103,11 +105,11 @@ class Rotate(Pass):
         changed |= fold_branch_scales(model.graph, ctx)
         matches = find_regions(model.graph)
         for refusal in matches.refused:
-            ctx.missed(str(refusal.node.name), refusal.reason)
+            ctx.remarks.missed(str(refusal.node.name), refusal.reason)
         for region in matches:
-            reason = ctx.any_excluded(x.node for x in _linears(region))
+            reason = ctx.selection.any_excluded(x.node for x in _linears(region))
             if reason:
-                ctx.missed(str(region.anchor.name), f"{reason}; a stream is rotated whole or not at all")
+                ctx.remarks.missed(str(region.anchor.name), f"{reason}; a stream is rotated whole or not at all")
                 continue
             changed |= set(_names(region))
             self._rotate(model.graph, region, ctx, rng)
@@ -117,7 +119,7 @@ class Rotate(Pass):
         folds = self.mean == "fold" and region.has_mean
         reason = _fold_refusal(region) if folds else None
         if reason:
-            ctx.note(str(region.anchor.name), f"the mean is kept: {reason}")
+            ctx.remarks.note(str(region.anchor.name), f"the mean is kept: {reason}")
         folds = folds and reason is None
         r, numbers = self._chosen(region, readings, region.has_mean and not folds, ctx, rng)
         for n in region.norms:
@@ -134,7 +136,7 @@ class Rotate(Pass):
         writers = f"{len(region.writers)} linears and {len(region.constants)} constants write it"
         what = f"stream of {region.channels} channels rotated: {writers}, {len(region.norms)} norms read it"
         what += ", the mean is folded and they are RMSNorms now" if folds else ""
-        ctx.applied(str(region.anchor.name), what, **numbers)
+        ctx.remarks.applied(str(region.anchor.name), what, **numbers)
 
     def _chosen(
         self, region: Region, readings: list[Reading], keep_mean: bool, ctx: PassContext, rng: np.random.Generator
@@ -154,39 +156,41 @@ class Rotate(Pass):
     def _values(self, model: Model, ctx: PassContext, rng: np.random.Generator, changed: set[str]) -> None:
         matches = find_v_projections(model.graph)
         for refusal in matches.refused:
-            ctx.missed(str(refusal.node.name), f"values not rotated: {refusal.reason}")
+            ctx.remarks.missed(str(refusal.node.name), f"values not rotated: {refusal.reason}")
         for site in matches:
             heads = site.attention.v.columns
-            reason = ctx.any_excluded((site.linear.node, site.out.node))
+            reason = ctx.selection.any_excluded((site.linear.node, site.out.node))
             reason = reason or (None if heads is not None else "values not rotated: its heads are not known")
             if heads is not None and reason is None and block_order(heads.shape[1]) < _SMALLEST:
                 reason = f"no Hadamard block divides its heads of {heads.shape[1]} channels"
             if heads is None or reason:
-                ctx.missed(str(site.attention.pv.name), str(reason))
+                ctx.remarks.missed(str(site.attention.pv.name), str(reason))
                 continue
             changed |= set(names_between([site.linear.node], site.out.node))
             unique = np.unique(heads, axis=0)
             _rotate_heads(site, unique, rng, self._rows(site.linear.output, ctx))
-            ctx.applied(str(site.attention.pv.name), f"values of {len(unique)} heads of {heads.shape[1]} channels rotated")
+            ctx.remarks.applied(
+                str(site.attention.pv.name), f"values of {len(unique)} heads of {heads.shape[1]} channels rotated"
+            )
 
     def _hidden(self, model: Model, ctx: PassContext, rng: np.random.Generator) -> None:
         matches = find_mlps(model.graph)
         for refusal in matches.refused:
-            ctx.missed(str(refusal.node.name), f"hidden layer not rotated: {refusal.reason}")
+            ctx.remarks.missed(str(refusal.node.name), f"hidden layer not rotated: {refusal.reason}")
         for mlp in matches:
             block = block_order(mlp.fc2.in_channels, _BLOCK)
-            reason = ctx.excluded(mlp.fc2.node) or _hidden_refusal(mlp, block)
+            reason = ctx.selection.excluded(mlp.fc2.node) or _hidden_refusal(mlp, block)
             if reason:
-                ctx.missed(str(mlp.fc2.node.name), f"hidden layer not rotated: {reason}")
+                ctx.remarks.missed(str(mlp.fc2.node.name), f"hidden layer not rotated: {reason}")
                 continue
             rows = self._rows(mlp.fc2.input, ctx)
             r = rotation(block, rng, block) if rows is None else klt_rotation(_moment(rows.reshape(-1, block)), rng)
             _rotate_online(model.graph, mlp.fc2, r)
-            ctx.applied(str(mlp.fc2.node.name), f"hidden layer rotated in blocks of {block}", block=block)
+            ctx.remarks.applied(str(mlp.fc2.node.name), f"hidden layer rotated in blocks of {block}", block=block)
 
     def _rows(self, value: ir.Value, ctx: PassContext) -> F64 | None:
         """Sampled rows of a tensor for kind=klt; None for a random Hadamard."""
-        stat = ctx.stats.get(_probe(value)) if self.kind_ == "klt" else None
+        stat = ctx.told.get(_probe(value)) if self.kind_ == "klt" else None
         return stat.rows.astype(np.float64) if isinstance(stat, RowsStat) and len(stat.rows) else None
 
 
@@ -223,7 +227,7 @@ def _readings(region: Region, ctx: PassContext) -> list[Reading]:
     """What each norm's readers see: normalised rows without gain, and the weights with it."""
     found: list[Reading] = []
     for n in region.norms:
-        stat = ctx.stats.get(_probe(n.norm.input))
+        stat = ctx.told.get(_probe(n.norm.input))
         if not isinstance(stat, RowsStat) or not len(stat.rows):
             continue
         x = stat.rows[:: max(1, len(stat.rows) // _SCORED_ROWS)].astype(np.float64)

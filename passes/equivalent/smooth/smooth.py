@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qcompile.calib.observe import MinMax, MinMaxStat, Probe, Rows, RowsStat
+from qcompile.calib.observe.change import FOLD_ROWS
 from qcompile.ir.model import Model
 from qcompile.passes.equivalent.smooth.search import Types, best_alpha, halves
-from qcompile.pipeline.base import FOLD_ROWS, Fact, Kind, Pass, PassContext, PassResult, quantized_forms
+from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult, quantized_forms
 from qcompile.quant.qtype import INT8
 from qcompile.quant.spec import PerTensor, QuantSpec, Scheme
 from qcompile.rewrite.fold import Folded, FoldSite, fold, hidden_sites, norm_sites, usable, value_sites
@@ -76,7 +77,7 @@ class SmoothQuant(Pass):
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
         """Fold every free site, remark on every other one."""
         if ctx.scheme.activation is None:
-            ctx.missed("", "the scheme leaves activations in float, nothing to smooth")
+            ctx.remarks.missed("", "the scheme leaves activations in float, nothing to smooth")
             return PassResult(False)
         out, done = Folded(), False
         for site in self._sites(model, ctx, remark=True):
@@ -84,11 +85,11 @@ class SmoothQuant(Pass):
         return out.result(done)
 
     def _one(self, model: Model, site: FoldSite, ctx: PassContext, out: Folded) -> bool:
-        stat = ctx.stats[Probe(str(site.tensor.name), MinMax(-1))]
+        stat = ctx.told[Probe(str(site.tensor.name), MinMax(-1))]
         assert isinstance(stat, MinMaxStat)
         weight = site.weight_rows()
         if stat.lo.shape != (weight.shape[0],):
-            ctx.missed(str(site.anchor.name), "the measured channels do not match the weight's rows")
+            ctx.remarks.missed(str(site.anchor.name), "the measured channels do not match the weight's rows")
             return False
         shift = self._shift(site, stat)
         alpha, gain = self.alpha, None
@@ -96,7 +97,7 @@ class SmoothQuant(Pass):
             alpha, gain = self._best(site, stat, weight, ctx)
         if alpha == 0.0 or (gain is not None and gain < _needed_db(site, ctx.target)):
             reason = "does not pay: the layer's output error on held-out rows would hardly fall"
-            ctx.missed(str(site.anchor.name), reason, gain_db=round(gain or 0.0, 2))
+            ctx.remarks.missed(str(site.anchor.name), reason, gain_db=round(gain or 0.0, 2))
             return False
         r = ratios(stat, shift, weight, alpha)
         if site.channels is not None:
@@ -105,7 +106,7 @@ class SmoothQuant(Pass):
         numbers = {"alpha": alpha, "r_min": float(r.min()), "r_max": float(r.max())} | (
             {} if gain is None else {"gain_db": round(gain, 2)}
         )
-        ctx.applied(
+        ctx.remarks.applied(
             str(site.anchor.name),
             f"{site.kind} site smoothed into {', '.join(str(x.node.name) for x in site.linears)}",
             **numbers,
@@ -119,7 +120,7 @@ class SmoothQuant(Pass):
 
     def _best(self, site: FoldSite, stat: MinMaxStat, weight: F64, ctx: PassContext) -> tuple[float, float]:
         """The alpha that pays most on rows that it was not fitted to, and its gain over no smoothing in dB."""
-        rows = ctx.stats[Probe(str(site.tensor.name), Rows(FOLD_ROWS))]
+        rows = ctx.told[Probe(str(site.tensor.name), Rows(FOLD_ROWS))]
         assert isinstance(rows, RowsStat)
 
         def fitted(extremes: MinMaxStat, alpha: float) -> tuple[F64, F64]:

@@ -67,7 +67,7 @@ class BiasCorrection(Pass):
         if self.mode == "bn":
             stats = expected(value_at(node, 0))
             return "no BatchNormalization says what its input is like" if stats is None else stats.mean
-        stat = ctx.stats.get(_input_probe(node))
+        stat = ctx.told.get(_input_probe(node))
         return stat.mean if isinstance(stat, MomentsStat) else "its input was not measured"
 
 
@@ -90,19 +90,19 @@ def _correct(graph: ir.Graph, layer: Layer, mean: F64 | str, ctx: PassContext) -
     node, slot, d = layer
     site, array = bias_site(node), const_array(node.inputs[slot])
     if site is None or d.qparams is None or array is None:
-        ctx.missed(str(node.name), "the layer has no constant bias to correct")
+        ctx.remarks.missed(str(node.name), "the layer has no constant bias to correct")
         return False
     if isinstance(mean, str):
-        ctx.missed(str(node.name), mean)
+        ctx.remarks.missed(str(node.name), mean)
         return False
     weight = array.astype(np.float32)
     error = fake_quant(weight, d.qparams, d.spec.qtype, d.spec.granularity).astype(np.float64) - weight
     shift = mean_output(node, error, mean) if mean.ndim == 1 else None
     if shift is None:
-        ctx.missed(str(node.name), "its input channels do not match the measured means")
+        ctx.remarks.missed(str(node.name), "its input channels do not match the measured means")
         return False
     shift_bias(graph, site, -shift)
-    ctx.applied(str(node.name), "bias corrected", largest_shift=float(np.abs(shift).max()))
+    ctx.remarks.applied(str(node.name), "bias corrected", largest_shift=float(np.abs(shift).max()))
     return True
 
 
@@ -118,7 +118,7 @@ class _Sequence:
     def correct(self, layers: list[Layer]) -> bool:
         """All layers in order of depth; those of one depth do not feed each other and share a sweep."""
         if not layers or self.ctx.statistics is None:
-            self.ctx.missed("", "no calibration data to measure quantized layers on")
+            self.ctx.remarks.missed("", "no calibration data to measure quantized layers on")
             return False
         self.twin = _quantized(self.model, self.ctx)
         self.twins = {n.name: n for n in self.twin.graph}
@@ -131,15 +131,15 @@ class _Sequence:
         sites = {node: bias_site(node) for node in nodes}
         fit = [(node, site) for node, site in sites.items() if site is not None]
         for node in (node for node, site in sites.items() if site is None):
-            self.ctx.missed(str(node.name), "the layer has no constant bias to correct")
+            self.ctx.remarks.missed(str(node.name), "the layer has no constant bias to correct")
         measured = statistics.collect(self.twin, [self._twin_probe(node) for node, _ in fit]) if fit else {}
         for node, site in fit:
-            stat, reference = measured[self._twin_probe(node)], self.ctx.stats[_output_probe(node)]
+            stat, reference = measured[self._twin_probe(node)], self.ctx.told[_output_probe(node)]
             assert isinstance(stat, MomentsStat) and isinstance(reference, MomentsStat)
             shift = reference.mean - stat.mean
             shift_bias(self.model.graph, site, shift)
             shift_bias(self.twin.graph, (self.twins[site[0].name], site[1]), shift)
-            self.ctx.applied(str(node.name), "bias corrected in order", largest_shift=float(np.abs(shift).max()))
+            self.ctx.remarks.applied(str(node.name), "bias corrected in order", largest_shift=float(np.abs(shift).max()))
         return bool(fit)
 
     def _twin_probe(self, node: ir.Node) -> Probe:

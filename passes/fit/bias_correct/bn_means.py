@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qcompile.ir.channel_stats import ChannelStats, channel_stats
+from qcompile.ir.notes import ChannelStats, channel_stats
 from qcompile.ir.ops import const_array, input_at, int_attr, ints_attr
 from qcompile.ir.shapes import rank
 from qcompile.quant.clipped_normal import clipped_normal

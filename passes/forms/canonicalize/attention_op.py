@@ -16,7 +16,7 @@ def decompose_attention(graph: ir.Graph, node: ir.Node, ctx: PassContext) -> Non
     """
     reason = _refusal(node)
     if reason:
-        ctx.missed(str(node.name), f"Attention kept: {reason}")
+        ctx.remarks.missed(str(node.name), f"Attention kept: {reason}")
         return
     q, k, v = node.inputs[0], node.inputs[1], node.inputs[2]
     mask = node.inputs[3] if len(node.inputs) > 3 else None
@@ -33,7 +33,7 @@ def decompose_attention(graph: ir.Graph, node: ir.Node, ctx: PassContext) -> Non
     out = chain.add("MatMul", [p, v], "pv", like=node.outputs[0])
     replace_value(graph, node.outputs[0], out)
     graph.remove(node, safe=True)
-    ctx.applied(str(node.name), "Attention decomposed into MatMul, Softmax, MatMul")
+    ctx.remarks.applied(str(node.name), "Attention decomposed into MatMul, Softmax, MatMul")
 
 
 class _Chain:

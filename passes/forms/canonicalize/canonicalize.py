@@ -68,9 +68,9 @@ class Canonicalize(Pass):
         _remark_subgraphs(model, ctx)
         modified = before != _signature(model.graph)
         if modified:
-            ctx.applied("", f"{count} nodes became {len(model.graph)}")
+            ctx.remarks.applied("", f"{count} nodes became {len(model.graph)}")
         else:
-            ctx.note("", "already canonical")
+            ctx.remarks.note("", "already canonical")
         return PassResult(modified)
 
 
@@ -153,6 +153,6 @@ def _keeps(node: ir.Node, neutral: float) -> bool:
 def _remark_subgraphs(model: Model, ctx: PassContext) -> None:
     for node in model.graph:
         if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()):
-            ctx.note(str(node.name), f"the body of this {node.op_type} is left in float")
+            ctx.remarks.note(str(node.name), f"the body of this {node.op_type} is left in float")
         elif node.domain not in ("", "ai.onnx", "com.microsoft"):
-            ctx.note(str(node.name), f"custom operator {node.domain}::{node.op_type} is left in float")
+            ctx.remarks.note(str(node.name), f"custom operator {node.domain}::{node.op_type} is left in float")

@@ -6,8 +6,9 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.ir.edit import add_constant, new_node, replace_value
+from qcompile.ir.notes import copy_notes
 from qcompile.ir.ops import const_array
-from qcompile.pipeline.base import PassContext, copy_notes
+from qcompile.pipeline.base import PassContext
 from qcompile.structure import Attention, Linear, find_attentions
 
 _PARTS = 3
@@ -18,7 +19,7 @@ def join_thirds(graph: ir.Graph, ctx: PassContext) -> int:
     packed = {id(a.q.linear.node): a.q.linear for a in find_attentions(graph) if a.packed and _in_thirds(a)}
     for linear in packed.values():
         _split(graph, linear)
-        ctx.applied(str(linear.node.name), "packed qkv projection split into three and joined")
+        ctx.remarks.applied(str(linear.node.name), "packed qkv projection split into three and joined")
     return len(packed)
 
 

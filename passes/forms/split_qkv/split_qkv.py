@@ -11,9 +11,10 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from qcompile.ir.edit import add_constant, erase_dead, new_node, replace_value
 from qcompile.ir.model import Model
+from qcompile.ir.notes import copy_notes
 from qcompile.ir.ops import const_array, int_attr, ints_attr, is_op
 from qcompile.passes.forms.split_qkv.packed_linear import join_thirds
-from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult, copy_notes
+from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
 
 _PARTS = 3
 
@@ -52,7 +53,7 @@ class SplitQkv(Pass):
         found = list(find_packed(model.graph))
         for packed in found:
             _split(model.graph, packed)
-            ctx.applied(str(packed.matmul.name), "packed qkv projection split into three")
+            ctx.remarks.applied(str(packed.matmul.name), "packed qkv projection split into three")
         joined = join_thirds(model.graph, ctx) if ctx.target.name in ("trt", "rtx") else 0
         erase_dead(model)
         if found or joined:

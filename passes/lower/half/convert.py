@@ -51,14 +51,14 @@ def wanted(model: Model, fmt: Narrow) -> Iterable[Probe]:
 def lower(model: Model, ctx: PassContext, fmt: Narrow) -> PassResult:
     """Convert every node that is safe; cast where precisions meet."""
     ShapeInferencePass()(model.ir)
-    scene = Scene(model.graph, fmt, ctx.stats)
+    scene = Scene(model.graph, fmt, ctx.told)
     kept = islands(scene)
     for node in [n for n in model.graph if n in kept]:
-        ctx.missed(str(node.name), f"kept in float32: {kept[node]}")
+        ctx.remarks.missed(str(node.name), f"kept in float32: {kept[node]}")
     masks = [m for m in scene.masks.constants if lowest(m) < -fmt.safe]
     if masks:
-        ctx.note("", f"{len(masks)} attention masks set to {-fmt.safe:.5g}, so that no sum of them is -inf")
+        ctx.remarks.note("", f"{len(masks)} attention masks set to {-fmt.safe:.5g}, so that no sum of them is -inf")
     half = [node for node in model.graph if node not in kept and carries_float(node)]
     convert(model.graph, half, fmt, scene.masks.constants)
-    ctx.applied("", f"{len(half)} nodes in {fmt.title}, {len(kept)} kept in float32")
+    ctx.remarks.applied("", f"{len(half)} nodes in {fmt.title}, {len(kept)} kept in float32")
     return PassResult(bool(half))

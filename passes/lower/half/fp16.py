@@ -30,5 +30,5 @@ class Half(HalfLowering):
         """Convert every node that is safe; cast where precisions meet."""
         freed = free_large_biases(model.graph)
         if freed:
-            ctx.note("", f"{freed} biases moved behind their layer: ONNX Runtime overflows them in float16")
+            ctx.remarks.note("", f"{freed} biases moved behind their layer: ONNX Runtime overflows them in float16")
         return super().apply(model, ctx)

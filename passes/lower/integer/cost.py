@@ -18,8 +18,8 @@ def note_cost(found: Plan, ctx: PassContext) -> None:
     """A note for each convolution and product, and one with the totals."""
     layers = {str(s.node.name): _cost(s) for s in found.steps if s.family in ("linear", "product")}
     for name, numbers in layers.items():
-        ctx.note(name, "cost of the layer a sample", **numbers)
-    ctx.note("", "cost a sample", **{key: sum(numbers[key] for numbers in layers.values()) for key in _SUMMED})
+        ctx.remarks.note(name, "cost of the layer a sample", **numbers)
+    ctx.remarks.note("", "cost a sample", **{key: sum(numbers[key] for numbers in layers.values()) for key in _SUMMED})
 
 
 def _cost(step: Step) -> dict[str, int]:

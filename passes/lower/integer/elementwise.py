@@ -123,7 +123,7 @@ def from_int(scene: Scene, step: Step) -> Fixed:
     fmt = scene.stored_format(step.output)
     low, high = math.ceil((fmt.lo - fmt.zero) * fmt.scale - 1e-3), math.floor((fmt.hi - fmt.zero) * fmt.scale + 1e-3)
     clipped = clip(em, wide, low, high, _ANY_INT64)
-    em.ctx.note(em.at, f"integers cast to numbers are saturated to {low}..{high}, twice what calibration saw")
+    em.ctx.remarks.note(em.at, f"integers cast to numbers are saturated to {low}..{high}, twice what calibration saw")
     return Fixed(em.cast(clipped, INT32), np.asarray(1.0), low, high)
 
 

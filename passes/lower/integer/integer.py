@@ -64,7 +64,7 @@ class Integer(Pass):
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
         """Raises ModelError: an operator has no integer form, or a sum could overflow."""
         if ctx.target.name != "integer":
-            ctx.missed("", f"target {ctx.target.name} computes with Q/DQ around float operators; use --target integer")
+            ctx.remarks.missed("", f"target {ctx.target.name} computes with Q/DQ around float operators; use --target integer")
             return PassResult(False)
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model.ir)
         found = plan(model.graph)
@@ -78,13 +78,13 @@ class Integer(Pass):
         _tidy(model)
         rounding = "half_up" if self.profile == "strict" else ROUNDING
         model.metadata.update({"qcompile.rounding": rounding, "qcompile.integer": self.profile})
-        ctx.note("", "integer form complete", nodes=len(model.graph))
+        ctx.remarks.note("", "integer form complete", nodes=len(model.graph))
         return PassResult(True)
 
 
 def _require_all(found: Plan, ctx: PassContext) -> None:
     refused = [(s.node, s.reason) for s in found.refused]
-    refused += [(s.node, reason) for s in found.steps if s.family != "keep" and (reason := ctx.excluded(s.node))]
+    refused += [(s.node, reason) for s in found.steps if s.family != "keep" and (reason := ctx.selection.excluded(s.node))]
     if refused:
         named = "; ".join(f"{node.op_type} {node.name!r}: {reason}" for node, reason in refused[:_NAMED])
         more = f"; and {len(refused) - _NAMED} more" if len(refused) > _NAMED else ""
@@ -100,7 +100,7 @@ def _lower(scene: Scene, step: Step, profile: str) -> None:
     first = len(em.graph)
     made = _LOWER[step.family](scene, step)
     em.fixed[step.output] = fused(scene, step, made) if profile == "ort-fused" else made
-    em.ctx.applied(em.at, f"{step.family} in integers", nodes=len(em.graph) - first)
+    em.ctx.remarks.applied(em.at, f"{step.family} in integers", nodes=len(em.graph) - first)
 
 
 def _keep(scene: Scene, node: ir.Node) -> None:

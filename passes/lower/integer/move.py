@@ -100,7 +100,7 @@ def reduce_sum(scene: Scene, step: Step) -> Fixed:
     assert axes is not None
     count = math.prod(shape[a] or _LONGEST for a in axes)
     if not all(shape[a] for a in axes):
-        em.ctx.note(em.at, f"an axis of unknown length is taken to have at most {_LONGEST} elements")
+        em.ctx.remarks.note(em.at, f"an axis of unknown length is taken to have at most {_LONGEST} elements")
     if not source.is_scalar and any(_varies(source, len(shape), a) for a in axes):
         raise ModelError(f"{node.name}: its input has one scale a channel of a reduced axis; use --target ort")
     dtype = INT32 if max(abs(source.lo), abs(source.hi)) * count < 1 << 31 else INT64

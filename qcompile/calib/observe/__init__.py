@@ -11,14 +11,12 @@ are float64 sums, bit-identical for every partition into whole chunks (`qcompile
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
-
-from numpy.typing import NDArray
+from typing import Any
 
 from qcompile.calib.observe.chunks import CHUNK
 from qcompile.calib.observe.extrema import AbsMax, AbsMaxStat, MinMax, MinMaxStat, absmax_of
 from qcompile.calib.observe.histogram import ChannelHistograms, ChannelHistogramsStat, Histogram, HistogramStat
+from qcompile.calib.observe.observer import Observer, Probe, Told
 from qcompile.calib.observe.rows import Extremes, ExtremesStat, Rows, RowsStat
 from qcompile.calib.observe.stat import NotCarried, Stat, other_axes
 from qcompile.calib.observe.sums import Moments, MomentsStat, SecondMoment, SecondMomentStat
@@ -26,34 +24,11 @@ from qcompile.calib.observe.sums import Moments, MomentsStat, SecondMoment, Seco
 __all__ = [
     "CHUNK", "KINDS", "AbsMax", "AbsMaxStat", "ChannelHistograms", "ChannelHistogramsStat", "Extremes", "ExtremesStat",
     "Histogram", "HistogramStat", "MinMax", "MinMaxStat", "Moments", "MomentsStat", "NotCarried", "Observer", "Probe", "Rows",
-    "RowsStat", "SecondMoment", "SecondMomentStat", "Stat", "absmax_of", "follows", "other_axes",
+    "RowsStat", "SecondMoment", "SecondMomentStat", "Stat", "Told", "absmax_of", "follows", "other_axes",
 ]  # fmt: skip
 
 
-class Observer(Protocol):
-    """What to learn about a tensor; hashable, so equal observers share one result."""
-
-    def empty(self) -> Any:
-        """The statistic of no data."""
-        ...
-
-    def observe(self, array: NDArray[Any], first_sample_index: int = 0, samples: int | None = None) -> Any:
-        """The statistic of `array`, whose samples are numbered from `first_sample_index`.
-
-        `samples` is how many samples the array holds, when that is not its first dimension (Swin's windows).
-        """
-        ...
-
-
-@dataclass(frozen=True)
-class Probe:
-    """Ask for `observer`'s statistic of the value named `tensor` of the main graph."""
-
-    tensor: str
-    observer: Observer
-
-
-KINDS: dict[str, tuple[type[Any], type[Stat]]] = {
+KINDS: dict[str, tuple[type[Observer[Any]], type[Stat]]] = {
     observer.kind: (observer, stat)
     for observer, stat in (
         (MinMax, MinMaxStat), (AbsMax, AbsMaxStat), (Moments, MomentsStat), (Histogram, HistogramStat),
@@ -63,7 +38,7 @@ KINDS: dict[str, tuple[type[Any], type[Stat]]] = {
 """Name of an observer -> its class and that of its statistics, for files without pickle."""
 
 
-def follows(observer: Observer) -> bool:
+def follows(observer: Observer[Any]) -> bool:
     """Whether this observer's statistic can be carried through a per-channel x' = (x - t) / r."""
     return isinstance(observer, Rows) or (
         isinstance(observer, MinMax | Moments) and observer.axis is not None and observer.heads is None

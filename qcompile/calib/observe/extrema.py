@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from qcompile.calib.observe.observer import Observer
 from qcompile.calib.observe.stat import NotCarried, Stat, by_head, other_axes
 
 F64 = NDArray[np.float64]
@@ -38,7 +39,7 @@ class MinMaxStat(Stat):
 
 
 @dataclass(frozen=True)
-class MinMax:
+class MinMax(Observer[MinMaxStat]):
     """Extremes of the tensor, of each channel of `axis`, or of each of `heads` equal groups of channels of `axis`."""
 
     kind: ClassVar[str] = "minmax"
@@ -84,7 +85,7 @@ class AbsMaxStat(Stat):
 
 
 @dataclass(frozen=True)
-class AbsMax:
+class AbsMax(Observer[AbsMaxStat]):
     """Largest magnitude of the tensor, of each channel of `axis`, or of each of `heads` groups of channels of `axis`."""
 
     kind: ClassVar[str] = "absmax"

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from qcompile.calib.observe.counting import count_into
+from qcompile.calib.observe.observer import Observer
 from qcompile.calib.observe.stat import Stat, by_head
 
 F64 = NDArray[np.float64]
@@ -74,7 +75,7 @@ class HistogramStat(Stat):
 
 
 @dataclass(frozen=True)
-class Histogram:
+class Histogram(Observer[HistogramStat]):
     """Counts over at most `bins` (>= 2) bins of a power-of-two width; at least about bins / 2 cover the range."""
 
     kind: ClassVar[str] = "histogram"
@@ -159,7 +160,7 @@ class ChannelHistogramsStat(Stat):
 
 
 @dataclass(frozen=True)
-class ChannelHistograms:
+class ChannelHistograms(Observer[ChannelHistogramsStat]):
     """A histogram of each channel of `axis`, or of each of `heads` equal groups of its channels."""
 
     kind: ClassVar[str] = "channel-histograms"

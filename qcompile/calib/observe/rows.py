@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from qcompile.calib.observe.observer import Observer
 from qcompile.calib.observe.stat import Stat
 
 
@@ -49,7 +50,7 @@ class RowsStat(Stat):
 
 
 @dataclass(frozen=True)
-class Rows:
+class Rows(Observer[RowsStat]):
     """At most `count` rows (vectors of the last axis), drawn by the smallest hash of (seed, sample, row): a
     uniform sample that does not depend on batches or their order (bottom-k sampling)."""
 
@@ -89,7 +90,7 @@ class ExtremesStat(Stat):
 
 
 @dataclass(frozen=True)
-class Extremes:
+class Extremes(Observer[ExtremesStat]):
     """The `count` rows with the largest magnitudes, and which samples they come from: who sets a tensor's range."""
 
     kind: ClassVar[str] = "extremes"

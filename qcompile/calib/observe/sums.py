@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.linalg import get_blas_funcs
 
 from qcompile.calib.observe.chunks import CHUNK, ChunkedSum, by_chunk
+from qcompile.calib.observe.observer import Observer
 from qcompile.calib.observe.stat import NotCarried, Stat, by_head, other_axes
 
 F64 = NDArray[np.float64]
@@ -87,7 +88,7 @@ class MomentsStat(Stat):
 
 
 @dataclass(frozen=True)
-class Moments:
+class Moments(Observer[MomentsStat]):
     """Count, sum and sum of squares of the tensor, of each channel of `axis`, or of each of `heads` groups of them."""
 
     kind: ClassVar[str] = "moments"
@@ -148,7 +149,7 @@ class SecondMomentStat(Stat):
 
 
 @dataclass(frozen=True)
-class SecondMoment:
+class SecondMoment(Observer[SecondMomentStat]):
     """Uncentred second moment over the last axis (the Hessian of a linear layer is 2 X^T X; GPTQ, arXiv:2210.17323).
 
     `weights` names another tensor of the graph, one number for each row of this one (e.g. attention_mask [N, T] for

@@ -30,7 +30,7 @@ def place(model: Model, ctx: PassContext) -> Placement:
         if step.family == "refused":
             out.miss(step.node, step.reason)
             continue
-        _inputs(out, step, ctx.scheme_of(step.node))
+        _inputs(out, step, ctx.selection.scheme_of(step.node, ctx.scheme))
         for value in step.node.outputs:
             _output(out, found, step, value)
     return out

@@ -13,8 +13,9 @@ import onnx_ir as ir
 
 from qcompile.decide.site import Placement, activation_spec, weight_spec
 from qcompile.ir.model import Model
+from qcompile.ir.notes import kept_float
 from qcompile.ir.ops import const_array, const_value, is_compute, is_data_movement, is_op, weight_slot
-from qcompile.pipeline.base import PassContext, kept_float
+from qcompile.pipeline.base import PassContext
 from qcompile.quant.spec import QuantSpec
 
 _GEMM_SHARE = 0.5
@@ -50,8 +51,8 @@ def _compute(state: _Ort, node: ir.Node, with_gemms: bool) -> None:
     if slot is None:
         _product(state, node)
         return
-    reason = state.ctx.excluded(node) or kept_float(node) or _impossible(node, slot)
-    if not reason and state.ctx.forced(node) is None:
+    reason = state.ctx.selection.excluded(node) or kept_float(node) or _impossible(node, slot)
+    if not reason and state.ctx.selection.forced(node) is None:
         reason = _refusal(node, with_gemms)
     if reason:
         state.out.miss(node, reason)
@@ -63,8 +64,8 @@ def _compute(state: _Ort, node: ir.Node, with_gemms: bool) -> None:
 
 
 def _product(state: _Ort, node: ir.Node) -> None:
-    reason = state.ctx.excluded(node)
-    if not reason and state.ctx.forced(node) is None:
+    reason = state.ctx.selection.excluded(node)
+    if not reason and state.ctx.selection.forced(node) is None:
         reason = "a product of two activations is faster in float on the CPU provider"
     if reason:
         state.out.miss(node, reason)
@@ -160,7 +161,7 @@ def _output(state: _Ort, node: ir.Node) -> None:
 def _residual(state: _Ort, node: ir.Node) -> None:
     """A residual add of a conv net: both operands come from quantized convolutions or adds."""
     names = [str(v.name) for v in node.inputs if v is not None]
-    if len(names) != 2 or any(name not in state.conv_values for name in names) or state.ctx.excluded(node):
+    if len(names) != 2 or any(name not in state.conv_values for name in names) or state.ctx.selection.excluded(node):
         return
     state.out.add(node, 0, state.spec)
     state.out.add(node, 1, state.spec)

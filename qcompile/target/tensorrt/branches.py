@@ -20,7 +20,7 @@ def range_branches(out: Placement, graph: ir.Graph, ctx: PassContext) -> None:
     for node in graph:
         if _BRANCH not in node.metadata_props:
             continue
-        if reason := ctx.excluded(node):
+        if reason := ctx.selection.excluded(node):
             out.miss(node, reason)
             continue
         out.add(node, 0, activation_spec(ctx))

@@ -27,7 +27,7 @@ def share_residuals(out: Placement, graph: ir.Graph, ctx: PassContext, shared: b
         leaders = {i: read[v] for i, v in enumerate(add.inputs) if v is not None and v in read}
         if not leaders:
             continue
-        reason = ctx.excluded(add) or (None if shared or ctx.forced(add) else _FLOAT_SKIP)
+        reason = ctx.selection.excluded(add) or (None if shared or ctx.selection.forced(add) else _FLOAT_SKIP)
         if reason:
             out.miss(add, reason)
             continue

@@ -12,8 +12,9 @@ import onnx_ir as ir
 
 from qcompile.decide.site import Placement, activation_spec, weight_spec
 from qcompile.ir.model import Model
+from qcompile.ir.notes import kept_float
 from qcompile.ir.ops import activation_channel_axis, const_value, is_compute, is_op, static_shape, weight_slot
-from qcompile.pipeline.base import PassContext, kept_float
+from qcompile.pipeline.base import PassContext
 from qcompile.quant.spec import PerBlock
 from qcompile.structure.scores import Scores, find_scores, find_values
 from qcompile.target.tensorrt.blocks import in_blocks, scaled_blocks
@@ -53,7 +54,7 @@ def place(model: Model, ctx: PassContext, choices: Choices) -> Placement:
 
 
 def _weighted(out: Placement, node: ir.Node, slot: int, ctx: PassContext, heads: frozenset[ir.Node]) -> None:
-    reason = ctx.excluded(node) or kept_float(node) or _impossible(node, slot, ctx) or _unasked(node, slot, ctx, heads)
+    reason = ctx.selection.excluded(node) or kept_float(node) or _impossible(node, slot, ctx) or _unasked(node, slot, ctx, heads)
     if reason:
         out.miss(node, reason)
         return
@@ -82,14 +83,14 @@ def _block(node: ir.Node, slot: int, granularity: PerBlock) -> int | None:
 
 
 def _unasked(node: ir.Node, slot: int, ctx: PassContext, heads: frozenset[ir.Node]) -> str | None:
-    if ctx.forced(node) is not None:
+    if ctx.selection.forced(node) is not None:
         return None
     reason = default_refusal(node, slot, ctx, heads)
     return None if reason is None else f"{reason} (--quantize {node.name} overrides)"
 
 
 def _impossible(node: ir.Node, slot: int, ctx: PassContext) -> str | None:
-    reason, forced = _unfit(node, slot), ctx.forced(node)
+    reason, forced = _unfit(node, slot), ctx.selection.forced(node)
     return reason if reason is None or forced is None else f"{reason}, so --quantize {forced} cannot be met"
 
 
@@ -110,10 +111,10 @@ def _attention(out: Placement, softmax: ir.Node, ctx: PassContext, choices: Choi
     if not isinstance(scores, Scores) or values is None:
         return
     products = (scores.matmul, values.matmul)
-    reason = next((r for n in products if (r := ctx.excluded(n))), None)
+    reason = next((r for n in products if (r := ctx.selection.excluded(n))), None)
     if not reason and in_blocks(out, products):
         reason = f"an input of it is in {ctx.scheme.name} blocks, and a tensor has one quantizer"
-    if not reason and not any(ctx.forced(n) for n in products):
+    if not reason and not any(ctx.selection.forced(n) for n in products):
         reason = _left_alone(scores, ctx, choices.attention)
     if reason:
         for node in products:

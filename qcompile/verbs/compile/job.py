@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from qcompile.calib.data.dataset import find_beside, fixed_batch
 from qcompile.errors import ModelError, UsageError
 from qcompile.ir.model import Model
+from qcompile.ir.select import Selection
 from qcompile.pipeline import registry
 from qcompile.pipeline.base import Fact, Pass, PassContext
 from qcompile.pipeline.planner import Plan, complete
@@ -71,9 +72,9 @@ class Options:
     print_after: bool = False
 
     @property
-    def selectors(self) -> dict[str, tuple[str, ...]]:
-        """The selectors of nodes by option."""
-        return {"keep_float": self.keep_float, "only": self.only, "quantize": self.quantize, "bits": self.bits}
+    def selection(self) -> Selection:
+        """The selectors of nodes."""
+        return Selection(self.keep_float, self.only, self.quantize, self.bits)
 
 
 @dataclass(frozen=True)
@@ -95,10 +96,7 @@ class Job:
 
     def context(self) -> PassContext:
         """What every pass is told."""
-        o = self.options
-        return PassContext(
-            self.scheme, self.target, seed=o.seed, keep_float=o.keep_float, only=o.only, quantize=o.quantize, bits=o.bits
-        )
+        return PassContext(self.scheme, self.target, self.options.selection, seed=self.options.seed)
 
 
 def prepare(path: str | Path, options: Options) -> Job:
@@ -109,7 +107,7 @@ def prepare(path: str | Path, options: Options) -> Job:
     """
     model = Model.load(path)
     options = _with_sidecar(Path(path), options)
-    require_sane(options.samples, options.seed, options.selectors)
+    require_sane(options.samples, options.seed, options.selection.by_option)
     if options.min_sqnr is not None and options.verify == "off":
         raise UsageError("--min-sqnr needs a comparison with the float model; drop --verify off")
     target, scheme = _target(options.target or "trt"), _scheme(options.scheme or "w8a8")

@@ -100,7 +100,7 @@ def compile(path: str | Path, options: Options | None = None, *, progress: Progr
 
 def run(job: Job, progress: Progress) -> Result:
     """Run a prepared job and save its output."""
-    notes = unmatched(job.model, job.options.selectors)
+    notes = unmatched(job.model, job.options.selection.by_option)
     notes += [text for scheme, text in job.target.caveats if scheme == job.scheme.name]
     _warned(notes, progress)
     calibration = open_calibration(job, progress)
@@ -131,7 +131,7 @@ def run(job: Job, progress: Progress) -> Result:
         calibration.samples if calibration is not None else 0,
         calibration.source if calibration is not None else "none",
         notes=tuple(notes),
-        selectors=job.options.selectors,
+        selectors=job.options.selection.by_option,
         model=model,
     )
     _gate(result, job.options.min_sqnr)
@@ -236,7 +236,7 @@ def _reproduce(failure: Failure, job: Job) -> str:
     words += ["--samples", str(job.options.samples)] if job.options.samples else []
     words += ["--batch", str(job.options.batch)] if job.options.batch else []
     words += ["--preprocess", job.options.preprocess] if job.options.preprocess else []
-    for option, texts in job.options.selectors.items():
+    for option, texts in job.options.selection.by_option.items():
         words += [w for text in texts for w in (f"--{option.replace('_', '-')}", text)]
     words += ["--seed", str(job.options.seed)] if job.options.seed else []
     return f"\n  reproduce: {shlex.join(words)}"

@@ -10,8 +10,8 @@ import pytest
 from numpy.typing import NDArray
 from onnx import helper
 
-from qcompile.ir.channel_stats import channel_stats
 from qcompile.ir.model import Model
+from qcompile.ir.notes import channel_stats
 from qcompile.pipeline import registry
 from qcompile.pipeline.runner import Runner
 from tests.passes.cases import built, context, double_outputs, op_types, outputs, relative_error, run_passes, to_double

@@ -50,7 +50,7 @@ def run(model: Model, x: NDArray[Any], optimize: bool = False, save: Path | None
 def apply(rewrite: Pass, model: Model) -> tuple[Model, bool, list[str]]:
     """The rewritten copy, whether it changed, and the kinds of its remarks."""
     after, ctx = model.clone(), PassContext(SCHEMES["w8a8"], TARGETS["ort"])
-    return after, rewrite.apply(after, ctx).modified, [r.kind for r in ctx.remarks]
+    return after, rewrite.apply(after, ctx).modified, [r.kind for r in ctx.remarks.all]
 
 
 def assert_same(before: Model, after: Model, x: NDArray[Any]) -> None:
