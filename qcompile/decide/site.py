@@ -7,10 +7,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from qcompile.decide.decisions import value_at
-from qcompile.ir.ops import output_channel_axis
-from qcompile.pipeline.base import PassContext
-from qcompile.quant.qtype import UINT8, QType, simulated_int
-from qcompile.quant.spec import Granularity, PerAxis, PerBlock, QuantSpec, Scheme
+from qcompile.quant.spec import QuantSpec
 
 
 @dataclass(frozen=True)
@@ -73,27 +70,3 @@ class Placement:
     def note(self, node: ir.Node, reason: str) -> None:
         """Quantize `node` otherwise than the scheme says."""
         self.notes.append((str(node.name), reason))
-
-
-def weight_spec(node: ir.Node, slot: int, scheme: Scheme) -> QuantSpec:
-    """Symmetric, per output channel; blocks along the reduction axis where the scheme says so."""
-    assert scheme.weight is not None
-    axis = output_channel_axis(node)
-    granularity: Granularity = PerAxis(axis)
-    if scheme.block_size is not None and node.op_type in ("MatMul", "Gemm"):
-        granularity = PerBlock(1 - axis, scheme.block_size)
-    return QuantSpec(scheme.weight, granularity, symmetric=True, method="mse" if scheme.weight.bits < 8 else "minmax")
-
-
-def activation_spec(ctx: PassContext) -> QuantSpec:
-    """Per tensor: signed and symmetric where zero points must be 0, else unsigned with a zero point."""
-    qtype = ctx.scheme.fallback or ctx.scheme.activation
-    assert qtype is not None
-    if ctx.target.symmetric or qtype.family == "float":
-        return QuantSpec(qtype)
-    return QuantSpec(unsigned(qtype), symmetric=False)
-
-
-def unsigned(qtype: QType) -> QType:
-    """The unsigned integer of the same width."""
-    return UINT8 if qtype.bits == 8 else simulated_int(qtype.bits, signed=False)

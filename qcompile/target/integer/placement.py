@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qcompile.decide.site import Placement, weight_spec
+from qcompile.decide.site import Placement
 from qcompile.ir.model import Model
 from qcompile.ir.ops import weight_slot
 from qcompile.pipeline.base import PassContext
 from qcompile.quant.qtype import INT16
 from qcompile.quant.spec import QuantSpec, Scheme
 from qcompile.target.integer.plan import Plan, Step, entry, is_float, leaves, must_store, own_store, plan, settled
+from qcompile.target.specs import weight_spec
 
 WIDE = QuantSpec(INT16)
 _COUNTS = QuantSpec(INT16, symmetric=False)

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from qcompile.decide.site import Placement, activation_spec, weight_spec
+from qcompile.decide.site import Placement
 from qcompile.ir.model import Model
 from qcompile.ir.notes import kept_float
 from qcompile.ir.ops import const_array, const_value, is_compute, is_data_movement, is_op, weight_slot
 from qcompile.pipeline.base import PassContext
 from qcompile.quant.spec import QuantSpec
+from qcompile.target.specs import activation_spec, weight_spec
 
 _GEMM_SHARE = 0.5
 
@@ -34,7 +35,7 @@ class _Ort:
 def place(model: Model, ctx: PassContext) -> Placement:
     """Sites for the CPU provider, in node order."""
     assert ctx.scheme.activation is not None
-    state = _Ort(ctx, Placement(), activation_spec(ctx))
+    state = _Ort(ctx, Placement(), activation_spec(ctx.target, ctx.scheme))
     with_gemms = _gemm_share(model.graph) > _GEMM_SHARE
     for node in model.graph:
         if is_op(node, "Add"):

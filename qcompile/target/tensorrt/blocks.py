@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from qcompile.decide.site import Placement, activation_spec
+from qcompile.decide.site import Placement
 from qcompile.ir.ops import is_op, output_channel_axis
 from qcompile.pipeline.base import PassContext
 from qcompile.quant.spec import PerAxis, PerBlock, QuantSpec
+from qcompile.target.specs import activation_spec
 
 _SHORTEST = 32  # measured: FP4 over 16 values becomes a float GEMM where few rows are multiplied
 
@@ -23,7 +24,7 @@ def scaled_blocks(out: Placement, node: ir.Node, slot: int, ctx: PassContext) ->
     reason = _misfit(node, data, slot, scheme.block_size)
     if reason is not None:
         out.note(node, f"{scheme.fallback.name} instead of {scheme.name}: {reason}")
-        out.add(node, data, activation_spec(ctx))
+        out.add(node, data, activation_spec(ctx.target, ctx.scheme))
         out.add(node, slot, QuantSpec(scheme.fallback, PerAxis(channel)))
         return
     value = node.inputs[data]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qcompile.decide.site import Placement, activation_spec
+from qcompile.decide.site import Placement
 from qcompile.pipeline.base import PassContext
+from qcompile.target.specs import activation_spec
 
 _BRANCH = "qcompile.range_branch"
 
@@ -23,5 +24,5 @@ def range_branches(out: Placement, graph: ir.Graph, ctx: PassContext) -> None:
         if reason := ctx.selection.excluded(node):
             out.miss(node, reason)
             continue
-        out.add(node, 0, activation_spec(ctx))
-        out.add(node, 1, activation_spec(ctx))
+        out.add(node, 0, activation_spec(ctx.target, ctx.scheme))
+        out.add(node, 1, activation_spec(ctx.target, ctx.scheme))

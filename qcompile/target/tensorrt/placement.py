@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from qcompile.decide.site import Placement, activation_spec, weight_spec
+from qcompile.decide.site import Placement
 from qcompile.ir.model import Model
 from qcompile.ir.notes import kept_float
 from qcompile.ir.ops import activation_channel_axis, const_value, is_compute, is_op, static_shape, weight_slot
 from qcompile.pipeline.base import PassContext
 from qcompile.quant.spec import PerBlock
 from qcompile.structure.scores import Scores, find_scores, find_values
+from qcompile.target.specs import activation_spec, weight_spec
 from qcompile.target.tensorrt.blocks import in_blocks, scaled_blocks
 from qcompile.target.tensorrt.branches import range_branches
 from qcompile.target.tensorrt.defaults import attention_refusal, default_refusal, final_heads, is_native
@@ -69,7 +70,7 @@ def _weighted(out: Placement, node: ir.Node, slot: int, ctx: PassContext, heads:
             return
         spec = spec.with_granularity(PerBlock(spec.granularity.axis, size))
     if ctx.scheme.activation is not None:
-        out.add(node, 1 - slot if node.op_type in ("MatMul", "Gemm") else 0, activation_spec(ctx))
+        out.add(node, 1 - slot if node.op_type in ("MatMul", "Gemm") else 0, activation_spec(ctx.target, ctx.scheme))
     elif ctx.scheme.block_size is not None and not is_op(node, "MatMul", "Gemm"):
         out.miss(node, "weight-only blocks exist for MatMul and Gemm only")
         return
@@ -124,12 +125,12 @@ def _attention(out: Placement, softmax: ir.Node, ctx: PassContext, choices: Choi
         for node in products:
             out.note(node, f"{ctx.scheme.fallback.name} instead of {ctx.scheme.name}: attention multiplies 4-D activations")
     source = _projected(values.matmul.inputs[values.slot])
-    out.add(values.matmul, values.slot, activation_spec(ctx), source, carried=source is not None)
+    out.add(values.matmul, values.slot, activation_spec(ctx.target, ctx.scheme), source, carried=source is not None)
     if not values.changed and _fixed(ctx, choices.probabilities):
-        out.known(values.matmul, 1 - values.slot, activation_spec(ctx), _PROBABILITY)
+        out.known(values.matmul, 1 - values.slot, activation_spec(ctx.target, ctx.scheme), _PROBABILITY)
     for node in products:
-        out.add(node, 0, activation_spec(ctx))
-        out.add(node, 1, activation_spec(ctx))
+        out.add(node, 0, activation_spec(ctx.target, ctx.scheme))
+        out.add(node, 1, activation_spec(ctx.target, ctx.scheme))
 
 
 def _fixed(ctx: PassContext, probabilities: str) -> bool:
@@ -138,7 +139,7 @@ def _fixed(ctx: PassContext, probabilities: str) -> bool:
     In int8, 1/127 rounds the probabilities of long rows to 0 or 1 (a ViT of 197 tokens: 14.6 dB at the logits, 30.7 dB with
     a measured range), and the kernel fuses with any scale (audited).
     """
-    floats = activation_spec(ctx).qtype.family == "float"
+    floats = activation_spec(ctx.target, ctx.scheme).qtype.family == "float"
     return is_native(ctx) and (probabilities == "fixed" or (probabilities == "auto" and floats))
 
 

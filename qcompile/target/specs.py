@@ -1,0 +1,34 @@
+"""The specs that placements give to weights and activations."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from qcompile.ir.ops import output_channel_axis
+from qcompile.quant.qtype import UINT8, QType, simulated_int
+from qcompile.quant.spec import Granularity, PerAxis, PerBlock, QuantSpec, Scheme
+from qcompile.target.target import Target
+
+
+def weight_spec(node: ir.Node, slot: int, scheme: Scheme) -> QuantSpec:
+    """Symmetric, per output channel; blocks along the reduction axis where the scheme says so."""
+    assert scheme.weight is not None
+    axis = output_channel_axis(node)
+    granularity: Granularity = PerAxis(axis)
+    if scheme.block_size is not None and node.op_type in ("MatMul", "Gemm"):
+        granularity = PerBlock(1 - axis, scheme.block_size)
+    return QuantSpec(scheme.weight, granularity)
+
+
+def activation_spec(target: Target, scheme: Scheme) -> QuantSpec:
+    """Per tensor: signed and symmetric where zero points must be 0, else unsigned with a zero point."""
+    qtype = scheme.fallback or scheme.activation
+    assert qtype is not None
+    if target.symmetric or qtype.family == "float":
+        return QuantSpec(qtype)
+    return QuantSpec(unsigned(qtype), symmetric=False)
+
+
+def unsigned(qtype: QType) -> QType:
+    """The unsigned integer of the same width."""
+    return UINT8 if qtype.bits == 8 else simulated_int(qtype.bits, signed=False)
