@@ -58,6 +58,15 @@ class Remarks:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """Distance of two models' outputs: max|d| / max|y|, and the signal-to-noise ratio in dB."""
+
+    relative_error: float
+    sqnr_db: float
+    samples: int
+
+
+@dataclass(frozen=True)
 class PassReport:
     """One executed pass: what it changed, how far outputs moved, what it cost."""
 

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from qcompile.calib.data.dataset import load_data  # noqa: E402
+from qcompile.calib.sweep.provider import SweepStatistics  # noqa: E402
 from qcompile.execute.session import make_session  # noqa: E402
 from qcompile.ir.model import Model  # noqa: E402
 from qcompile.pipeline import registry  # noqa: E402
@@ -24,7 +25,6 @@ from qcompile.pipeline.planner import complete  # noqa: E402
 from qcompile.pipeline.runner import Runner  # noqa: E402
 from qcompile.quant.spec import SCHEMES  # noqa: E402
 from qcompile.target.catalog import TARGETS  # noqa: E402
-from qcompile.verbs.compile.providers import SweepStatistics  # noqa: E402
 from tools.transplant import transplant  # noqa: E402
 
 SOFTMAX = ("uniform", "log2", "log-sqrt2", "sulq", "adalog", "tan", "twin")

@@ -34,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 from qcompile.calib.data.dataset import Dataset, load_data  # noqa: E402
 from qcompile.errors import QcompileError  # noqa: E402
 from qcompile.execute.emulate.runnable import runnable  # noqa: E402
+from qcompile.execute.serving import simulate  # noqa: E402
 from qcompile.execute.session import run_batches  # noqa: E402
 from qcompile.ir.atomic import write_atomic  # noqa: E402
 from qcompile.ir.model import Model  # noqa: E402
@@ -41,7 +42,6 @@ from qcompile.pipeline import registry  # noqa: E402
 from qcompile.target.catalog import TARGETS  # noqa: E402
 from qcompile.verbs.compile.run import Options  # noqa: E402
 from qcompile.verbs.compile.run import compile as compile_model  # noqa: E402
-from qcompile.verbs.evaluate.layers import simulate  # noqa: E402
 from qcompile.verbs.evaluate.outputs import evaluate  # noqa: E402
 from tools.transplant import transplant  # noqa: E402
 

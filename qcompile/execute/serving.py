@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from qcompile.calib.data.readers import Arrays
+from qcompile.errors import ModelError
 from qcompile.execute.session import make_session, run
 from qcompile.ir.cut import cut, part, typed
 from qcompile.ir.model import Model
@@ -36,6 +37,20 @@ def open_session(model: Model, **options: Any) -> ort.InferenceSession:
     if not is_large(model.graph):
         return make_session(model.to_proto().SerializeToString(), **options)
     return _mapped_session(model, options)
+
+
+def simulate(model: Model, threads: int | None = None) -> ort.InferenceSession:
+    """A session that computes Q/DQ pairs as they stand.
+
+    ONNX Runtime 1.31 reads a Clip in front of fp8 codes as integer quantization even so; then without optimizations.
+
+    Raises:
+        ModelError: ONNX Runtime cannot load the model.
+    """
+    try:
+        return open_session(model, qdq_fusion=False, threads=threads)
+    except ModelError:
+        return open_session(model, qdq_fusion=False, optimize="off", threads=threads)
 
 
 def _mapped_session(model: Model, options: dict[str, Any]) -> ort.InferenceSession:

@@ -13,7 +13,7 @@ from qcompile.errors import UsageError
 from qcompile.ir.model import Model
 from qcompile.ir.select import Selection
 from qcompile.quant.spec import Scheme
-from qcompile.report import Remarks
+from qcompile.report import Comparison, Remarks
 from qcompile.target.target import Target
 
 __all__ = [
@@ -55,15 +55,6 @@ class StatisticsProvider(Protocol):
     """Where the runner gets statistics from: one call, one sweep over the calibration data."""
 
     def collect(self, model: Model, probes: Sequence[Probe]) -> dict[Probe, Stat]: ...
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Distance of two models' outputs: max|d| / max|y|, and the signal-to-noise ratio in dB."""
-
-    relative_error: float
-    sqnr_db: float
-    samples: int
 
 
 class Comparator(Protocol):

@@ -17,6 +17,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 from qcompile.calib.data.dataset import Dataset
 from qcompile.calib.data.readers import ArrayReader
 from qcompile.calib.observe import Probe, Stat
+from qcompile.calib.sweep.provider import SweepStatistics
 from qcompile.calib.sweep.sweep import sweep
 from qcompile.execute.emulate.runnable import runnable
 from qcompile.execute.session import make_session
@@ -31,7 +32,6 @@ from qcompile.pipeline.spec import format_pipeline
 from qcompile.quant.spec import SCHEMES
 from qcompile.report import PassReport
 from qcompile.target.catalog import TARGETS
-from qcompile.verbs.compile.providers import SweepStatistics
 from tests.structure.exports import FOLDER, INDEX
 
 SAMPLES = 8

@@ -6,17 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from numpy.typing import NDArray
+
 from qcompile.calib.data.checks import check_data, check_ranges, shapes, with_extremes
-from qcompile.calib.data.dataset import Dataset
+from qcompile.calib.data.dataset import Dataset, fixed_batch
 from qcompile.calib.observe import Probe, Stat
 from qcompile.calib.store.shards import DataSpec
 from qcompile.calib.store.stored import StoredStatistics, Sweeps
 from qcompile.calib.sweep.memory import MemoryPlan
+from qcompile.calib.sweep.provider import SweepStatistics
 from qcompile.errors import DataError, QcompileError
-from qcompile.execute.session import device_note
+from qcompile.execute.compare import OrtComparator, comparator
+from qcompile.execute.session import batch_length, device_note
 from qcompile.ir.model import Model
 from qcompile.verbs.compile.job import DEFAULT_SAMPLES, Job, Progress
-from qcompile.verbs.compile.providers import OrtComparator, SweepStatistics, comparator
+
+VERIFY_SAMPLES = 8
 
 
 @dataclass
@@ -80,7 +85,16 @@ class Calibration:
         """On the first samples, unless verification is off or there are none."""
         if job.options.verify == "off" or self.compared is None:
             return None
-        return comparator(self.compared, job.model.inputs(), job.options.seed, job.options.threads)
+        return comparator(_feeds(self.compared, job.model), job.options.seed, job.options.threads)
+
+
+def _feeds(data: Dataset, model: Model) -> list[dict[str, NDArray[Any]]]:
+    """Eight samples, as many a run as the model takes."""
+    fixed = fixed_batch(model.inputs())
+    feeds = [f for f in data.take(VERIFY_SAMPLES).batches(fixed or VERIFY_SAMPLES) if fixed in (None, batch_length(f))]
+    if not feeds:
+        raise DataError(f"the data holds {len(data)} samples and the model needs {fixed} a run; give more samples")
+    return feeds
 
 
 def data_spec(job: Job, source: str) -> DataSpec:

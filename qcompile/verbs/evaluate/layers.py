@@ -14,7 +14,7 @@ from qcompile.errors import ModelError
 from qcompile.execute.emulate.runnable import runnable
 from qcompile.execute.feeds import run_padded
 from qcompile.execute.metrics import ChannelTally, Distance
-from qcompile.execute.serving import open_session
+from qcompile.execute.serving import simulate
 from qcompile.execute.session import batch_length
 from qcompile.ir.model import Model
 from qcompile.ir.ops import is_data_movement
@@ -115,20 +115,6 @@ def _exposed(model: Model, layers: dict[str, _Layer], threads: int | None) -> or
     present = {v.name for v in copy.graph.outputs}
     copy.graph.outputs.extend(v for n in copy.graph for v in n.outputs if v.name in layers and v.name not in present)
     return simulate(runnable(copy), threads)
-
-
-def simulate(model: Model, threads: int | None = None) -> ort.InferenceSession:
-    """A session that computes Q/DQ pairs as they stand.
-
-    ONNX Runtime 1.31 reads a Clip in front of fp8 codes as integer quantization even so; then without optimizations.
-
-    Raises:
-        ModelError: ONNX Runtime cannot load the model.
-    """
-    try:
-        return open_session(model, qdq_fusion=False, threads=threads)
-    except ModelError:
-        return open_session(model, qdq_fusion=False, optimize="off", threads=threads)
 
 
 def _float_outputs(sessions: list[ort.InferenceSession], layers: dict[str, _Layer]) -> list[str]:

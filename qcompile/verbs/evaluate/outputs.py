@@ -16,12 +16,12 @@ from qcompile.errors import DataError, ModelError
 from qcompile.execute.emulate.runnable import runnable
 from qcompile.execute.feeds import run_padded
 from qcompile.execute.metrics import Distance, ErrorTally, LabelTally, LogitTally
-from qcompile.execute.serving import MAPPED
+from qcompile.execute.serving import MAPPED, simulate
 from qcompile.execute.session import batch_length, make_session
 from qcompile.ir.model import Model
 from qcompile.ir.spill import is_large
 from qcompile.report import SCHEMA_VERSION
-from qcompile.verbs.evaluate.layers import layer_errors, simulate
+from qcompile.verbs.evaluate.layers import layer_errors
 
 Progress = Callable[[int, int], None]
 Array = NDArray[Any]

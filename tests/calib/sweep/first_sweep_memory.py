@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qcompile.calib.observe import Probe, Stat
+from qcompile.calib.sweep.provider import SweepStatistics
 from qcompile.errors import QcompileError
 from qcompile.execute.session import providers
 from qcompile.ir.model import Model
 from qcompile.verbs.compile.job import Options, Silent
-from qcompile.verbs.compile.providers import SweepStatistics
 from qcompile.verbs.compile.run import planned_memory, prepare, run
 from tools.bench_large import anonymous
 

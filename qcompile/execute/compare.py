@@ -1,63 +1,27 @@
-"""What the runner is given: statistics by sweeps over the calibration data, and a comparator on ONNX Runtime."""
+"""Whether two models compute the same: their outputs on a few samples, on ONNX Runtime."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qcompile.calib.data.dataset import Dataset, fixed_batch
-from qcompile.calib.observe import Probe, Stat
-from qcompile.calib.sweep.blocks import block_bytes, plan_blocks, sweep_within
-from qcompile.calib.sweep.memory import MemoryPlan
-from qcompile.calib.sweep.memory import plan as plan_memory
-from qcompile.calib.sweep.sweep import batch_size
-from qcompile.errors import DataError
 from qcompile.execute.emulate.runnable import runnable
 from qcompile.execute.metrics import decibel
 from qcompile.execute.serving import open_session, run_in_parts
-from qcompile.execute.session import batch_length
-from qcompile.ir.model import InputInfo, Model
+from qcompile.ir.model import Model
 from qcompile.ir.spill import is_large
-from qcompile.pipeline.base import Comparison
+from qcompile.report import Comparison
 
-VERIFY_SAMPLES = 8
 PART_BYTES = 1 << 26
 
 
 @dataclass
-class SweepStatistics:
-    """Answers probes with one sweep a call; counts the sweeps."""
-
-    data: Dataset
-    threads: int | None = None
-    batch: int | None = None
-    progress: Callable[[int, int], None] | None = None
-    sweeps: int = 0
-    mem_limit: int | None = None
-
-    def collect(self, model: Model, probes: Sequence[Probe]) -> dict[Probe, Stat]:
-        """Run `model` over the data once and reduce every probed tensor; in blocks where its weights exceed half the memory."""
-        self.sweeps += 1
-        ready = runnable(model)
-        run = sweep_within(ready, self.mem_limit)
-        return run(ready, self.data, probes, batch=self.batch, threads=self.threads, progress=self.progress)
-
-    def plan(self, model: Model, probes: Sequence[Probe]) -> MemoryPlan:
-        """The memory that `collect` would take.  Raises as `qcompile.calib.sweep.memory.plan`."""
-        ready = runnable(model)
-        limit = block_bytes(ready, self.mem_limit)
-        plan = plan_memory if limit is None else partial(plan_blocks, limit=limit)
-        return plan(ready, self.data, probes, batch_size(ready, len(self.data), self.batch), self.mem_limit)
-
-
-@dataclass
 class OrtComparator:
-    """Runs models on 8 calibration samples plus one random one, optimizations off, Q/DQ simulated exactly."""
+    """Runs models on a few calibration samples plus one random one, optimizations off, Q/DQ simulated exactly."""
 
     feeds: list[dict[str, NDArray[Any]]]
     threads: int | None = None
@@ -102,13 +66,9 @@ def _relative(a: NDArray[Any], b: NDArray[Any]) -> float:
     return float(np.abs(wide[~odd] - other[~odd]).max(initial=0.0)) / (top or 1.0)
 
 
-def comparator(data: Dataset, inputs: Sequence[InputInfo], seed: int, threads: int | None = None) -> OrtComparator:
-    """Eight calibration samples, and one random sample of the same shapes and value ranges."""
-    fixed = fixed_batch(inputs)
-    feeds = [f for f in data.take(VERIFY_SAMPLES).batches(fixed or VERIFY_SAMPLES) if fixed in (None, batch_length(f))]
-    if not feeds:
-        raise DataError(f"the data holds {len(data)} samples and the model needs {fixed} a run; give more samples")
-    return OrtComparator([*feeds, _random_like(feeds[0], seed)], threads)
+def comparator(samples: Sequence[dict[str, NDArray[Any]]], seed: int, threads: int | None = None) -> OrtComparator:
+    """On `samples`, and one random sample of the first one's shapes and value ranges."""
+    return OrtComparator([*samples, _random_like(samples[0], seed)], threads)
 
 
 def _random_like(feed: dict[str, NDArray[Any]], seed: int) -> dict[str, NDArray[Any]]:
