@@ -11,13 +11,13 @@ demo: $(READY)
 	$(BIN)/python tools/demo.py
 
 test: $(READY)
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not bench and not gpu"
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu"
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/python -m pytest tests/test_architecture.py
+	$(BIN)/python -m pytest tests/test_architecture.py tests/test_packaging.py
 	$(BIN)/python tools/make_docs.py --check
 
 docs: $(READY)
