@@ -13,7 +13,8 @@ from qcompile.backend.audit import AuditResult, audit
 from qcompile.errors import BackendError
 from qcompile.ir.model import Model
 from qcompile.verbs.build import make_engine
-from tests.passes.cases import built, context, pipeline
+from tests.passes.models import built
+from tests.passes.running import context, pipeline
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import pytest
 
 from qcompile.backend.audit import AuditResult, audit
 from qcompile.ir.model import Model
-from tests.passes.cases import context, pipeline
+from tests.passes.running import context, pipeline
 from tests.tools.test_transplant import MODELS, images
 
 

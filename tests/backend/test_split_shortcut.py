@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from qcompile.backend.audit import audit
-from tests.passes.cases import context, pipeline
 from tests.passes.equivalent.joined import SHAPE, joined
+from tests.passes.running import context, pipeline
 
 
 @pytest.mark.rtx

@@ -21,7 +21,7 @@ from qcompile.target.rules import check
 from qcompile.verbs.evaluate.conformance import conformance
 from tests.oracle.build import SETTINGS, model_of, node
 from tests.oracle.models import compiled
-from tests.passes.cases import dataset
+from tests.passes.running import dataset
 
 Array = NDArray[Any]
 SEEDS = range(24)

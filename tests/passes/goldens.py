@@ -12,7 +12,8 @@ from onnx import helper
 from qcompile.ir.model import Model
 from qcompile.ir.text import print_model
 from qcompile.pipeline import registry
-from tests.passes.cases import Feeds, biased, built, context, joined, run_passes, stem
+from tests.passes.models import Feeds, biased, built, joined, stem
+from tests.passes.running import context, run_passes
 
 FOLDER = Path(__file__).parents[1] / "goldens"
 node = helper.make_node

@@ -23,23 +23,9 @@ from qcompile.pipeline.spec import format_pass
 from qcompile.quant.affine import fake_quant
 from qcompile.rewrite.bias import bias_site
 from qcompile.target.rules import check
-from tests.passes.cases import (
-    Step,
-    SweepOf,
-    builtin_passes,
-    constants_of,
-    context,
-    double_outputs,
-    fixture,
-    fixture_arrays,
-    fixture_step,
-    outputs,
-    pipeline,
-    relative_error,
-    run_passes,
-    sqnr_db,
-    to_double,
-)
+from tests.passes.measures import constants_of, double_outputs, outputs, relative_error, sqnr_db, to_double
+from tests.passes.models import fixture, fixture_arrays
+from tests.passes.running import Step, SweepOf, builtin_passes, context, fixture_step, pipeline, run_passes
 
 MODELS = (
     "timm_vit_shared_ts17",

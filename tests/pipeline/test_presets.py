@@ -8,8 +8,10 @@ from qcompile.ir.model import Model
 from qcompile.pipeline import registry
 from qcompile.pipeline.spec import format_pipeline
 from qcompile.verbs.compile.run import compile as compile_model
-from tests.passes.cases import context, fixture, fixture_arrays, outputs, pipeline, sqnr_db
 from tests.passes.equivalent import streams
+from tests.passes.measures import outputs, sqnr_db
+from tests.passes.models import fixture, fixture_arrays
+from tests.passes.running import context, pipeline
 
 ROOT = Path(__file__).parents[2]
 GUIDE = ROOT / "docs/guide/presets.md"

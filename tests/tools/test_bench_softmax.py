@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from onnx import helper
 
-from tests.passes.cases import built, outputs
+from tests.passes.measures import outputs
+from tests.passes.models import built
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tools import bench_softmax

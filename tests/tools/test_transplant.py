@@ -16,7 +16,8 @@ from qcompile.ir.model import Model
 from qcompile.passes.equivalent.repq import best_percentile, scales
 from qcompile.report import PassReport
 from qcompile.rewrite.fold import norm_sites
-from tests.passes.cases import context, outputs, pipeline, relative_error, sqnr_db
+from tests.passes.measures import outputs, relative_error, sqnr_db
+from tests.passes.running import context, pipeline
 from tools.transplant import transplant
 
 MODELS = Path(__file__).parents[2] / "models"

@@ -15,7 +15,7 @@ from qcompile.ir.model import Model
 from qcompile.verbs.bench.models import bench
 from qcompile.verbs.compile.run import Options, Result, compile
 from qcompile.verbs.evaluate.outputs import evaluate
-from tests.passes.cases import fixture, fixture_arrays
+from tests.passes.models import fixture, fixture_arrays
 
 NAME = "timm_vit_dy23"
 

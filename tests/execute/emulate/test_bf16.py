@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qcompile.execute.emulate.bf16 import emulate_bf16, round_stored
 from qcompile.ir.model import Model
-from tests.passes.cases import outputs
+from tests.passes.measures import outputs
 
 BF16 = ml_dtypes.bfloat16
 RNG = np.random.default_rng(0)

@@ -25,8 +25,10 @@ from qcompile.quant.spec import QParams
 from qcompile.report import PassReport
 from qcompile.rewrite.companding import companded_chain
 from qcompile.target.rules import check
-from tests.passes.cases import Feeds, built, context, outputs, pipeline, relative_error, run_passes, sqnr_db, step
 from tests.passes.goldens import block
+from tests.passes.measures import outputs, relative_error, sqnr_db
+from tests.passes.models import Feeds, built
+from tests.passes.running import context, pipeline, run_passes, step
 from tools.transplant import transplant
 
 MODELS = Path(__file__).parents[3] / "models"

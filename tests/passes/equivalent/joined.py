@@ -8,7 +8,7 @@ import numpy as np
 from onnx import helper
 
 from qcompile.ir.model import Model
-from tests.passes.cases import built
+from tests.passes.models import built
 
 node = helper.make_node
 SHAPE = (3, 12, 12)

@@ -15,8 +15,10 @@ from qcompile.pipeline import registry
 from qcompile.quant.affine import qparams_from_range
 from qcompile.quant.qtype import INT8, QType, simulated_int
 from qcompile.quant.spec import QuantSpec
-from tests.passes.cases import built, context, dataset, op_types, outputs, pipeline, relative_error, run_passes, sqnr_db
 from tests.passes.equivalent import streams
+from tests.passes.measures import op_types, outputs, relative_error, sqnr_db
+from tests.passes.models import built
+from tests.passes.running import context, dataset, pipeline, run_passes
 
 node = helper.make_node
 C, T = 16, 6

@@ -9,7 +9,9 @@ from onnx import helper
 
 from qcompile.ir.model import Model
 from qcompile.pipeline import registry
-from tests.passes.cases import built, constants_of, context, op_types, outputs, pipeline, relative_error, run_passes, sqnr_db
+from tests.passes.measures import constants_of, op_types, outputs, relative_error, sqnr_db
+from tests.passes.models import built
+from tests.passes.running import context, pipeline, run_passes
 
 node = helper.make_node
 ROOT = Path(__file__).parents[3]

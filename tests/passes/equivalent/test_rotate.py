@@ -11,21 +11,9 @@ from qcompile.passes.equivalent.rotate.rotation import stream_rotation
 from qcompile.pipeline import registry
 from qcompile.pipeline.runner import Runner
 from qcompile.structure.region import find_regions
-from tests.passes.cases import (
-    SweepOf,
-    constants_of,
-    context,
-    double_outputs,
-    fixture_step,
-    op_types,
-    outputs,
-    pipeline,
-    relative_error,
-    run_passes,
-    sqnr_db,
-    to_double,
-)
 from tests.passes.equivalent import streams
+from tests.passes.measures import constants_of, double_outputs, op_types, outputs, relative_error, sqnr_db, to_double
+from tests.passes.running import SweepOf, context, fixture_step, pipeline, run_passes
 
 ROOT = Path(__file__).parents[3]
 FORMS = ("rotate", "rotate{r2=false}", "rotate{r1=false}", "rotate{r1=false r2=false r4=block}", "rotate{r4=block mean=fold}",

@@ -17,7 +17,9 @@ from qcompile.passes.equivalent.smooth.smooth import ratios
 from qcompile.quant.qtype import INT8
 from qcompile.quant.spec import QuantSpec
 from qcompile.report import Remark
-from tests.passes.cases import built, constants_of, context, outputs, pipeline, sqnr_db
+from tests.passes.measures import constants_of, outputs, sqnr_db
+from tests.passes.models import built
+from tests.passes.running import context, pipeline
 
 node = helper.make_node
 INPUTS, HIDDEN, FEW = 32, 96, 24

@@ -13,20 +13,9 @@ from qcompile.ir.model import Model
 from qcompile.pipeline import registry
 from qcompile.pipeline.runner import Runner
 from qcompile.target.rules import check
-from tests.passes.cases import (
-    SweepOf,
-    constants_of,
-    context,
-    double_outputs,
-    op_types,
-    outputs,
-    pipeline,
-    relative_error,
-    run_passes,
-    sqnr_db,
-    to_double,
-)
 from tests.passes.equivalent.joined import SHAPE, joined, nested, tokens
+from tests.passes.measures import constants_of, double_outputs, op_types, outputs, relative_error, sqnr_db, to_double
+from tests.passes.running import SweepOf, context, pipeline, run_passes
 
 
 def arrays(samples: int = 8, seed: int = 0) -> dict[str, NDArray[Any]]:

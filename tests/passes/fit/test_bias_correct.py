@@ -16,7 +16,9 @@ from qcompile.passes.fit.bias_correct.bn_means import expected
 from qcompile.pipeline import registry
 from qcompile.pipeline.runner import Runner
 from qcompile.quant.affine import fake_quant
-from tests.passes.cases import biased, built, constants_of, context, outputs, run_passes
+from tests.passes.measures import constants_of, outputs
+from tests.passes.models import biased, built
+from tests.passes.running import context, run_passes
 
 node = helper.make_node
 SIDE = 12

@@ -14,7 +14,9 @@ from qcompile.ir.model import Model
 from qcompile.ir.notes import channel_stats
 from qcompile.pipeline import registry
 from qcompile.pipeline.runner import Runner
-from tests.passes.cases import built, context, double_outputs, op_types, outputs, relative_error, run_passes, to_double
+from tests.passes.measures import double_outputs, op_types, outputs, relative_error, to_double
+from tests.passes.models import built
+from tests.passes.running import context, run_passes
 
 node = helper.make_node
 C, OUT = 8, 12

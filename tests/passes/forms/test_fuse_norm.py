@@ -18,7 +18,9 @@ from qcompile.pipeline.planner import complete
 from qcompile.quant.spec import SCHEMES
 from qcompile.report import PassReport
 from qcompile.target.catalog import TARGETS
-from tests.passes.cases import Feeds, built, context, fixture, fixture_arrays, op_types, outputs, relative_error, run_passes
+from tests.passes.measures import op_types, outputs, relative_error
+from tests.passes.models import Feeds, built, fixture, fixture_arrays
+from tests.passes.running import context, run_passes
 
 C = 16
 LAYER = (

@@ -15,7 +15,8 @@ from qcompile.ir.model import Model
 from qcompile.ir.ops import const_array, float_attr, is_op
 from qcompile.ir.tensors import map_tensors
 from qcompile.pipeline import registry
-from tests.passes.cases import Feeds, context, run_passes
+from tests.passes.models import Feeds
+from tests.passes.running import context, run_passes
 
 MODELS = Path(__file__).parents[3] / "models"
 _HALF = ir.DataType.FLOAT16

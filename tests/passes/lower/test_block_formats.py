@@ -22,8 +22,10 @@ from qcompile.quant.spec import SCHEMES, PerBlock
 from qcompile.report import PassReport
 from qcompile.target.catalog import TARGETS
 from qcompile.target.rules import check
-from tests.passes.cases import built, constants_of, context, outputs, pipeline, run_passes
 from tests.passes.goldens import block
+from tests.passes.measures import constants_of, outputs
+from tests.passes.models import built
+from tests.passes.running import context, pipeline, run_passes
 
 LOWER = "canonicalize,opset,annotate,rtn,insert-qdq"
 DYNAMIC = {"nvfp4": "TRT_FP4DynamicQuantize", "mxfp8": "TRT_MXFP8DynamicQuantize"}

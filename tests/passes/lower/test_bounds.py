@@ -13,7 +13,7 @@ from qcompile.passes.lower.half.bounds import upper_bounds
 from qcompile.pipeline.base import PassContext
 from qcompile.quant.spec import SCHEMES
 from qcompile.target.catalog import TARGETS
-from tests.passes.cases import fixture, fixture_arrays
+from tests.passes.models import fixture, fixture_arrays
 
 
 def _values(model: Model, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -17,8 +17,10 @@ from qcompile.ir.model import Model
 from qcompile.ir.ops import is_op
 from qcompile.pipeline import registry
 from qcompile.report import PassReport
-from tests.passes.cases import Feeds, built, context, op_types, outputs, pipeline, relative_error, run_passes
 from tests.passes.lower.half_models import MODELS, digits, naive_half, overflowing_vit, strict
+from tests.passes.measures import op_types, outputs, relative_error
+from tests.passes.models import Feeds, built
+from tests.passes.running import context, pipeline, run_passes
 
 node = helper.make_node
 T = onnx.TensorProto

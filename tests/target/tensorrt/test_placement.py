@@ -13,8 +13,9 @@ from qcompile.decide.decisions import Decision, decisions
 from qcompile.ir.model import Model
 from qcompile.pipeline import registry
 from qcompile.report import PassReport
-from tests.passes.cases import built, context, pipeline, prefix, run_passes
 from tests.passes.goldens import block
+from tests.passes.models import built
+from tests.passes.running import context, pipeline, prefix, run_passes
 
 node = helper.make_node
 Decisions = dict[tuple[str, int], Decision]

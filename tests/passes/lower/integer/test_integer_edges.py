@@ -15,8 +15,9 @@ from qcompile.ir.model import Model
 from qcompile.ir.ops import is_op
 from qcompile.oracle.ranges import prove
 from qcompile.target.rules import check
-from tests.passes.cases import Feeds, built, outputs, sqnr_db
 from tests.passes.lower.integer.test_integer import lowered, require_exact, require_pure
+from tests.passes.measures import outputs, sqnr_db
+from tests.passes.models import Feeds, built
 
 node = helper.make_node
 
