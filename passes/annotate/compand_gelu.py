@@ -64,9 +64,9 @@ class CompandGelu(Pass):
     def _one(self, m: Mlp, ctx: PassContext) -> bool:
         reason = _refusal(m, ctx)
         stat = None if reason else ctx.told[_probe(m)]
-        if isinstance(stat, RowsStat) and float(stat.rows.min()) < -GELU_MINIMUM - _SLACK:
+        if stat is not None and float(stat.rows.min()) < -GELU_MINIMUM - _SLACK:
             reason = f"its smallest value {float(stat.rows.min()):.3g} lies below the minimum of GELU"
-        if reason or not isinstance(stat, RowsStat):
+        if reason or stat is None:
             ctx.remarks.missed(str(m.fc2.node.name), str(reason))
             return False
         kind, shift = _TYPES[self.kind_]
@@ -95,8 +95,8 @@ def _refusal(m: Mlp, ctx: PassContext) -> str | None:
     return None if decision(m.fc2.node, m.fc2.input_slot) is not None else "its input is left in float"
 
 
-def _probe(m: Mlp) -> Probe:
-    return Probe(str(m.fc2.input.name), Rows(FOLD_ROWS))
+def _probe(m: Mlp) -> Probe[RowsStat]:
+    return Rows(FOLD_ROWS).of(m.fc2.input)
 
 
 def _error(m: Mlp) -> Error:

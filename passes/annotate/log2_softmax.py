@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from qcompile.calib.observe import Moments, MomentsStat, Probe, Rows, RowsStat
 from qcompile.calib.observe.change import FOLD_ROWS
-from qcompile.decide.decisions import Decision, decide, decision
+from qcompile.decide.decisions import Decision, decide, decision, value_at
 from qcompile.errors import UsageError
 from qcompile.ir.model import Model
 from qcompile.ir.ops import is_op
@@ -90,11 +90,10 @@ class Log2Softmax(Pass):
             ctx.remarks.missed(str(node.name), reason)
             return False
         stat = ctx.told[_rows_probe(values)]
-        assert isinstance(stat, RowsStat)
         coded, error = self._coded(ctx), _error(values, ctx)
         rows = stat.rows[:_SEARCHED].astype(np.float64)
         params = fit(coded, rows, error)
-        decide(matmul, slot, Decision(QuantSpec(coded), _quantizer(_tensor(values), coded, params), params))
+        decide(matmul, slot, Decision(QuantSpec(coded), _quantizer(str(value_at(matmul, slot).name), coded, params), params))
         numbers = {"scale": float(params.scale), "sqnr_db": _sqnr(rows, codebook(coded, params).fake_quant(rows), error)}
         if self.deploy == "fp8":
             plain = fake_quant(rows, qparams_from_range(0.0, rows.max(), FLOAT8E4M3FN), FLOAT8E4M3FN)
@@ -118,26 +117,18 @@ def _attentions(graph: ir.Graph) -> Iterator[tuple[ir.Node, Values]]:
             yield node, values
 
 
-def _tensor(values: Values) -> str:
-    source = values.matmul.inputs[1 - values.slot]
-    assert source is not None
-    return str(source.name)
+def _rows_probe(values: Values) -> Probe[RowsStat]:
+    return Rows(FOLD_ROWS).of(value_at(values.matmul, 1 - values.slot))
 
 
-def _rows_probe(values: Values) -> Probe:
-    return Probe(_tensor(values), Rows(FOLD_ROWS))
-
-
-def _values_probe(values: Values) -> Probe:
-    source = values.matmul.inputs[values.slot]
-    assert source is not None
-    return Probe(str(source.name), Moments(-1))
+def _values_probe(values: Values) -> Probe[MomentsStat]:
+    return Moments(-1).of(value_at(values.matmul, values.slot))
 
 
 def _error(values: Values, ctx: PassContext) -> Error:
     """Of P V where V's moments are known, else of P."""
     stat = ctx.told.get(_values_probe(values))
-    if not isinstance(stat, MomentsStat) or not stat.count:
+    if stat is None or not stat.count:
         return value_error
     return product_error(float(stat.var.sum()), float(np.square(stat.mean).sum()))
 

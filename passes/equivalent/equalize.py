@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from qcompile.calib.observe import MinMax, MinMaxStat, Probe
 from qcompile.calib.observe.change import AffineMap
+from qcompile.decide.decisions import value_at
 from qcompile.ir.edit import add_constant, erase, new_node, replace_value, set_constant
 from qcompile.ir.model import Model
 from qcompile.ir.notes import move_channel_stats
@@ -97,7 +98,7 @@ class CrossLayerEqualization(Pass):
     ) -> None:
         channels = len(weight_array(chain.first))
         stat = ctx.told.get(_probe(chain))
-        if stat is not None and (not isinstance(stat, MinMaxStat) or stat.lo.shape != (channels,)):
+        if stat is not None and stat.lo.shape != (channels,):
             ctx.remarks.missed(str(chain.first.name), "the measured channels do not match its weight")
             return
         s = _rounded(by_weights if by_weights.size else self._scales(chain, stat), self.steps)
@@ -184,10 +185,8 @@ def _rounded(s: F64, steps: int) -> F64:
     return np.exp2(np.rint(np.clip(np.log2(s), -10, 10) * steps) / steps)
 
 
-def _probe(chain: ConvChain) -> Probe:
-    value = chain.second.inputs[0]
-    assert value is not None
-    return Probe(str(value.name), MinMax(1))
+def _probe(chain: ConvChain) -> Probe[MinMaxStat]:
+    return MinMax(1).of(value_at(chain.second, 0))
 
 
 def _names(chain: ConvChain) -> Iterable[str]:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from qcompile.calib.observe import MinMax, MinMaxStat, Probe, Rows, RowsStat
+from qcompile.calib.observe import MinMax, Probe, Rows
 from qcompile.calib.observe.change import FOLD_ROWS
 from qcompile.ir.model import Model
 from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult, quantized_forms
@@ -55,10 +55,10 @@ class RepQ(Pass):
     def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:
         """Per-channel ranges, and rows for the percentiles and the later ranges."""
         for site in norm_sites(model.graph, ctx):
-            yield Probe(str(site.tensor.name), MinMax(-1))
-            yield Probe(str(site.tensor.name), Rows(FOLD_ROWS))
+            yield MinMax(-1).of(site.tensor)
+            yield Rows(FOLD_ROWS).of(site.tensor)
             if self.percentile == "search":
-                yield Probe(str(site.tensor.name), _SEEN)
+                yield _SEEN.of(site.tensor)
 
     def may_change(self, model: Model, ctx: PassContext) -> Iterable[str]:
         """Every tensor of every site."""
@@ -90,12 +90,10 @@ class RepQ(Pass):
         ctx.remarks.applied(str(site.anchor.name), reason, r_min=float(r.min()), r_max=float(r.max()))
 
     def _ranges(self, site: FoldSite, ctx: PassContext, bits: int) -> tuple[F64, F64]:
-        stat = ctx.told[Probe(str(site.tensor.name), MinMax(-1))]
-        assert isinstance(stat, MinMaxStat)
         if self.percentile == "minmax":
+            stat = ctx.told[MinMax(-1).of(site.tensor)]
             return stat.lo, stat.hi
-        rows = ctx.told[Probe(str(site.tensor.name), _SEEN)]
-        assert isinstance(rows, RowsStat)
+        rows = ctx.told[_SEEN.of(site.tensor)]
         return best_percentile(rows.rows.astype(np.float64), bits)
 
 

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from qcompile.calib.observe import MinMax, MinMaxStat, Probe, Rows, RowsStat
 from qcompile.calib.observe.change import FOLD_ROWS
+from qcompile.decide.decisions import value_at
 from qcompile.ir.edit import add_constant, erase, insert_after, new_node, replace_value
 from qcompile.ir.model import Model
 from qcompile.ir.ops import const_array, is_op
@@ -71,7 +72,6 @@ class SplitRange(Pass):
 
 def _split_mlp(graph: ir.Graph, m: Mlp, ctx: PassContext) -> bool:
     node, stat = m.fc2.node, ctx.told[_range_probe(m)]
-    assert isinstance(stat, MinMaxStat)
     low, high = float(stat.lo.min()), float(stat.hi.max())
     reason = ctx.selection.excluded(node)
     if m.fc2.kind == "conv" or m.fc2.input_slot != 0:
@@ -94,10 +94,10 @@ def _split_mlp(graph: ir.Graph, m: Mlp, ctx: PassContext) -> bool:
 def _split_product(graph: ir.Graph, softmax: ir.Node, values: Values, ctx: PassContext) -> bool:
     node, slot = values.matmul, 1 - values.slot
     stat, reason = ctx.told[_rows_probe(values)], ctx.selection.excluded(node) or ctx.selection.excluded(softmax)
-    if not isinstance(stat, RowsStat) or len(stat.rows) < _LEAST_ROWS:
+    if len(stat.rows) < _LEAST_ROWS:
         reason = reason or "its probabilities were not measured"
-    if reason or not isinstance(stat, RowsStat):
-        ctx.remarks.missed(str(softmax.name), str(reason))
+    if reason:
+        ctx.remarks.missed(str(softmax.name), reason)
         return False
     bits = min(ctx.scheme.activation.bits, 8) if ctx.scheme.activation else 8
     coded = companded_type("twin", bits)
@@ -152,11 +152,9 @@ def _constant(graph: ir.Graph, like: ir.Value, name: str, x: float) -> ir.Value:
     return add_constant(graph, f"{like.name}_{name}", np.asarray(x, dtype), like.dtype)
 
 
-def _range_probe(m: Mlp) -> Probe:
-    return Probe(str(m.fc2.input.name), MinMax())
+def _range_probe(m: Mlp) -> Probe[MinMaxStat]:
+    return MinMax().of(m.fc2.input)
 
 
-def _rows_probe(values: Values) -> Probe:
-    source = values.matmul.inputs[1 - values.slot]
-    assert source is not None
-    return Probe(str(source.name), Rows(FOLD_ROWS))
+def _rows_probe(values: Values) -> Probe[RowsStat]:
+    return Rows(FOLD_ROWS).of(value_at(values.matmul, 1 - values.slot))

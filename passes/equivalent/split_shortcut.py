@@ -180,14 +180,14 @@ def _refusal(site: Shortcut) -> str | None:
     return None
 
 
-def _probe(site: Shortcut) -> Probe:
-    return Probe(str(site.input.name), MinMax(1 if is_op(site.node, "Conv") else -1))
+def _probe(site: Shortcut) -> Probe[MinMaxStat]:
+    return MinMax(1 if is_op(site.node, "Conv") else -1).of(site.input)
 
 
 def _tops(site: Shortcut, ctx: PassContext) -> list[float]:
     """The largest magnitude of each part on calibration data; empty when it was not measured."""
     stat = ctx.told.get(_probe(site))
-    if not isinstance(stat, MinMaxStat) or stat.lo.shape != (sum(site.sizes),):
+    if stat is None or stat.lo.shape != (sum(site.sizes),):
         return []
     top = np.maximum(-stat.lo, stat.hi)
     return [float(part.max()) for part in np.split(top, np.cumsum(site.sizes)[:-1])]

@@ -91,7 +91,7 @@ class AbsorbBias(Pass):
             stats = channel_stats(pair.z)
             return None if stats is None else _worth(stats.mean - _DEVIATIONS * stats.std, stats.mean + _DEVIATIONS * stats.std)
         stat = ctx.told.get(_probe(pair))
-        return _worth(stat.lo, stat.hi) if isinstance(stat, MinMaxStat) and stat.lo.ndim == 1 else None
+        return _worth(stat.lo, stat.hi) if stat is not None and stat.lo.ndim == 1 else None
 
 
 def _worth(low: F64, high: F64) -> F64:
@@ -148,8 +148,8 @@ def _pair(first: ir.Node, z: ir.Value, activation: ir.Node) -> _Pair | Refusal:
     return _Pair(first, z, activation, cap, second)
 
 
-def _probe(pair: _Pair) -> Probe:
-    return Probe(str(pair.z.name), MinMax(output_activation_axis(pair.first)))
+def _probe(pair: _Pair) -> Probe[MinMaxStat]:
+    return MinMax(output_activation_axis(pair.first)).of(pair.z)
 
 
 def _names(pair: _Pair) -> Iterator[str]:

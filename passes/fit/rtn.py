@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qcompile.calib.observe import Moments, MomentsStat, Probe, Rows, RowsStat
+from qcompile.calib.observe import Moments, Probe, Rows
 from qcompile.decide.decisions import Decision, decide, decision, decisions, value_at
 from qcompile.ir.model import Model
 from qcompile.ir.ops import activation_channel_axis, const_array, input_channel_axis
@@ -44,9 +44,9 @@ class RoundToNearest(Pass):
         for node, slot, d in _weights(model.graph):
             data = _data(node, slot)
             if self._searches(d.spec) and data is not None:
-                yield Probe(str(data.name), Moments(activation_channel_axis(node)))
+                yield Moments(activation_channel_axis(node)).of(data)
                 if node.op_type in ("MatMul", "Gemm"):
-                    yield Probe(str(data.name), Rows(_ROWS))
+                    yield Rows(_ROWS).of(data)
 
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
         """Set the scale of every weight decision."""
@@ -134,9 +134,9 @@ def minmax_qparams(weight: NDArray[np.float32], spec: QuantSpec) -> QParams:
 def _energy(node: ir.Node, slot: int, weight: NDArray[Any], ctx: PassContext) -> NDArray[np.float64] | None:
     """E[x_k^2] along the weight's input axis, shaped to broadcast; None for grouped convolutions."""
     data = _data(node, slot)
-    stat = ctx.told.get(Probe(str(data.name), Moments(activation_channel_axis(node)))) if data is not None else None
+    stat = ctx.told.get(Moments(activation_channel_axis(node)).of(data)) if data is not None else None
     axis = input_channel_axis(node)
-    if not isinstance(stat, MomentsStat) or stat.sumsq.size != weight.shape[axis]:
+    if stat is None or stat.sumsq.size != weight.shape[axis]:
         return None
     shape = [-1 if i == axis else 1 for i in range(weight.ndim)]
     return (stat.sumsq / max(stat.count, 1) + 1e-12).reshape(shape)
@@ -148,8 +148,8 @@ def _gain_db(
     """How much lower the output error on calibration rows is with `searched` (weight error where rows do not apply)."""
     a, b = (fake_quant(w, p, spec.qtype, spec.granularity) - w for p in (plain, searched))
     data = _data(node, slot)
-    stat = ctx.told.get(Probe(str(data.name), Rows(_ROWS))) if data is not None else None
-    if isinstance(stat, RowsStat) and len(stat.rows) and slot == 1:
+    stat = ctx.told.get(Rows(_ROWS).of(data)) if data is not None else None
+    if stat is not None and len(stat.rows) and slot == 1:
         transposed = input_channel_axis(node) == 1
         a, b = (stat.rows.astype(np.float32) @ (d.T if transposed else d) for d in (a, b))
     before, after = float(np.square(a, dtype=np.float64).sum()), float(np.square(b, dtype=np.float64).sum())

@@ -72,14 +72,10 @@ class Center(Pass):
 
     def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:
         """Per-channel extremes of everything that may be shifted."""
-        names: dict[str, None] = {}
-        for site in self._sites(model, ctx):
-            names[str(site.tensor.name)] = None
-        for a in self._attentions(model):
-            names |= {str(p.linear.output.name): None for p in (a.q, a.k) if p.linear.channel_axis == -1}
-        for m in self._values(model):
-            names[str(m.linear.output.name)] = None
-        return [*(Probe(name, MinMax(-1)) for name in names), *(_probability_probe(a) for a in self._softmaxes(model))]
+        shifted = [site.tensor for site in self._sites(model, ctx)]
+        shifted += [p.linear.output for a in self._attentions(model) for p in (a.q, a.k) if p.linear.channel_axis == -1]
+        shifted += [m.linear.output for m in self._values(model)]
+        return [*(MinMax(-1).of(v) for v in dict.fromkeys(shifted)), *(_probability_probe(a) for a in self._softmaxes(model))]
 
     def may_change(self, model: Model, ctx: PassContext) -> Iterable[str]:
         """Superset of the tensors that move."""
@@ -138,8 +134,7 @@ class Center(Pass):
 
     def _shift_site(self, graph: ir.Graph, site: FoldSite, ctx: PassContext, out: Folded) -> None:
         reason = site.shift_refusal or ctx.selection.any_excluded(x.node for x in site.linears)
-        stat = ctx.told[Probe(str(site.tensor.name), MinMax(-1))]
-        assert isinstance(stat, MinMaxStat)
+        stat = ctx.told[MinMax(-1).of(site.tensor)]
         if reason or stat.lo.shape != (site.linears[0].in_channels,):
             ctx.remarks.missed(str(site.anchor.name), reason or "the measured channels do not match the weight's rows")
             return
@@ -249,7 +244,6 @@ def _head_scales(m: VProjection, top: F64) -> F64:
 
 def _softmax(graph: ir.Graph, a: Attention, ctx: PassContext, out: Folded) -> None:
     reason, stat = ctx.selection.any_excluded((a.softmax, a.pv)), ctx.told[_probability_probe(a)]
-    assert isinstance(stat, MinMaxStat)
     t, before, after = _centre(stat.lo, stat.hi)
     if reason or after > _PAYS * before:
         ctx.remarks.missed(str(a.softmax.name), reason or "probabilities are centred already", largest=before, centred=after)
@@ -259,8 +253,8 @@ def _softmax(graph: ir.Graph, a: Attention, ctx: PassContext, out: Folded) -> No
     ctx.remarks.applied(str(a.softmax.name), "probabilities centred", largest=before, centred=after)
 
 
-def _probability_probe(a: Attention) -> Probe:
-    return Probe(str(probabilities(a.values).name), MinMax())
+def _probability_probe(a: Attention) -> Probe[MinMaxStat]:
+    return MinMax().of(probabilities(a.values))
 
 
 @dataclass(frozen=True, eq=False)
@@ -291,8 +285,7 @@ def _centre(lo: F64, hi: F64) -> tuple[F64, float, float]:
 
 
 def _extremes(linear: Linear, ctx: PassContext) -> tuple[F64, F64]:
-    stat = ctx.told[Probe(str(linear.output.name), MinMax(-1))]
-    assert isinstance(stat, MinMaxStat)
+    stat = ctx.told[MinMax(-1).of(linear.output)]
     return stat.lo, stat.hi
 
 

@@ -191,7 +191,7 @@ class Rotate(Pass):
     def _rows(self, value: ir.Value, ctx: PassContext) -> F64 | None:
         """Sampled rows of a tensor for kind=klt; None for a random Hadamard."""
         stat = ctx.told.get(_probe(value)) if self.kind_ == "klt" else None
-        return stat.rows.astype(np.float64) if isinstance(stat, RowsStat) and len(stat.rows) else None
+        return stat.rows.astype(np.float64) if stat is not None and len(stat.rows) else None
 
 
 def _moment(rows: F64) -> F64:
@@ -206,8 +206,8 @@ def _fold_refusal(region: Region) -> str | None:
     return f"{label(rms.node)} is an RMSNorm" if rms is not None else None
 
 
-def _probe(value: ir.Value) -> Probe:
-    return Probe(str(value.name), Rows(FOLD_ROWS))
+def _probe(value: ir.Value) -> Probe[RowsStat]:
+    return Rows(FOLD_ROWS).of(value)
 
 
 def _linears(region: Region) -> list[Linear]:
@@ -228,7 +228,7 @@ def _readings(region: Region, ctx: PassContext) -> list[Reading]:
     found: list[Reading] = []
     for n in region.norms:
         stat = ctx.told.get(_probe(n.norm.input))
-        if not isinstance(stat, RowsStat) or not len(stat.rows):
+        if stat is None or not len(stat.rows):
             continue
         x = stat.rows[:: max(1, len(stat.rows) // _SCORED_ROWS)].astype(np.float64)
         x = x - x.mean(1, keepdims=True) if n.norm.kind != "rms" else x

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from qcompile.calib.observe import MinMax, MinMaxStat, Probe, Rows, RowsStat
+from qcompile.calib.observe import MinMax, MinMaxStat, Probe, Rows
 from qcompile.calib.observe.change import FOLD_ROWS
 from qcompile.ir.model import Model
 from qcompile.passes.equivalent.smooth.search import Types, best_alpha, halves
@@ -67,8 +67,8 @@ class SmoothQuant(Pass):
     def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:
         """Per-channel ranges of the input, and a sample of rows for the errors and the later ranges."""
         for site in self._sites(model, ctx):
-            yield Probe(str(site.tensor.name), MinMax(-1))
-            yield Probe(str(site.tensor.name), Rows(FOLD_ROWS))
+            yield MinMax(-1).of(site.tensor)
+            yield Rows(FOLD_ROWS).of(site.tensor)
 
     def may_change(self, model: Model, ctx: PassContext) -> Iterable[str]:
         """Every tensor of every site."""
@@ -85,8 +85,7 @@ class SmoothQuant(Pass):
         return out.result(done)
 
     def _one(self, model: Model, site: FoldSite, ctx: PassContext, out: Folded) -> bool:
-        stat = ctx.told[Probe(str(site.tensor.name), MinMax(-1))]
-        assert isinstance(stat, MinMaxStat)
+        stat = ctx.told[MinMax(-1).of(site.tensor)]
         weight = site.weight_rows()
         if stat.lo.shape != (weight.shape[0],):
             ctx.remarks.missed(str(site.anchor.name), "the measured channels do not match the weight's rows")
@@ -120,8 +119,7 @@ class SmoothQuant(Pass):
 
     def _best(self, site: FoldSite, stat: MinMaxStat, weight: F64, ctx: PassContext) -> tuple[float, float]:
         """The alpha that pays most on rows that it was not fitted to, and its gain over no smoothing in dB."""
-        rows = ctx.told[Probe(str(site.tensor.name), Rows(FOLD_ROWS))]
-        assert isinstance(rows, RowsStat)
+        rows = ctx.told[Rows(FOLD_ROWS).of(site.tensor)]
 
         def fitted(extremes: MinMaxStat, alpha: float) -> tuple[F64, F64]:
             shift = self._shift(site, extremes) * (alpha > 0)

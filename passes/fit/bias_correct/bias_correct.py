@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qcompile.calib.observe import Moments, MomentsStat, Probe
+from qcompile.calib.observe import Moments, MomentsStat, Probe, Told
 from qcompile.decide.decisions import Decision, clear_decisions, decisions, value_at
 from qcompile.ir.model import Model
 from qcompile.ir.ops import activation_channel_axis, const_array, is_compute, is_op, output_activation_axis, weight_slot
@@ -68,7 +68,7 @@ class BiasCorrection(Pass):
             stats = expected(value_at(node, 0))
             return "no BatchNormalization says what its input is like" if stats is None else stats.mean
         stat = ctx.told.get(_input_probe(node))
-        return stat.mean if isinstance(stat, MomentsStat) else "its input was not measured"
+        return stat.mean if stat is not None else "its input was not measured"
 
 
 def _layers(graph: ir.Graph) -> Iterator[Layer]:
@@ -78,12 +78,12 @@ def _layers(graph: ir.Graph) -> Iterator[Layer]:
             yield node, slot, d
 
 
-def _input_probe(node: ir.Node) -> Probe:
-    return Probe(str(value_at(node, 0).name), Moments(activation_channel_axis(node)))
+def _input_probe(node: ir.Node) -> Probe[MomentsStat]:
+    return Moments(activation_channel_axis(node)).of(value_at(node, 0))
 
 
-def _output_probe(node: ir.Node) -> Probe:
-    return Probe(str(node.outputs[0].name), Moments(output_activation_axis(node)))
+def _output_probe(node: ir.Node) -> Probe[MomentsStat]:
+    return Moments(output_activation_axis(node)).of(node.outputs[0])
 
 
 def _correct(graph: ir.Graph, layer: Layer, mean: F64 | str, ctx: PassContext) -> bool:
@@ -132,18 +132,17 @@ class _Sequence:
         fit = [(node, site) for node, site in sites.items() if site is not None]
         for node in (node for node, site in sites.items() if site is None):
             self.ctx.remarks.missed(str(node.name), "the layer has no constant bias to correct")
-        measured = statistics.collect(self.twin, [self._twin_probe(node) for node, _ in fit]) if fit else {}
+        measured = Told(statistics.collect(self.twin, [self._twin_probe(node) for node, _ in fit]) if fit else {})
         for node, site in fit:
             stat, reference = measured[self._twin_probe(node)], self.ctx.told[_output_probe(node)]
-            assert isinstance(stat, MomentsStat) and isinstance(reference, MomentsStat)
             shift = reference.mean - stat.mean
             shift_bias(self.model.graph, site, shift)
             shift_bias(self.twin.graph, (self.twins[site[0].name], site[1]), shift)
             self.ctx.remarks.applied(str(node.name), "bias corrected in order", largest_shift=float(np.abs(shift).max()))
         return bool(fit)
 
-    def _twin_probe(self, node: ir.Node) -> Probe:
-        return Probe(str(self.twins[node.name].outputs[0].name), Moments(output_activation_axis(node)))
+    def _twin_probe(self, node: ir.Node) -> Probe[MomentsStat]:
+        return Moments(output_activation_axis(node)).of(self.twins[node.name].outputs[0])
 
 
 def _quantized(model: Model, ctx: PassContext) -> Model:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.calib.observe import MinMax, MinMaxStat, Probe, Stat
+from qcompile.calib.observe import MinMax, MinMaxStat, Probe, Told
 from qcompile.ir.ops import const_array, const_ints, const_scalar, input_at, ints_attr, is_data_movement, is_op, static_shape
 from qcompile.passes.lower.half.bounds import clip_bound, upper_bounds
 from qcompile.passes.lower.half.mask import Masks, find_masks
@@ -28,7 +28,7 @@ class Scene:
 
     graph: ir.Graph
     fmt: Narrow
-    stats: Mapping[Probe, Stat] = field(default_factory=dict[Probe, Stat])
+    told: Told = field(default_factory=Told)
     margin: float = 1.0
 
     def __post_init__(self) -> None:
@@ -46,7 +46,7 @@ class Scene:
         """The largest magnitude: what was measured, else what the weights allow."""
         if value is None:
             return 0.0
-        stat = self.stats.get(probe(value))
+        stat = self.told.get(probe(value))
         return self.bound(value) if stat is None else grown(value, largest(stat))
 
     def bound(self, value: ir.Value) -> float:
@@ -111,8 +111,8 @@ class Scene:
 
     def smallest(self, value: ir.Value) -> float:
         """The smallest magnitude that was measured, infinity if it was not or the sign changes."""
-        stat = self.stats.get(signed(value))
-        if not isinstance(stat, MinMaxStat):
+        stat = self.told.get(signed(value))
+        if stat is None:
             return float("inf")
         low, high = float(stat.lo), float(stat.hi)
         return low if low >= 0 else -high if high <= 0 else float("inf")
@@ -131,13 +131,13 @@ class Scene:
 
     def _mask_peak(self, value: ir.Value) -> float:
         """Masks are negative: what counts is the other side."""
-        stat = self.stats.get(signed(value))
-        return float(stat.hi) if isinstance(stat, MinMaxStat) else 0.0
+        stat = self.told.get(signed(value))
+        return float(stat.hi) if stat is not None else 0.0
 
 
-def signed(value: ir.Value) -> Probe:
+def signed(value: ir.Value) -> Probe[MinMaxStat]:
     """Both extremes of the whole tensor."""
-    return Probe(str(value.name), MinMax())
+    return MinMax().of(value)
 
 
 def depth(node: ir.Node) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qcompile.calib.observe import AbsMax, AbsMaxStat, MinMax, MinMaxStat, Probe, Stat
+from qcompile.calib.observe import AbsMax, AbsMaxStat, MinMax, MinMaxStat, Probe
 from qcompile.ir.ops import const_array, is_data_movement, is_op
 from qcompile.passes.lower.half.bounds import is_quantizer
 
@@ -56,7 +56,7 @@ FLOAT16 = Narrow("float16", ir.DataType.FLOAT16, 65504.0, 2.0**-14, 2048)
 BFLOAT16 = Narrow("bfloat16", ir.DataType.BFLOAT16, float(ml_dtypes.finfo(ml_dtypes.bfloat16).max), 2.0**-126, 256)
 
 
-def probe(value: ir.Value) -> Probe:
+def probe(value: ir.Value) -> Probe[MinMaxStat] | Probe[AbsMaxStat]:
     """Per channel for tokens [batch, tokens, channels], since such extremes follow folds, also where the value is copied into
     that layout next; per tensor for the rest."""
     value = copy = source(value)
@@ -67,7 +67,7 @@ def probe(value: ir.Value) -> Probe:
         and not copy.is_graph_output()
     ):
         copy = uses[0][0].outputs[0]
-    return Probe(str(copy.name), MinMax(-1)) if _is_tokens(copy) else Probe(str(value.name), AbsMax())
+    return MinMax(-1).of(copy) if _is_tokens(copy) else AbsMax().of(value)
 
 
 def source(value: ir.Value) -> ir.Value:
@@ -120,15 +120,9 @@ def _is_tokens(value: ir.Value) -> bool:
     return value.shape is not None and len(value.shape) == 3
 
 
-def largest(stat: Stat | None) -> float:
-    """The largest magnitude that a statistic has seen; 0 without one."""
-    match stat:
-        case MinMaxStat():
-            return float(np.abs([stat.lo, stat.hi]).max())
-        case AbsMaxStat():
-            return float(stat.amax)
-        case _:
-            return 0.0
+def largest(stat: MinMaxStat | AbsMaxStat) -> float:
+    """The largest magnitude that a statistic has seen."""
+    return float(np.abs([stat.lo, stat.hi]).max())
 
 
 def before_quantizer(value: ir.Value) -> ir.Value:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from qcompile.calib.observe.stat import Stat
 
 S = TypeVar("S", bound=Stat)
+S_co = TypeVar("S_co", bound=Stat, covariant=True)
 
 
 class Observer(ABC, Generic[S]):
@@ -37,11 +38,11 @@ class Observer(ABC, Generic[S]):
 
 
 @dataclass(frozen=True)
-class Probe(Generic[S]):
+class Probe(Generic[S_co]):
     """Ask for `observer`'s statistic of the value named `tensor` of the main graph."""
 
     tensor: str
-    observer: Observer[S]
+    observer: Observer[S_co]
 
 
 class Told:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from qcompile.calib.data.dataset import Dataset, fixed_batch
 from qcompile.calib.data.readers import Arrays
-from qcompile.calib.observe import Probe, SecondMoment, Stat
+from qcompile.calib.observe import Observer, Probe, SecondMoment, Stat
 from qcompile.calib.observe.chunks import chunk_samples, segments
 from qcompile.calib.sweep.memory import MemoryPlan, statistics_bytes, tensor_bytes, tiled, with_margin
 from qcompile.calib.sweep.sweep import batch_size, sweep
@@ -245,7 +245,7 @@ class Kept(Stat):
 
 
 @dataclass(frozen=True)
-class Keep:
+class Keep(Observer[Kept]):
     """Write every run's array to a spool."""
 
     kind: ClassVar[str] = "keep"
