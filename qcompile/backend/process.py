@@ -48,7 +48,8 @@ def ask_worker(module: str, request: dict[str, Any], target: str) -> dict[str, A
         BuildError: the library crashed or aborted.
         BackendError: the worker was killed, or ended in another way without a reply.
     """
-    env = os.environ | {"POLYGRAPHY_USE_TENSORRT_RTX": "1" if target == "rtx" else "0", "QCOMPILE_WORKER": "1"}
+    own = {"POLYGRAPHY_USE_TENSORRT_RTX": "1" if target == "rtx" else "0"}
+    env = {"OPENBLAS_NUM_THREADS": "1", **os.environ, **own}
     command = [sys.executable, "-m", module]
     done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, env=env, check=False)
     try:

@@ -17,7 +17,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import psutil
 
-from qcompile import __version__
+from qcompile._version import __version__
 from qcompile.calib.data.checks import check_ranges, shapes, with_extremes
 from qcompile.calib.data.dataset import Dataset, fixed_batch
 from qcompile.calib.observe import KINDS, Probe, Stat

@@ -9,7 +9,7 @@ from typing import Any
 
 import onnx
 
-from qcompile import __version__
+from qcompile._version import __version__
 from qcompile.errors import ModelError, UsageError
 from qcompile.ir.atomic import write_atomic
 from qcompile.ir.model import Model

@@ -13,8 +13,7 @@ import numpy as np
 import onnx
 import pytest
 
-from qcompile import cli
-from qcompile.cli import main
+from qcompile.cli import app, main
 from qcompile.report import json_text
 
 ROOT = Path(__file__).parents[2]
@@ -202,13 +201,13 @@ def test_interruption_and_bugs(monkeypatch: pytest.MonkeyPatch, capsys: Capture)
 
         return run
 
-    monkeypatch.setattr(cli.cli, "main", raising(KeyboardInterrupt()))
+    monkeypatch.setattr(app.cli, "main", raising(KeyboardInterrupt()))
     assert main([]) == 130
-    monkeypatch.setattr(cli.cli, "main", raising(ZeroDivisionError("two\nlines")))
+    monkeypatch.setattr(app.cli, "main", raising(ZeroDivisionError("two\nlines")))
     assert main([]) == 1
     err = capsys.readouterr().err
     assert "internal error: ZeroDivisionError: two lines" in err and "Traceback" not in err
-    monkeypatch.setenv(cli.DEBUG, "1")
+    monkeypatch.setenv(app.DEBUG, "1")
     assert main([]) == 1 and "Traceback" in capsys.readouterr().err
 
 

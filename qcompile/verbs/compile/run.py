@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qcompile import __version__
+from qcompile._version import __version__
 from qcompile.calib.sweep.memory import MemoryPlan
 from qcompile.errors import GateError, InputError, ModelError, UsageError
 from qcompile.ir.atomic import write_atomic

@@ -8,12 +8,12 @@ from typing import Any
 
 import click
 
-from qcompile.cli.compile_command import DELIVERED, SELECTORS
+from qcompile.cli.compile import DELIVERED, SELECTORS
 from qcompile.cli.options import MODEL, Size, as_json, batch_option, range_option
 from qcompile.cli.output import megabytes, print_json, print_text
 from qcompile.cli.progress import reporter
 from qcompile.report import SCHEMA_VERSION
-from qcompile.verbs.calibrate import Calibrated, calibrate, executor_for, merge_files, words
+from qcompile.verbs.calibrate import Calibrated, calibrate, executor_for, words
 from qcompile.verbs.compile.run import DEFAULT_SAMPLES, TARGETS, Options, prepare
 from qcompile.verbs.guards import require_place
 
@@ -57,7 +57,7 @@ class Shard(click.ParamType):
 @click.option("--mem-limit", type=Size(), metavar="SIZE", help="Of each process; then saved every 1,024 samples only.")
 @click.option("--threads", type=click.IntRange(1), help="ONNX Runtime threads of each process; default: all cores.")
 @as_json
-def calibrate_command(  # one argument an option: click's way
+def command(  # one argument an option: click's way
     model: Path,
     output: Path | None,
     observers: str | None,
@@ -83,23 +83,11 @@ def calibrate_command(  # one argument an option: click's way
         except KeyboardInterrupt:
             progress.note(f"what is done is kept in {place}; the same command goes on from there")
             raise
-    _show(made, as_json)
+    show_calibrated(made, as_json)
 
 
-@click.command("merge")
-@click.argument("files", type=MODEL, nargs=-1, required=True)
-@click.option("-o", "--output", type=MODEL, required=True, metavar="ALL.qstats", help="The merged statistics.")
-@as_json
-def merge_command(files: tuple[Path, ...], output: Path, as_json: bool) -> None:
-    """Merge statistics FILES of disjoint samples.
-
-    The result is bit for bit what one calibration over all samples gives, in whatever order the files come.
-    """
-    require_place(output, "the statistics file", files)
-    _show(merge_files(files, output), as_json)
-
-
-def _show(made: Calibrated, as_json: bool) -> None:
+def show_calibrated(made: Calibrated, as_json: bool) -> None:
+    """The file, what it holds, and what is missing."""
     if as_json:
         print_json({"schema_version": SCHEMA_VERSION, **made.to_json()})
         return

@@ -17,7 +17,7 @@ from qcompile.verbs.export_integer import export_file
 @click.argument("model", type=MODEL)
 @click.option("-o", "--output", type=MODEL, metavar="OUT.json", help="Default: MODEL with the suffix .json.")
 @as_json
-def export_command(model: Path, output: Path | None, as_json: bool) -> None:
+def command(model: Path, output: Path | None, as_json: bool) -> None:
     """Write an integer-only MODEL as JSON: weights, multipliers, shifts, zero points, tables.
 
     For firmware, FPGA and compilers: every layer with its constants, in the form that docs/guide/integer.md describes.

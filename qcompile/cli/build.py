@@ -6,13 +6,14 @@ from pathlib import Path
 
 import click
 
+from qcompile.cli.audit import audit_lines, profile_text
 from qcompile.cli.options import ENGINES, MODEL, as_json
-from qcompile.cli.output import print_json
+from qcompile.cli.output import megabytes, print_json, print_text
 from qcompile.cli.progress import reporter
-from qcompile.cli.views import show_engine
 from qcompile.verbs.build import (
     DEFAULT_GPU,
     BuildOptions,
+    EngineResult,
     Hardware,
     gpu_list,
     make_engine,
@@ -47,7 +48,7 @@ _PROFILE_HELP = (
 @click.option("--refit", is_flag=True, help="Let the weights be exchanged later (needs a GPU).")
 @click.option("--no-bisect", is_flag=True, help="If the builder refuses MODEL, do not search for the Q/DQ pairs that break it.")
 @as_json
-def build_command(  # one argument an option: click's way
+def command(  # one argument an option: click's way
     model: Path,
     output: Path,
     target: str | None,
@@ -84,3 +85,15 @@ def build_command(  # one argument an option: click's way
             note=progress.note,
         )
     print_json(made.to_json()) if as_json else show_engine(made)
+
+
+def show_engine(made: EngineResult) -> None:
+    """The engine's file, its profile and the audits."""
+    b = made.build
+    how = f"built in {b.seconds:.1f} s with {b.manifest['backend']} {b.version}"
+    print_text("", f"engine       {b.path} ({megabytes(b.size)}, {how})")
+    print_text(f"manifest     {b.manifest_path}")
+    for profile in b.profiles:
+        print_text(f"profile      {profile_text(profile.to_json())} ({profile.source})")
+    for audit in made.audits:
+        print_text(*audit_lines(audit.summary()))

@@ -35,7 +35,7 @@ from qcompile.verbs.deploy.deploy import DEFAULT_SAMPLES, DeployOptions, deploy
 @click.option("--onnx", type=MODEL, metavar="FILE", help="What the engine was built from; default: as its manifest says.")
 @click.option("--replace", is_flag=True, help="Overwrite this version, and the config.")
 @as_json
-def deploy_command(
+def command(
     models: tuple[Path, ...], repository: Path, as_json: bool, preferred_batch: str | None, policy: str, **options: Any
 ) -> None:
     """Write MODELs into a Triton model repository.

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import click
 
+from qcompile.cli.build import show_engine
+from qcompile.cli.check import cost_line
 from qcompile.cli.options import Size, batch_option, range_option
-from qcompile.cli.output import print_json
-from qcompile.cli.progress import Reporter, reporter
-from qcompile.cli.views import calibration_line, memory_document, show_engine, show_plan, show_result, sweeps_line
+from qcompile.cli.output import megabytes, number, print_json, print_table, print_text
+from qcompile.cli.progress import Reporter, reporter, tally
 from qcompile.errors import UsageError
-from qcompile.report import SCHEMA_VERSION
+from qcompile.pipeline.describe import statistics_readers
+from qcompile.report import SCHEMA_VERSION, PassReport
 from qcompile.verbs.build import DEFAULT_GPU, EngineResult, gpu_list, make_engine, profiles_from, require_engine
 from qcompile.verbs.compile.run import (
     DEFAULT_SAMPLES,
     SCHEMES,
     TARGETS,
     Job,
+    MemoryPlan,
     Options,
     Result,
     describe_plan,
+    planned_memory,
     prepare,
     run,
     write_report,
@@ -76,7 +81,7 @@ _TARGET_HELP = "; ".join(f"{t.name}: {t.title}" for t in TARGETS.values())
 @click.option("--threads", type=click.IntRange(1), help="ONNX Runtime threads; default: all cores.")
 @click.option("--print-after", is_flag=True, help="Print the graph after every pass, on standard error.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, nothing else, on standard output.")
-def compile_command(  # one argument an option: click's way
+def command(  # one argument an option: click's way
     model: Path,
     engine: Path | None,
     gpu: str,
@@ -145,3 +150,90 @@ def _plan_document(job: Job) -> dict[str, Any]:
         "output": str(job.output), "calibration": calibration_line(job), "sweeps": sweeps_line(job),
         "memory": memory_document(job), "passes": passes,
     }  # fmt: skip
+
+
+def show_plan(job: Job) -> None:
+    """`--dry-run`: the pipeline, its passes, the data and the sweeps."""
+    memory = planned_memory(job)
+    print_text(job.pipeline, "")
+    plan = describe_plan(job)
+    chosen = "default" if job.options.passes is None else "you"
+    print_table(["pass", "from", "what"], [(spec, "inserted" if inserted else chosen, text) for spec, text, inserted in plan])
+    print_text("", f"output       {job.output}", f"calibration  {calibration_line(job)}", f"sweeps       {sweeps_line(job)}")
+    if memory is not None:
+        print_text(f"memory       {_memory_line(memory, job.options.mem_limit)}")
+
+
+def sweeps_line(job: Job) -> str:
+    """Which passes read statistics: each needs a sweep at most, and shares one where nothing in between moves its tensors."""
+    readers = statistics_readers(job.plan.passes)
+    if not readers:
+        return "none"
+    shared = "passes share one where nothing between them moves their tensors"
+    return f"at most {len(readers)} ({', '.join(readers)}); {shared}"
+
+
+def _memory_line(plan: MemoryPlan, limit: int | None) -> str:
+    """The predicted peak of the first sweep, and what it is tiled into."""
+    blocks = f"{plan.blocks} blocks, " if plan.blocks > 1 else ""
+    runs = f"{blocks}{len(plan.sweeps)} run{'s' * (len(plan.sweeps) > 1)} over the data at batch {plan.batch}"
+    bound = "" if limit is None else f", --mem-limit {megabytes(limit)}"
+    return f"the first sweep grows the process by at most {megabytes(plan.predicted_bytes)} ({runs}{bound})"
+
+
+def memory_document(job: Job) -> dict[str, Any] | None:
+    """The same as JSON; None where nothing is swept."""
+    plan = planned_memory(job)
+    if plan is None:
+        return None
+    sweeps = [{"probes": len(s.probes), "predicted_bytes": s.predicted_bytes} for s in plan.sweeps]
+    return {"batch": plan.batch, "blocks": plan.blocks, "limit_bytes": job.options.mem_limit, "runs": sweeps}
+
+
+def calibration_line(job: Job) -> str:
+    """Which data, how many samples, and whether convention chose it."""
+    if job.options.stats is not None:
+        return f"statistics from {job.options.stats}"
+    if job.data_source is None:
+        return "none found"
+    how = " (found beside the model; --calib chooses other data)" if job.options.calib is None else ""
+    count = job.options.samples or f"at most {DEFAULT_SAMPLES}"
+    return f"{count} samples of {job.data_source}{how}"
+
+
+def show_result(job: Job, result: Result, source_bytes: int) -> None:
+    """After a compilation: the passes, the sites that were missed and why, the output."""
+    rows = [_pass_row(p, inserted) for p, inserted in zip(result.passes, job.plan.inserted, strict=True)]
+    print_table(["pass", "sites", "against", "error", "seconds", "memory"], rows, right=(4, 5))
+    _show_missed(result)
+    size = Path(result.output).stat().st_size
+    print_text("", f"output       {result.output}")
+    print_text(f"size         {megabytes(size)} (float model {megabytes(source_bytes)})")
+    print_text(f"SQNR         {number(result.sqnr_db, unit=' dB')} against the float model, on calibration samples")
+    print_text(*(cost_line(r.numbers) for r in result.remarks if "bops" in r.numbers and not r.node))
+    print_text(f"calibration  {_used(job, result)}")
+    print_text(f"sweeps       {result.sweeps}")
+    for note in result.notes:
+        print_text(f"note         {note}")
+
+
+def _pass_row(p: PassReport, inserted: bool) -> tuple[str, ...]:
+    against = {"equivalent": "step before", "lower": "float model"}.get(p.kind, "") if p.relative_error is not None else ""
+    error = number(p.sqnr_db, unit=" dB") if p.kind == "lower" else number(p.relative_error, ".1e") if p.relative_error else "0"
+    shown = "" if p.relative_error is None else error
+    return f"{'+ ' if inserted else ''}{p.spec}", tally(p), against, shown, f"{p.seconds:.1f}", f"{p.peak_rss_mb:.0f} MB"
+
+
+def _show_missed(result: Result) -> None:
+    missed = Counter((r.pass_name, r.reason) for r in result.remarks if r.kind == "missed")
+    if missed:
+        print_text("", "missed sites (all of them: --remarks OUT.json)")
+        rows = [(name, str(n), reason) for (name, reason), n in sorted(missed.items(), key=lambda x: (x[0][0], -x[1]))]
+        print_table(["pass", "count", "reason"], rows, right=(1,))
+
+
+def _used(job: Job, result: Result) -> str:
+    if not result.samples:
+        return "none"
+    how = ", found beside the model" if job.options.calib is None and job.options.stats is None else ""
+    return f"{result.samples} samples of {result.calibration}{how}"

@@ -1,0 +1,40 @@
+"""What starting costs: the list of commands and `import qcompile` load none of the libraries behind the commands."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+
+import click
+import pytest
+
+import qcompile
+from qcompile.cli.app import COMMANDS
+
+HEAVY = ("numpy", "onnx", "onnxruntime", "onnx_ir", "onnxscript", "scipy", "sympy", "rich", "polygraphy")
+
+
+@pytest.mark.parametrize("code", ["import qcompile", "from qcompile.cli import main; main(['--help'])"], ids=["import", "help"])
+def test_nothing_heavy_is_loaded(code: str) -> None:
+    program = f"import sys; {code}; print([m for m in {HEAVY} if m in sys.modules], file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+
+
+def test_importing_changes_no_environment() -> None:
+    program = "import os; before = dict(os.environ); import qcompile; assert dict(os.environ) == before"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_list_says_what_the_command_says_itself(name: str) -> None:
+    command = importlib.import_module(f"qcompile.cli.{name.replace('-', '_')}").command
+    assert isinstance(command, click.Command) and command.name == name
+    assert (command.help or "").partition("\n\n")[0].replace("\n", " ") == COMMANDS[name]
+
+
+def test_every_exported_name_is_there() -> None:
+    assert all(getattr(qcompile, name) is not None for name in dir(qcompile))
+    with pytest.raises(AttributeError, match="no attribute 'compil'"):
+        qcompile.compil  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
