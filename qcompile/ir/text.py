@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,35 +15,38 @@ from qcompile.ir.model import Model
 _SMALL = 8
 
 
-def print_model(model: Model, *, decisions: bool = True) -> str:
-    """The main graph as text; equal models print equally, weights show shape, range and mean square."""
+def print_model(model: Model, *, decisions: bool = True, constant: Callable[[ir.Value], str] | None = None) -> str:
+    """The main graph as text; equal models print equally, weights show shape, range and mean square.
+
+    `constant` spells an operand that is a constant, where a reader knows its weights by another form.
+    """
+    spelled = constant or summary
     graph = model.graph
     interface = [", ".join(_typed(v) for v in values) for values in (graph.inputs, graph.outputs)]
     lines = [f"graph opset={model.opset} ({interface[0]}) -> ({interface[1]})"]
     for node in graph:
-        lines.append("  " + _node(node))
+        lines.append("  " + _node(node, spelled))
         if decisions:
             lines.extend("      " + line for line in _decisions(node))
     return "\n".join(lines) + "\n"
 
 
-def _node(node: ir.Node) -> str:
+def _node(node: ir.Node, constant: Callable[[ir.Value], str]) -> str:
     outs = ", ".join(v.name or "-" for v in node.outputs)
-    ins = ", ".join(_operand(v) for v in node.inputs)
+    ins = ", ".join(_operand(v, constant) for v in node.inputs)
     attrs = " ".join(f"{a.name}={_attr(a)}" for a in sorted(node.attributes.values(), key=lambda a: a.name))
     op = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
     return f"{outs} = {op}({ins})" + (f" {{{attrs}}}" if attrs else "") + f" @{node.name}"
 
 
-def _operand(value: ir.Value | None) -> str:
+def _operand(value: ir.Value | None, constant: Callable[[ir.Value], str]) -> str:
     if value is None:
         return "-"
-    if value.const_value is None:
-        return str(value.name)
-    return _constant(value)
+    return str(value.name) if value.const_value is None else constant(value)
 
 
-def _constant(value: ir.Value) -> str:
+def summary(value: ir.Value) -> str:
+    """A constant as const<dtype[shape]: ...>: its numbers if they are few, else their range and root mean square."""
     assert value.const_value is not None
     return _summary(value.const_value.numpy())
 
