@@ -14,8 +14,8 @@
 
     applied bias-rank bias: bias given the rank of the product
 
-The input is the lines without `+`, the result the lines without `-`; what follows is what the passes said.  A new golden is written
-by hand up to its last unmarked line; `python tools/update_goldens.py` does the rest.
+The input is the lines without `+`, the result the lines without `-`; what follows is what the passes said.  A new golden is
+written by hand up to the end of its graph, each line behind one blank; `python tools/update_goldens.py` does the rest.
 """
 
 from __future__ import annotations
