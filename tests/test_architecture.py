@@ -190,52 +190,6 @@ STILL_WRONG = {
 STILL_CIRCLES = {
     frozenset({"qcompile.calib.data.dataset", "qcompile.calib.data.sources"}),
 }
-STILL_HEAVY
-
-
-def test_files_are_short_enough_to_read() -> None:
-    assert not {str(s.path) for s in SOURCES.values() if len(s.text.splitlines()) >= 400}
-
-
-def test_nothing_evaluates_or_unpickles() -> None:
-    for source in SOURCES.values():
-        used = {call.split(".")[0] for call in source.calls()} | {module.split(".")[0] for module, _ in source.imports}
-        assert not NO_CODE_FROM_DATA & used, source.path
-
-
-def test_onnx_files_are_opened_in_one_room() -> None:
-    """`onnx.load` follows external data out of the folder and says nothing of a file that ends early; `ir` does not."""
-    wrong = {str(s.path) for s in SOURCES.values() if s.room != "ir" and {"onnx.load", "onnx.load_model"} & s.calls()}
-    assert wrong <= STILL_OPENING
-
-
-# What other commits of this step are about to remove; each set goes when it is empty.
-STILL_WRONG = {
-    "qcompile/cli/check.py: qcompile.oracle.ranges",
-    "qcompile/cli/check.py: qcompile.target.findings",
-    "qcompile/cli/check.py: qcompile.target.rules",
-    "qcompile/cli/compile.py: qcompile.pipeline.describe",
-    "qcompile/cli/eval.py: qcompile.calib.data.checks",
-    "qcompile/cli/eval.py: qcompile.calib.data.dataset",
-    "qcompile/cli/eval.py: qcompile.ir.model",
-    "qcompile/cli/passes.py: qcompile.pipeline.describe",
-    "qcompile/cli/passes.py: qcompile.pipeline.registry",
-    "qcompile/execute/serving.py: qcompile.calib.data.readers",
-    "qcompile/ir/text.py: qcompile.decide.decisions",
-    "qcompile/rewrite/fold.py: qcompile.pipeline.base",
-    "qcompile/rewrite/qdq.py: qcompile.pipeline.base",
-    "qcompile/target/integer/placement.py: qcompile.pipeline.base",
-    "qcompile/target/ort/placement.py: qcompile.pipeline.base",
-    "qcompile/target/tensorrt/blocks.py: qcompile.pipeline.base",
-    "qcompile/target/tensorrt/branches.py: qcompile.pipeline.base",
-    "qcompile/target/tensorrt/defaults.py: qcompile.pipeline.base",
-    "qcompile/target/tensorrt/joins.py: qcompile.pipeline.base",
-    "qcompile/target/tensorrt/placement.py: qcompile.pipeline.base",
-}
-STILL_CIRCLES = {
-    frozenset({"qcompile", "qcompile.verbs.compile.run"}),
-    frozenset({"qcompile.calib.data.dataset", "qcompile.calib.data.sources"}),
-}
 STILL_HEAVY = {
     "qcompile/verbs/bench/models.py: onnxruntime",
     "qcompile/verbs/calibrate.py: onnxruntime",
