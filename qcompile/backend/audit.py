@@ -22,8 +22,9 @@ from qcompile.backend.shapes import concrete_shapes
 from qcompile.backend.tensorrt import plan_profiles, run_worker
 from qcompile.backend.work import WorkItem, work_items
 from qcompile.errors import UsageError
+from qcompile.ir.reader import read_proto
 from qcompile.target.rules import check
-from qcompile.target.view import GraphView, load_graph_only, name_nodes
+from qcompile.target.view import GraphView, name_nodes, uniquely_named
 
 SCHEMA_VERSION = 1
 LABELS = {"rtx": "proxy: TensorRT-RTX", "trt": "TensorRT"}
@@ -134,7 +135,7 @@ def audit(onnx_path: str | Path, gpu: str = "sm89", profile: Profile | None = No
     """
     if target not in LABELS:
         raise UsageError(f"target {target!r} has no kernel audit; use rtx")
-    with uniquely_named(Path(onnx_path)) as path:
+    with uniquely_named_file(Path(onnx_path)) as path:
         view = GraphView.open(path)
         profiles = plan_profiles(view.model, None if profile is None else [profile])
         plan = run_worker(path, None, target=target, gpus=[gpu], profiles=profiles, layers=True)
@@ -185,16 +186,15 @@ def _float_node(n: AuditedNode) -> dict[str, Any]:
 
 
 @contextmanager
-def uniquely_named(path: Path) -> Generator[Path]:
+def uniquely_named_file(path: Path) -> Generator[Path]:
     """`path` itself if its node names are unique and not empty, else a temporary copy with unique names."""
-    model = load_graph_only(path)
-    names = [n.name for n in model.graph.node]
-    if len(set(names)) == len(names) and all(names):
+    model = read_proto(path, weights=False)
+    if uniquely_named(model) is model:
         yield path
         return
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / path.name
-        full = onnx.load(str(path))
+        full = read_proto(path)
         name_nodes(full)
         external = any(t.external_data for t in model.graph.initializer)
         onnx.save(full, str(copy), save_as_external_data=external)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import onnx
 
-from qcompile.backend.audit import uniquely_named
+from qcompile.backend.audit import uniquely_named_file
 from qcompile.backend.groups import Group, qdq_groups, without
 from qcompile.backend.profile import Profile
 from qcompile.backend.tensorrt import plan_profiles, run_worker
@@ -105,7 +105,7 @@ def bisect(
     Raises:
         BackendError, UsageError: as `run_worker`, for anything but a refused model.
     """
-    with uniquely_named(onnx_path) as path:
+    with uniquely_named_file(onnx_path) as path:
         view = GraphView.open(path)
         found = list(check(path, target, gpus))
         groups = qdq_groups(view)

@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from onnx import NodeProto, TensorProto
+from onnx import ModelProto, NodeProto, TensorProto
 
-from qcompile.backend.audit import uniquely_named
 from qcompile.backend.dump import COMPUTE_KERNELS, LOW_DATATYPES
 from qcompile.backend.work import WorkItem, work_items
 from qcompile.errors import UsageError
-from qcompile.target.view import GraphView
+from qcompile.target.view import GraphView, uniquely_named
 
 FLOAT = "float"
 ATTENTION = "_mha"  # in the names of fused attention kernels
@@ -20,9 +19,9 @@ SUMMARY = ("gpu", "label", "version", "share", "coverage", "attention_blocks", "
 
 
 def compute_nodes(
-    path: Path, audit: Mapping[str, Any] | None = None, remarks: Sequence[Mapping[str, Any]] = ()
+    model: ModelProto, path: Path, audit: Mapping[str, Any] | None = None, remarks: Sequence[Mapping[str, Any]] = ()
 ) -> list[dict[str, Any]]:
-    """One dict for each compute node of the model at `path`, in graph order.
+    """One dict for each compute node of `model` (read from `path`), in graph order.
 
     Args:
         audit: the document of `qcompile audit --json` for this model.
@@ -38,9 +37,8 @@ def compute_nodes(
     Raises:
         UsageError: the audit is of another model.
     """
-    with uniquely_named(path) as named:
-        view = GraphView.open(named)
-        items = work_items(view, {})
+    view = GraphView(uniquely_named(model), path.parent)
+    items = work_items(view, {})
     by_name = {n.name: n for n in view.nodes}
     reasons = _reasons(remarks)
     nodes = [_planned(view, item, by_name[item.node], reasons.get(item.node, [])) for item in items]

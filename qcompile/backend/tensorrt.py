@@ -20,7 +20,7 @@ from qcompile.backend.process import EXTRAS, MODULES, ask_worker, require_trt
 from qcompile.backend.profile import Profile, check_profile, default_profile, outside_calibration
 from qcompile.errors import BackendError, BuildError, ModelError, UsageError
 from qcompile.ir.atomic import write_atomic
-from qcompile.target.view import load_graph_only
+from qcompile.ir.reader import read_proto
 
 ERROR_LINES = 4
 _NOISE = re.compile(r"^ModelImporter\.cpp:\d+: (ERROR: )?|\[checkMacros\.cpp::catchCudaError.*$")
@@ -191,7 +191,7 @@ def graph_of(source: Path) -> onnx.ModelProto:
     """
     if is_engine(source):
         raise ModelError(f"{source} is an engine, not an ONNX model; give the ONNX file that it was built from")
-    return load_graph_only(source)
+    return read_proto(source, weights=False)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from onnx_ir.passes.common import NameFixPass
 
 from qcompile.errors import ModelError
 from qcompile.ir.atomic import atomic_file, write_atomic
+from qcompile.ir.reader import as_ir, read_ir
 from qcompile.ir.spill import is_large
 from qcompile.ir.stream import write_model
 from qcompile.ir.tensors import data_chunks, external_tensors, map_tensors, named_tensors, read_in, relocated
@@ -56,22 +57,18 @@ class Model:
 
     @classmethod
     def load(cls, path: str | Path) -> Model:
-        """Read an ONNX file; external weights above 16 KiB are mapped, not read.
+        """Read an ONNX file; external weights above 16 KiB, and those of a file from 64 MiB on, are mapped, not read.
 
         Raises:
             ModelError: no such file, not ONNX, external data missing, truncated or outside the model's folder.
         """
         path = Path(path)
-        if not path.is_file():
-            raise ModelError(f"no model at {path}: check the path")
-        loaded = _parse(path)
-        _short_domain(loaded)
-        _check_external(loaded, path)
-        map_tensors(loaded, lambda t: read_in(t) if t.nbytes <= READ_BYTES else t)
-        _check_graph(loaded, path)
-        model = cls(loaded, path)
-        model.name_nodes()
-        return model
+        return _opened(cls(read_ir(path), path), path)
+
+    @classmethod
+    def of_file(cls, proto: onnx.ModelProto, path: Path) -> Model:
+        """`load` for what `qcompile.ir.reader.read_proto` read from `path`."""
+        return _opened(cls(as_ir(proto, path), path), path)
 
     @classmethod
     def from_proto(cls, proto: onnx.ModelProto, path: Path | None = None) -> Model:
@@ -161,16 +158,12 @@ def digest_of(model: Model) -> str:
     return h.hexdigest()
 
 
-def _parse(path: Path) -> ir.Model:
-    try:
-        loaded = ir.load(path)
-    except Exception as e:
-        raise ModelError(
-            f"{path} is not a readable ONNX model ({type(e).__name__}); is the file complete? Try: polygraphy inspect model"
-        ) from e
-    if not loaded.opset_imports:
-        raise ModelError(f"{path} is not an ONNX model (it names no operator set); export the model again")
-    return loaded
+def _opened(model: Model, path: Path) -> Model:
+    _short_domain(model.ir)
+    map_tensors(model.ir, lambda t: read_in(t) if t.nbytes <= READ_BYTES else t)
+    _check_graph(model.ir, path)
+    model.name_nodes()
+    return model
 
 
 def _short_domain(model: ir.Model) -> None:
@@ -178,19 +171,6 @@ def _short_domain(model: ir.Model) -> None:
     version = model.opset_imports.pop("ai.onnx", None)
     if version is not None:
         model.opset_imports.setdefault("", version)
-
-
-def _check_external(model: ir.Model, path: Path) -> None:
-    root = path.parent.resolve()
-    for tensor in external_tensors(model):
-        file = Path(os.path.join(root, tensor.location))
-        if not file.resolve().is_relative_to(root) or Path(tensor.location).is_absolute():
-            what = f"{path}: tensor {tensor.name!r} points outside the model's folder ({tensor.location})"
-            raise ModelError(f"{what} and is not read; put its file beside the model")
-        if not file.is_file():
-            raise ModelError(f"{path}: its weights file {tensor.location} is missing; put it beside the model")
-        if file.stat().st_size < (tensor.offset or 0) + max(tensor.length or 0, int(tensor.nbytes)):
-            raise ModelError(f"{path}: its weights file {tensor.location} is truncated; copy it again")
 
 
 def _check_graph(model: ir.Model, path: Path) -> None:

@@ -10,8 +10,8 @@ import onnx_ir as ir
 from qcompile.ir.spill import SPILLED_TENSOR
 from qcompile.ir.tensors import data_chunks, map_tensors, read_in
 
-_GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9  # field numbers of ModelProto, GraphProto and TensorProto
-_LENGTH_DELIMITED = 2
+GRAPH, INITIALIZER, RAW_DATA = 7, 5, 9  # field numbers of ModelProto, GraphProto and TensorProto
+LENGTH_DELIMITED = 2
 
 
 def write_model(model: ir.Model, file: BinaryIO) -> None:
@@ -30,7 +30,7 @@ def write_model(model: ir.Model, file: BinaryIO) -> None:
     rest.ClearField("graph")
     heads = [_head(value) for value in large]
     length = len(graph) + sum(len(h) + int(t.nbytes) for h, t in zip(heads, tensors, strict=True))
-    file.write(rest.SerializeToString(deterministic=True) + _tag(_GRAPH, length) + graph)
+    file.write(rest.SerializeToString(deterministic=True) + tag(GRAPH, length) + graph)
     for head, tensor in zip(heads, tensors, strict=True):
         file.write(head)
         file.writelines(data_chunks(tensor))
@@ -41,12 +41,13 @@ def _head(value: ir.Value) -> bytes:
     tensor = value.const_value
     assert tensor is not None
     proto = onnx.TensorProto(name=str(value.name), data_type=int(tensor.dtype), dims=tensor.shape.numpy())
-    head = proto.SerializeToString(deterministic=True) + _tag(_RAW_DATA, int(tensor.nbytes))
-    return _tag(_INITIALIZER, len(head) + int(tensor.nbytes)) + head
+    head = proto.SerializeToString(deterministic=True) + tag(RAW_DATA, int(tensor.nbytes))
+    return tag(INITIALIZER, len(head) + int(tensor.nbytes)) + head
 
 
-def _tag(field: int, length: int) -> bytes:
-    return _varint(field << 3 | _LENGTH_DELIMITED) + _varint(length)
+def tag(field: int, length: int) -> bytes:
+    """What stands in front of a value of known length: field number and length."""
+    return _varint(field << 3 | LENGTH_DELIMITED) + _varint(length)
 
 
 def _varint(number: int) -> bytes:

@@ -6,9 +6,11 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 _PIECE = 1 << 20
 
@@ -59,11 +61,17 @@ def placed(tensor: ir.ExternalTensor, folder: Path) -> ir.ExternalTensor:
     return ir.ExternalTensor(*where, shape=tensor.shape, name=str(tensor.name), base_dir=str(folder))
 
 
+def stored_array(tensor: ir.TensorProtocol) -> NDArray[Any]:
+    """The values of a constant, contiguous, without a copy where there need not be one; perhaps not aligned."""
+    raw = tensor.raw
+    return np.ascontiguousarray(raw if isinstance(raw, np.ndarray) and isinstance(tensor, ir.Tensor) else tensor.numpy())
+
+
 def data_chunks(tensor: ir.TensorProtocol) -> Iterator[bytes | memoryview]:
     """The bytes of `tensor` as ONNX stores them, in order; no copy of them all is made where none is needed."""
     if not isinstance(tensor, ir.ExternalTensor):
         plain = isinstance(tensor, ir.Tensor) and tensor.dtype.bitwidth >= 8 and sys.byteorder == "little"
-        yield np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data if plain else tensor.tobytes()
+        yield stored_array(tensor).reshape(-1).view(np.uint8).data if plain else tensor.tobytes()
         return
     left = tensor.length or int(tensor.nbytes)
     with open(tensor.path, "rb") as file:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, numpy_helper
 
 from qcompile.errors import ModelError
+from qcompile.ir.reader import read_proto
 
 MOVEMENT_OPS = frozenset(
     [
@@ -53,25 +53,6 @@ LOW_TYPES: dict[int, str] = {
 }
 
 
-def load_graph_only(path: Path) -> onnx.ModelProto:
-    """The model at `path` without its external data.
-
-    Raises:
-        ModelError: no such file, or not an ONNX model.
-    """
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror or error}; give the path of an ONNX file") from error
-    except (DecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path} is not an ONNX model ({error}); export or copy it again") from error
-    for tensor in model.graph.initializer:
-        where = next((e.value for e in tensor.external_data if e.key == "location"), None)
-        if where is not None and not (Path(path).parent / where).is_file():
-            raise ModelError(f"{path}: its external data {where} is missing; put it beside the model")
-    return model
-
-
 def name_nodes(model: onnx.ModelProto) -> None:
     """Give every node of the main graph a name of its own: the operator and a number, or a number behind a taken name."""
     used: set[str] = set()
@@ -82,6 +63,17 @@ def name_nodes(model: onnx.ModelProto) -> None:
             name, k = f"{stem}_{k}", k + 1
         node.name = name
         used.add(name)
+
+
+def uniquely_named(model: onnx.ModelProto) -> onnx.ModelProto:
+    """`model` itself if its node names are unique and not empty, else a copy with unique names."""
+    names = [n.name for n in model.graph.node]
+    if len(set(names)) == len(names) and all(names):
+        return model
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    name_nodes(copy)
+    return copy
 
 
 class GraphView:
@@ -99,7 +91,7 @@ class GraphView:
         if isinstance(source, onnx.ModelProto):
             return cls(source)
         path = Path(source)
-        return cls(load_graph_only(path), path.parent)
+        return cls(read_proto(path, weights=False), path.parent)
 
     @property
     def base_dir(self) -> str:

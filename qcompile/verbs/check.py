@@ -13,6 +13,7 @@ from qcompile._version import __version__
 from qcompile.errors import ModelError, UsageError
 from qcompile.ir.atomic import write_atomic
 from qcompile.ir.model import Model
+from qcompile.ir.reader import read_proto
 from qcompile.oracle.ranges import Proof
 from qcompile.report import SCHEMA_VERSION, json_text
 from qcompile.target.findings import Finding
@@ -77,7 +78,7 @@ def fix_file(model: Path, output: Path, target: str, gpus: Sequence[str] = ()) -
     if output.resolve() == model.resolve():
         raise UsageError(f"-o {output} is the input, which is never overwritten; choose another name")
     check(model, target, gpus)  # says what is wrong with the file before its weights are read
-    done = repair(onnx.load(str(model)), target, gpus)
+    done = repair(read_proto(model), target, gpus)
     _save(done.model, output)
     return Checked(target, tuple(done.remaining), tuple(done.fixed), output)
 

@@ -7,11 +7,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import onnx
-from google.protobuf.message import DecodeError
-
 from qcompile.errors import ModelError
 from qcompile.ir.atomic import write_atomic
+from qcompile.ir.reader import read_proto
 from qcompile.oracle.export import export_document
 
 
@@ -25,11 +23,7 @@ def export_file(model: str | Path, output: str | Path) -> dict[str, Any]:
         ModelError: not an integer-only ONNX model, or `output` cannot be written.
     """
     path = Path(model)
-    try:
-        proto = onnx.load(str(path))
-    except (OSError, DecodeError) as error:
-        raise ModelError(f"cannot read {path} ({error}); give the path of an ONNX file") from error
-    document = export_document(proto, str(path.parent))
+    document = export_document(read_proto(path), str(path.parent))
     text = json.dumps(document, allow_nan=False, separators=(",", ":")) + "\n"
     try:
         write_atomic(Path(output), text)

@@ -19,6 +19,7 @@ from qcompile.backend.precision import audit_figures, compute_nodes
 from qcompile.errors import UsageError
 from qcompile.ir import ops
 from qcompile.ir.model import Model
+from qcompile.ir.reader import read_proto
 from qcompile.oracle.ranges import prove
 from qcompile.report import SCHEMA_VERSION
 
@@ -101,7 +102,8 @@ def inspect_model(
     Raises:
         ModelError: the file cannot be used.
     """
-    model = Model.load(path)
+    proto = read_proto(path, weights=False)
+    model = Model.of_file(proto, Path(path))
     quantized = quantized_tensors(model.graph)
     return {
         "schema_version": SCHEMA_VERSION,
@@ -117,16 +119,16 @@ def inspect_model(
         "metadata": _metadata(model),
         "quantized": quantized,
         "weights": _weight_share(model.graph),
-        "compute": compute_nodes(Path(path), audited, remarks),
-        "integer": _integer_cost(model, Path(path)),
+        "compute": compute_nodes(proto, Path(path), audited, remarks),
+        "integer": _integer_cost(model, proto, Path(path)),
         "audit": None if audited is None else audit_figures(audited),
         "structures": None if quantized else _structures(model.graph),
     }
 
 
-def _integer_cost(model: Model, path: Path) -> dict[str, Any] | None:
+def _integer_cost(model: Model, proto: onnx.ModelProto, path: Path) -> dict[str, Any] | None:
     """`macs, bops, weight_bytes, layers`; the widths follow from the proven ranges."""
-    return prove(onnx.load(str(path)), str(path.parent)).cost if "qcompile.integer" in model.metadata else None
+    return prove(proto, str(path.parent)).cost if "qcompile.integer" in model.metadata else None
 
 
 def model_bytes(model: Model, path: Path) -> int:

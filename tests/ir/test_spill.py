@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,7 @@ def large(monkeypatch: pytest.MonkeyPatch) -> Model:
 
 
 def files() -> list[Path]:
+    gc.collect()  # graphs are cycles
     return sorted(scratch_folder().glob("*.data"))
 
 

@@ -173,7 +173,7 @@ def test_file_with_external_data(tmp_path: Path) -> None:
     onnx.save(single(CONV.but(scale=-1.0)), str(path), save_as_external_data=True, location="m.bin", size_threshold=0)
     assert "QC-TRT-005" in {f.rule for f in check(path, "trt")}
     (tmp_path / "m.bin").unlink()
-    with pytest.raises(ModelError, match="external data"):
+    with pytest.raises(ModelError, match="weights file m.bin is missing"):
         check(path, "trt")
 
 
@@ -181,7 +181,7 @@ def test_bad_input(tmp_path: Path) -> None:
     (tmp_path / "no.onnx").write_bytes(b"\x00not onnx")
     with pytest.raises(ModelError):
         check(tmp_path / "no.onnx", "trt")
-    with pytest.raises(ModelError, match="give the path"):
+    with pytest.raises(ModelError, match="check the path"):
         check(tmp_path / "absent.onnx", "trt")
     with pytest.raises(UsageError, match="tpu"):
         check(single(CONV), "tpu")

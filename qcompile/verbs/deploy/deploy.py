@@ -35,8 +35,9 @@ from qcompile.calib.data.dataset import Dataset, find_beside, fixed_batch, load_
 from qcompile.errors import BackendError, GateError, ModelError, UsageError
 from qcompile.execute.feeds import Feeds
 from qcompile.ir.model import Model
+from qcompile.ir.reader import read_proto
 from qcompile.report import SCHEMA_VERSION
-from qcompile.target.view import GraphView, load_graph_only
+from qcompile.target.view import GraphView
 from qcompile.verbs.deploy.parity import Parity, as_requested, check_served, requests_of
 
 DEFAULT_SAMPLES = 32
@@ -106,7 +107,7 @@ def deploy(model: str | Path, repository: str | Path, options: DeployOptions | N
     """
     options = options or DeployOptions()
     source = _source(Path(model), options)
-    proto = load_graph_only(source.onnx)
+    proto = read_proto(source.onnx, weights=False)
     interface, place = interface_of(proto), Path(repository)
     serving = _serving(source, proto, interface, options)
     check_serving(serving)

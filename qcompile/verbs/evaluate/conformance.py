@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
-from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from qcompile.calib.data.dataset import Dataset
-from qcompile.errors import DataError, ModelError
+from qcompile.errors import DataError
 from qcompile.execute.feeds import cast_feeds, pad_batch
 from qcompile.execute.session import Optimize, batch_length, make_session, run
+from qcompile.ir.reader import read_proto
 from qcompile.oracle.graph import IntegerGraph, integer_graph
 from qcompile.oracle.run import decode, encode, run_integer
 
@@ -79,20 +79,13 @@ def conformance(
     if not len(data):
         raise DataError("there are no samples to evaluate on; give more data")
     path = Path(model)
-    proto = _load(path)
+    proto = read_proto(path)
     graph = integer_graph(proto, str(path.parent))
     tallies = [_tally(path, level, t) for level in LEVELS for t in (THREADS if threads is None else (threads,))]
     _run(graph, tallies, data, _fixed_batch(proto), progress)
     total = {key: sum(getattr(t, key) for t in tallies) for key in ("matches", "mismatches")}
     head = {"path": str(path), "samples": len(data)}
     return {**head, **total, "runs": [t.to_json() for t in tallies]}
-
-
-def _load(path: Path) -> onnx.ModelProto:
-    try:
-        return onnx.load(str(path))
-    except (OSError, DecodeError) as error:
-        raise ModelError(f"cannot read {path} ({error}); give the path of an ONNX file") from error
 
 
 def _fixed_batch(model: onnx.ModelProto) -> int | None:

@@ -1,0 +1,168 @@
+"""ONNX files are opened here and nowhere else: with distrust, as protobuf or as onnx_ir, large weights mapped where they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+from onnx.external_data_helper import load_external_data_for_model
+from onnx_ir.external_data import set_base_dir
+
+from qcompile.errors import ModelError
+from qcompile.ir.mapped import MappedTensor, map_file
+from qcompile.ir.skim import Found, skim
+
+MAPPED_FILE = 1 << 26  # from here on a file's weights are mapped: a smaller one is read
+
+
+def read_proto(path: str | Path, *, weights: bool = True) -> ModelProto:
+    """The model at `path` as protobuf.
+
+    Args:
+        weights: read external data in, else leave it where it is (it is looked at all the same).
+
+    Raises:
+        ModelError: no such file, not ONNX, external data missing, truncated or outside the model's folder.
+    """
+    path = Path(path)
+    proto = _checked(_parsed(path), path)
+    if weights:
+        load_external_data_for_model(proto, str(path.parent))
+    return proto
+
+
+def read_ir(path: str | Path) -> ir.Model:
+    """The model at `path`; external data and the weights of a file from 64 MiB on are mapped, not read.
+
+    Raises as `read_proto`.
+    """
+    path = Path(path)
+    found = _skimmed(path)
+    proto = _checked(_parsed(path) if found is None else _decoded(found.rest, path), path)
+    model = as_ir(proto, path)
+    if found is not None:
+        _put_back(model.graph, found)
+    return model
+
+
+def as_ir(proto: ModelProto, path: Path) -> ir.Model:
+    """`proto`, which was read from `path`.
+
+    Raises:
+        ModelError: onnx_ir cannot read it.
+    """
+    try:
+        model = ir.from_proto(proto)
+    except Exception as e:  # onnx_ir's errors share no base
+        raise _unreadable(path, e) from e
+    set_base_dir(model.graph, path.parent)
+    return model
+
+
+def _skimmed(path: Path) -> Found | None:
+    """The file without its large weights; None where it is small, or not as simple as exporters write it."""
+    _require_file(path)
+    if path.suffix != ".onnx" or path.stat().st_size < MAPPED_FILE:
+        return None
+    try:
+        return skim(map_file(path))
+    except ValueError:  # the ordinary parser says what is wrong
+        return None
+
+
+def _put_back(graph: ir.Graph, found: Found) -> None:
+    for tensor in found.tensors:
+        value = graph.initializers[tensor.name]
+        old = value.const_value
+        assert old is not None
+        shape = ir.Shape(old.shape.numpy())
+        value.const_value = MappedTensor(tensor.array, old.dtype, shape=shape, name=tensor.name, doc_string=old.doc_string)
+
+
+def _parsed(path: Path) -> ModelProto:
+    _require_file(path)
+    try:
+        return onnx.load(str(path), load_external_data=False)
+    except OSError as e:
+        raise ModelError(f"cannot read {path}: {e.strerror or e}; give the path of an ONNX file") from e
+    except Exception as e:  # as many classes as formats
+        raise _unreadable(path, e) from e
+
+
+def _decoded(data: bytes, path: Path) -> ModelProto:
+    try:
+        return ModelProto.FromString(data)
+    except DecodeError as e:
+        raise _unreadable(path, e) from e
+
+
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        raise ModelError(f"no model at {path}: check the path")
+
+
+def _unreadable(path: Path, error: Exception) -> ModelError:
+    what = f"{path} is not a readable ONNX model ({type(error).__name__})"
+    return ModelError(f"{what}; is the file complete? Try: polygraphy inspect model")
+
+
+def _checked(proto: ModelProto, path: Path) -> ModelProto:
+    if not proto.opset_import:
+        raise ModelError(f"{path} is not an ONNX model (it names no operator set); export the model again")
+    root = path.parent.resolve()
+    for tensor in _tensors(proto):
+        if tensor.data_location == TensorProto.EXTERNAL:
+            _check_external(tensor, path, root)
+    return proto
+
+
+def _check_external(tensor: TensorProto, path: Path, root: Path) -> None:
+    info = {e.key: e.value for e in tensor.external_data}
+    location = info.get("location", "")
+    file = root / location
+    if not file.resolve().is_relative_to(root) or Path(location).is_absolute():
+        what = f"{path}: tensor {tensor.name!r} points outside the model's folder ({location})"
+        raise ModelError(f"{what} and is not read; put its file beside the model")
+    if not file.is_file():
+        raise ModelError(f"{path}: its weights file {location} is missing; put it beside the model")
+    try:
+        start, length = int(info.get("offset") or 0), int(info.get("length") or 0)
+    except ValueError as e:
+        raise _unreadable(path, e) from e
+    if min(start, length) < 0 or file.stat().st_size < start + max(length, _bytes(tensor)):
+        raise ModelError(f"{path}: its weights file {location} is truncated; copy it again")
+
+
+def _bytes(tensor: TensorProto) -> int:
+    bits = ir.DataType(tensor.data_type).bitwidth
+    for dim in tensor.dims:
+        bits *= dim
+    return -(-bits // 8)
+
+
+def _tensors(proto: ModelProto) -> Iterator[TensorProto]:
+    """All constant tensors: initializers of all graphs, and attributes."""
+    yield from _graph_tensors(proto.graph)
+    for function in proto.functions:
+        yield from _node_tensors(function.node)
+
+
+def _graph_tensors(graph: GraphProto) -> Iterator[TensorProto]:
+    yield from graph.initializer
+    yield from _node_tensors(graph.node)
+
+
+def _node_tensors(nodes: Iterable[NodeProto]) -> Iterator[TensorProto]:
+    for node in nodes:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            if attribute.HasField("g"):
+                yield from _graph_tensors(attribute.g)
+            yield from attribute.tensors
+            for graph in attribute.graphs:
+                yield from _graph_tensors(graph)
