@@ -9,14 +9,15 @@ from typing import Annotated, Literal
 import numpy as np
 
 from qcompile.calib.observe import Probe
-from qcompile.decide.decisions import Decision, clear_decisions, decide, decision
+from qcompile.decide.decisions import clear_decisions, decide, decision
+from qcompile.decide.placement import Placement, Site
+from qcompile.decide.quantizer import Quantizer
 from qcompile.decide.ranges import Readers, automatic
-from qcompile.decide.site import Placement, Site
 from qcompile.ir.model import Model
 from qcompile.ir.select import selected
 from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult, quantized_forms
 from qcompile.quant.affine import qparams_from_range
-from qcompile.quant.minifloat import nvfp4_tensor_scale
+from qcompile.quant.blockformats import block_format
 from qcompile.quant.spec import QParams, QuantSpec, Scheme
 from qcompile.target.integer import placement as _placement_integer
 from qcompile.target.ort import placement as _placement_ort
@@ -97,8 +98,8 @@ class Annotate(Pass):
         return automatic(site.spec) if self.range_ == "auto" else self.range_
 
     def _probes(self, site: Site, ctx: PassContext, readers: Readers) -> list[Probe]:
-        """MXFP8 needs no statistics."""
-        if site.spec.block_format == "mxfp8" or site.bounds is not None or site.follows is not None:
+        """Scales that are all found at run time need no statistics."""
+        if _dynamic(site.spec) or site.bounds is not None or site.follows is not None:
             return []
         return readers.probes(site, self._method(site, ctx))
 
@@ -108,17 +109,15 @@ class Annotate(Pass):
             _follow(site, site.follows, ctx)
             return
         if site.is_weight:
-            axis = str(site.spec.granularity)
-            decide(site.node, site.slot, Decision(site.spec, f"{name}:{axis}"))
+            decide(site.node, site.slot, Quantizer(site.spec))
             ctx.remarks.applied(str(site.node.name), f"weight {name} in {site.spec.qtype.name}")
             return
-        if site.spec.block_format == "mxfp8":
-            decide(site.node, site.slot, Decision(site.spec, f"{name}:mxfp8", QParams(np.ones(()), np.zeros((), np.int64))))
-            ctx.remarks.applied(str(site.node.name), f"activation {name} in mxfp8, all scales found at run time")
+        if (form := _dynamic(site.spec)) is not None:
+            decide(site.node, site.slot, Quantizer(site.spec, QParams(np.ones(()), np.zeros((), np.int64))))
+            ctx.remarks.applied(str(site.node.name), f"activation {name} in {form}, all scales found at run time")
             return
         lo, hi, method = self._range(site, ctx, readers)
-        params = _params(site.spec, lo, hi)
-        decide(site.node, site.slot, Decision(site.spec, _quantizer(name, params), params))
+        decide(site.node, site.slot, Quantizer(site.spec, _params(site.spec, lo, hi)))
         numbers = {"lo": float(np.min(lo)), "hi": float(np.max(hi)), "range": method}
         ctx.remarks.applied(str(site.node.name), f"activation {name} in {site.spec.qtype.name}", **numbers)
 
@@ -148,15 +147,15 @@ def _remark_idle(model: Model, placement: Placement, ctx: PassContext) -> None:
             ctx.remarks.missed("", f"selector {selector!r} chooses no node that could be quantized here")
 
 
+def _dynamic(spec: QuantSpec) -> str | None:
+    """The name of a block format whose activations have no scale before run time."""
+    form = block_format(spec)
+    return form.name if form is not None and form.activation is None else None
+
+
 def _params(spec: QuantSpec, lo: np.ndarray, hi: np.ndarray) -> QParams:
-    """The scale that covers [lo, hi]; for NVFP4 its tensor scale, the block scales are found at run time."""
-    if spec.block_format == "nvfp4":
-        scale = nvfp4_tensor_scale(float(np.maximum(-np.min(lo), np.max(hi))))
-        return QParams(np.asarray(scale), np.zeros((), np.int64), scale)
+    """The scale that covers [lo, hi]; of a block format, what is known of its scales before run time."""
+    form = block_format(spec)
+    if form is not None and form.activation is not None:
+        return form.activation(lo, hi)
     return qparams_from_range(lo, hi, spec.qtype, spec.symmetric)
-
-
-def _quantizer(name: str, params: QParams) -> str:
-    """Equal uses of one tensor share this id."""
-    block = "" if params.tensor_scale is None else ":nvfp4"
-    return f"{name}:{float(params.scale):.9g}:{int(params.zero_point)}{block}"

@@ -10,7 +10,8 @@ import numpy as np
 
 from qcompile.calib.observe import Probe, Rows, RowsStat
 from qcompile.calib.observe.change import FOLD_ROWS
-from qcompile.decide.decisions import Decision, decide, decision
+from qcompile.decide.decisions import decide, decision
+from qcompile.decide.quantizer import Quantizer
 from qcompile.ir.model import Model
 from qcompile.ir.ops import const_array
 from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
@@ -74,9 +75,7 @@ class CompandGelu(Pass):
         coded, error = companded_type(kind, self.bits or width, self.paper), _error(m)
         rows = stat.rows[: max(_FEWEST_ROWS, _ELEMENTS // stat.rows.shape[1])].astype(np.float64)
         params = fit(coded, rows, error, shift)
-        slot, tensor = m.fc2.input_slot, str(m.fc2.input.name)
-        identity = ":".join([tensor, coded.name, *(f"{x:.9g}" for x in (float(params.scale), *params.curve))])
-        decide(m.fc2.node, slot, Decision(QuantSpec(coded), identity, params))
+        decide(m.fc2.node, m.fc2.input_slot, Quantizer(QuantSpec(coded), params))
         e = codebook(coded, params).fake_quant(rows) - rows
         sqnr = round(10 * float(np.log10((error(rows) + 1e-30) / (error(e) + 1e-30))), 2)
         ctx.remarks.applied(str(m.fc2.node.name), f"hidden layer in {coded.name}", scale=float(params.scale), sqnr_db=sqnr)

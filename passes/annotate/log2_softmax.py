@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from qcompile.calib.observe import Moments, MomentsStat, Probe, Rows, RowsStat
 from qcompile.calib.observe.change import FOLD_ROWS
-from qcompile.decide.decisions import Decision, decide, decision, value_at
+from qcompile.decide.decisions import decide, decision
+from qcompile.decide.quantizer import Quantizer, value_at
 from qcompile.errors import UsageError
 from qcompile.ir.model import Model
 from qcompile.ir.ops import is_op
@@ -20,7 +21,7 @@ from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
 from qcompile.quant.affine import fake_quant, qparams_from_range
 from qcompile.quant.companding import Error, codebook, companded_type, fit, product_error, value_error
 from qcompile.quant.qtype import FLOAT8E4M3FN, QType, qtype
-from qcompile.quant.spec import QParams, QuantSpec
+from qcompile.quant.spec import QuantSpec
 from qcompile.structure.scores import Values, find_values
 
 _SEARCHED = 128
@@ -93,7 +94,7 @@ class Log2Softmax(Pass):
         coded, error = self._coded(ctx), _error(values, ctx)
         rows = stat.rows[:_SEARCHED].astype(np.float64)
         params = fit(coded, rows, error)
-        decide(matmul, slot, Decision(QuantSpec(coded), _quantizer(str(value_at(matmul, slot).name), coded, params), params))
+        decide(matmul, slot, Quantizer(QuantSpec(coded), params))
         numbers = {"scale": float(params.scale), "sqnr_db": _sqnr(rows, codebook(coded, params).fake_quant(rows), error)}
         if self.deploy == "fp8":
             plain = fake_quant(rows, qparams_from_range(0.0, rows.max(), FLOAT8E4M3FN), FLOAT8E4M3FN)
@@ -135,7 +136,3 @@ def _error(values: Values, ctx: PassContext) -> Error:
 
 def _sqnr(rows: NDArray[np.float64], coded: NDArray[np.float64], error: Error) -> float:
     return round(10 * float(np.log10((error(rows) + 1e-30) / (error(coded - rows) + 1e-30))), 2)
-
-
-def _quantizer(tensor: str, coded: QType, params: QParams) -> str:
-    return ":".join([tensor, coded.name, *(f"{x:.9g}" for x in (float(params.scale), *params.curve))])

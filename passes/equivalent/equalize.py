@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from qcompile.calib.observe import MinMax, MinMaxStat, Probe
 from qcompile.calib.observe.change import AffineMap
-from qcompile.decide.decisions import value_at
+from qcompile.decide.quantizer import value_at
 from qcompile.ir.edit import add_constant, erase, new_node, replace_value, set_constant
 from qcompile.ir.model import Model
 from qcompile.ir.notes import move_channel_stats

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from qcompile.calib.observe import MinMax, MinMaxStat, Probe, Rows, RowsStat
 from qcompile.calib.observe.change import FOLD_ROWS
-from qcompile.decide.decisions import value_at
+from qcompile.decide.quantizer import value_at
 from qcompile.ir.edit import add_constant, erase, insert_after, new_node, replace_value
 from qcompile.ir.model import Model
 from qcompile.ir.ops import const_array, is_op

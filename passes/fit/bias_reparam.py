@@ -9,11 +9,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qcompile.decide.decisions import Decision, decide, decision, decisions
+from qcompile.decide.decisions import Use, decide, decision, decisions
 from qcompile.ir.model import Model
 from qcompile.ir.ops import const_array
 from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
-from qcompile.quant.affine import fake_quant
 from qcompile.quant.companding import kind_of
 from qcompile.rewrite.linear import add_to_bias
 from qcompile.structure import Linear, match_linear
@@ -35,28 +34,29 @@ class BiasReparam(Pass):
 
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
         """Correct the bias of every layer that reads shifted codes."""
-        done = [_one(model.graph, node, slot, d, ctx) for node, slot, d in list(_shifted(model.graph))]
+        done = [_one(model.graph, use, ctx) for use in _shifted(model.graph)]
         if not done:
             ctx.remarks.note("", "no layer reads AdaLog codes with a shift")
         return PassResult(any(done))
 
 
-def _shifted(graph: ir.Graph) -> Iterator[tuple[ir.Node, int, Decision]]:
-    for node, slot, d in decisions(graph):
-        adalog = d.spec.qtype.family == "companded" and kind_of(d.spec.qtype)[0] == "adalog"
-        if adalog and d.qparams is not None and d.qparams.curve[2]:
-            yield node, slot, d
+def _shifted(graph: ir.Graph) -> Iterator[Use]:
+    for use in decisions(graph):
+        coded, params = use.quantizer.spec.qtype, use.quantizer.qparams
+        if coded.companded and kind_of(coded)[0] == "adalog" and params is not None and params.curve[2]:
+            yield use
 
 
-def _one(graph: ir.Graph, node: ir.Node, slot: int, d: Decision, ctx: PassContext) -> bool:
-    linear, params = match_linear(node), d.qparams
+def _one(graph: ir.Graph, use: Use, ctx: PassContext) -> bool:
+    node, slot, quantizer = use
+    linear, params = match_linear(node), quantizer.qparams
     if not isinstance(linear, Linear) or linear.input_slot != slot or params is None:
         ctx.remarks.missed(str(node.name), "it has no constant weight whose columns could be summed")
         return False
     q, shift, offset = params.curve
     extra = -offset * _column_sums(linear)
     add_to_bias(graph, linear, extra)
-    decide(node, slot, replace(d, quantizer=f"{d.quantizer}:unshifted", qparams=replace(params, curve=(q, shift, 0.0))))
+    decide(node, slot, quantizer.with_qparams(replace(params, curve=(q, shift, 0.0))))
     ctx.remarks.applied(str(node.name), "the shift of its codes moved into its bias", largest=float(np.abs(extra).max()))
     return True
 
@@ -67,5 +67,5 @@ def _column_sums(linear: Linear) -> NDArray[np.float64]:
     assert weight is not None
     d = decision(linear.node, linear.weight_slot)
     if d is not None and d.qparams is not None:
-        weight = fake_quant(weight.astype(np.float32), d.qparams, d.spec.qtype, d.spec.granularity)
+        weight = d.rounded(weight.astype(np.float32))
     return np.moveaxis(weight.astype(np.float64), linear.out_axis, 0).reshape(linear.out_channels, -1).sum(1)

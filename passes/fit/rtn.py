@@ -11,12 +11,12 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompile.calib.observe import Moments, Probe, Rows
-from qcompile.decide.decisions import Decision, decide, decision, decisions, value_at
+from qcompile.decide.decisions import Use, decision, quantizers, replace
 from qcompile.ir.model import Model
 from qcompile.ir.ops import activation_channel_axis, const_array, input_channel_axis
 from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
 from qcompile.quant.affine import fake_quant, qparams_from_range
-from qcompile.quant.minifloat import mxfp8_qparams, nvfp4_qparams, nvfp4_search
+from qcompile.quant.blockformats import block_format
 from qcompile.quant.ranges import weight_mse_scale
 from qcompile.quant.spec import PerAxis, PerBlock, PerTensor, QParams, QuantSpec
 
@@ -41,38 +41,36 @@ class RoundToNearest(Pass):
 
     def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:
         """Input energies, and input rows for the contract, of the layers whose clipping is searched."""
-        for node, slot, d in _weights(model.graph):
+        for node, slot, quantizer in (use for uses in _weights(model.graph) for use in uses):
             data = _data(node, slot)
-            if self._searches(d.spec) and data is not None:
+            if self._searches(quantizer.spec) and data is not None:
                 yield Moments(activation_channel_axis(node)).of(data)
                 if node.op_type in ("MatMul", "Gemm"):
                     yield Rows(_ROWS).of(data)
 
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
         """Set the scale of every weight decision."""
-        changed = False
-        for node, slot, d in list(_weights(model.graph)):
-            if d.qparams is None:
-                params = _floored(node, slot, self._fit(node, slot, d, ctx), ctx)
-                decide(node, slot, d.with_qparams(params))
-                changed = True
-        return PassResult(changed)
+        unknown = [uses for uses in _weights(model.graph) if uses[0].quantizer.qparams is None]
+        for uses in unknown:
+            replace(uses, uses[0].quantizer.with_qparams(_floored(uses[0].node, self._fit(uses[0], ctx), ctx)))
+        return PassResult(bool(unknown))
 
     def _searches(self, spec: QuantSpec) -> bool:
-        if spec.block_format == "mxfp8":
+        form = block_format(spec)
+        if form is not None and form.search is None:
             return False
         return self.clip == "search" or (self.clip == "auto" and spec.qtype.bits < 8)
 
-    def _fit(self, node: ir.Node, slot: int, d: Decision, ctx: PassContext) -> QParams:
-        tensor = value_at(node, slot).const_value
+    def _fit(self, use: Use, ctx: PassContext) -> QParams:
+        (node, slot, quantizer), tensor = use, use.value.const_value
         assert tensor is not None
         weight = tensor.numpy().astype(np.float32)
-        plain = minmax_qparams(weight, d.spec)
-        if not self._searches(d.spec):
+        plain = minmax_qparams(weight, quantizer.spec)
+        if not self._searches(quantizer.spec):
             ctx.remarks.applied(str(node.name), "min-max weight scales")
             return plain
-        searched = self._search(node, slot, weight, d.spec, ctx)
-        gain = _gain_db(node, slot, weight, plain, searched, d.spec, ctx)
+        searched = self._search(node, slot, weight, quantizer.spec, ctx)
+        gain = _gain_db(node, slot, weight, plain, searched, quantizer.spec, ctx)
         if gain < 0:
             ctx.remarks.missed(
                 str(node.name), "the clip search would raise the layer's output error; min-max kept", gain_db=round(gain, 2)
@@ -83,13 +81,14 @@ class RoundToNearest(Pass):
 
     def _search(self, node: ir.Node, slot: int, weight: NDArray[np.float32], spec: QuantSpec, ctx: PassContext) -> QParams:
         energy = _energy(node, slot, weight, ctx)
-        if spec.block_format == "nvfp4" and isinstance(spec.granularity, PerBlock):
-            return nvfp4_search(weight, spec.granularity.axis, energy)
+        form = block_format(spec)
+        if form is not None and form.search is not None and isinstance(spec.granularity, PerBlock):
+            return form.search(weight, spec.granularity.axis, energy)
         scale = weight_mse_scale(weight, spec.qtype, spec.granularity, energy)
         return QParams(scale, np.zeros(scale.shape, np.int64))
 
 
-def _floored(node: ir.Node, slot: int, params: QParams, ctx: PassContext) -> QParams:
+def _floored(node: ir.Node, params: QParams, ctx: PassContext) -> QParams:
     """Scales large enough that ONNX Runtime's int32 bias, c / (s_x s_w), cannot overflow on nearly dead channels.
 
     The floor |c| / (s_x 2^29) bites only where the weights add less than a 10,000th of the bias.
@@ -107,8 +106,8 @@ def _floored(node: ir.Node, slot: int, params: QParams, ctx: PassContext) -> QPa
     return QParams(np.maximum(params.scale, floor), params.zero_point)
 
 
-def _weights(graph: ir.Graph) -> Iterable[tuple[ir.Node, int, Decision]]:
-    return ((n, s, d) for n, s, d in decisions(graph) if s >= 0 and value_at(n, s).const_value is not None)
+def _weights(graph: ir.Graph) -> list[list[Use]]:
+    return [uses for uses in quantizers(graph) if uses[0].is_weight]
 
 
 def _data(node: ir.Node, slot: int) -> ir.Value | None:
@@ -118,8 +117,9 @@ def _data(node: ir.Node, slot: int) -> ir.Value | None:
 
 def minmax_qparams(weight: NDArray[np.float32], spec: QuantSpec) -> QParams:
     """Largest magnitude of each slice of the granularity over qmax, in a scale of the block format; zero point 0."""
-    if spec.block_format is not None and isinstance(spec.granularity, PerBlock):
-        return (nvfp4_qparams if spec.block_format == "nvfp4" else mxfp8_qparams)(weight, spec.granularity.axis)
+    form = block_format(spec)
+    if form is not None and isinstance(spec.granularity, PerBlock):
+        return form.weight(weight, spec.granularity.axis)
     match spec.granularity:
         case PerTensor():
             top = np.asarray(np.abs(weight).max())

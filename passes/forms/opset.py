@@ -11,6 +11,7 @@ from onnx import version_converter
 
 from qcompile.errors import ModelError
 from qcompile.ir.model import Model
+from qcompile.ir.notes import carry_notes
 from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
 
 _SMALL = 1 << 16
@@ -42,9 +43,9 @@ class RaiseOpset(Pass):
             for n, v in model.graph.initializers.items()
             if v.const_value is not None and v.const_value.nbytes > _SMALL
         }
-        metadata = {n.name: dict(n.metadata_props) for n in model.graph}
+        nodes = {n.name: n for n in model.graph}
         model.ir = _convert(model, set(big), wanted)
-        _restore(model, big, metadata)
+        _restore(model, big, nodes)
         model.name_nodes()
         ctx.remarks.applied("", f"opset {before} raised to {wanted}")
         return PassResult(True)
@@ -70,13 +71,14 @@ def _convert(model: Model, big: set[str], wanted: int) -> ir.Model:
     return result
 
 
-def _restore(model: Model, big: dict[str, ir.TensorProtocol], metadata: dict[str | None, dict[str, str]]) -> None:
+def _restore(model: Model, big: dict[str, ir.TensorProtocol], nodes: dict[str | None, ir.Node]) -> None:
     for value in [v for v in model.graph.inputs if v.name in big]:
         model.graph.inputs.remove(value)
         value.const_value = big[str(value.name)]
         model.graph.register_initializer(value)
     for node in model.graph:
-        node.metadata_props.update(metadata.get(node.name, {}))
+        if node.name in nodes:
+            carry_notes(nodes[node.name], node)
 
 
 def _last_line(error: Exception) -> str:

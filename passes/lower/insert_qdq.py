@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.decide.decisions import clear_decisions, value_at
+from qcompile.decide.decisions import Use, clear_decisions
 from qcompile.ir.model import Model
 from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
-from qcompile.rewrite.qdq import Use, grouped, materialise
+from qcompile.quant.blockformats import block_format
+from qcompile.rewrite.qdq import grouped, materialise
 
 
 @dataclass(frozen=True)
@@ -31,16 +32,17 @@ class InsertQdq(Pass):
 
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
         """Raises ModelError: uses of one tensor disagree on its quantizer, or a decision has no scale."""
-        groups = grouped(model.graph, ctx)
-        for (tensor, _), uses in groups.items():
-            _one(model.graph, tensor, uses, ctx)
+        groups = grouped(model.graph, ctx.target.name in ("trt", "rtx"))
+        for uses in groups:
+            _one(model.graph, uses, ctx)
         clear_decisions(model.graph)
         return PassResult(bool(groups))
 
 
-def _one(graph: ir.Graph, tensor: str, uses: list[Use], ctx: PassContext) -> None:
-    node, slot, decision = uses[0]
-    kind = "activation" if value_at(node, slot).const_value is None else "weight"
-    params = materialise(graph, uses, ctx)
-    form = decision.spec.block_format or decision.spec.qtype.name
-    ctx.remarks.applied(str(node.name), f"{kind} {tensor} in {form}", scale=float(np.mean(params.scale)), uses=len(uses))
+def _one(graph: ir.Graph, uses: list[Use], ctx: PassContext) -> None:
+    first, spec = uses[0], uses[0].quantizer.spec
+    what = f"{'activation' if first.value.const_value is None else 'weight'} {first.value.name}"
+    params = materialise(graph, uses, ctx.target.body(ctx.scheme))
+    blocks = block_format(spec)
+    form = spec.qtype.name if blocks is None else blocks.name
+    ctx.remarks.applied(str(first.node.name), f"{what} in {form}", scale=float(np.mean(params.scale)), uses=len(uses))

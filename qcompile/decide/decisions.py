@@ -1,118 +1,115 @@
-"""Quantization decisions: what is quantized and how, kept in node metadata until insert-qdq makes it real.
+"""Decisions: which inputs and outputs of nodes are quantized, and by which quantizer, until insert-qdq makes them real.
 
-A decision's key is (node, slot): slot i >= 0 is input i, slot ~i (negative) is output i.  Uses of one tensor
-with equal specs share a `quantizer`, which becomes one QuantizeLinear.
+A decision's key is (node, slot): slot i >= 0 is input i, slot ~i (negative) is output i.  It stands in the node's `meta`, so a
+clone of the graph has it too and shares the quantizers, which nobody edits.  Quantizers of one tensor that do the same are one
+object.  A model file holds them as text: `Model` writes it, and the first look at a decision reads all that a file had.
 """
 
 from __future__ import annotations
 
-import base64
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, cast
 
-import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
-from qcompile.quant.qtype import qtype
-from qcompile.quant.spec import Granularity, PerAxis, PerBlock, PerTensor, QParams, QuantSpec, RangeMethod
-
-PREFIX = "qcompile.quantize."
+from qcompile.decide.quantizer import PREFIX, Quantizer, from_text, value_at
 
 
-@dataclass(frozen=True)
-class Decision:
-    """One quantized use: the spec, the shared quantizer's id, and the scale once it is known."""
+class Use(NamedTuple):
+    """One quantized input or output of a node."""
 
-    spec: QuantSpec
-    quantizer: str
-    qparams: QParams | None = None
+    node: ir.Node
+    slot: int
+    quantizer: Quantizer
 
-    def with_qparams(self, qparams: QParams) -> Decision:
-        """The same decision with its scale known."""
-        return replace(self, qparams=qparams)
+    @property
+    def value(self) -> ir.Value:
+        """The tensor that is quantized."""
+        return value_at(self.node, self.slot)
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether the tensor is a constant that the node reads."""
+        return self.slot >= 0 and self.value.const_value is not None
 
 
-def decide(node: ir.Node, slot: int, decision: Decision) -> None:
-    """Record (or replace) the decision for `slot` of `node`."""
-    node.metadata_props[f"{PREFIX}{slot}"] = _dump(decision)
+def decide(node: ir.Node, slot: int, quantizer: Quantizer) -> None:
+    """Record (or replace) the decision for `slot` of `node`; an equal quantizer of the same tensor is shared."""
+    key = f"{PREFIX}{slot}"
+    node.metadata_props.pop(key, None)
+    others = (node.meta.get(f"{PREFIX}{slot}") for node, slot in _ends(value_at(node, slot)))
+    node.meta[key] = next((q for q in others if q is not None and q.equals(quantizer)), quantizer)
 
 
 def undecide(node: ir.Node, slot: int) -> None:
     """Forget the decision for `slot` of `node`, if any."""
     node.metadata_props.pop(f"{PREFIX}{slot}", None)
+    node.meta.pop(f"{PREFIX}{slot}", None)
 
 
-def decision(node: ir.Node, slot: int) -> Decision | None:
-    """The decision for `slot` of `node`."""
-    text = node.metadata_props.get(f"{PREFIX}{slot}")
-    return None if text is None else _load(text)
+def decision(node: ir.Node, slot: int) -> Quantizer | None:
+    """How `slot` of `node` is quantized."""
+    key = f"{PREFIX}{slot}"
+    if key in node.metadata_props:
+        _read(node.graph or [node])
+    return cast("Quantizer | None", node.meta.get(key))
 
 
-def decisions(graph: ir.Graph) -> Iterator[tuple[ir.Node, int, Decision]]:
+def decisions(graph: ir.Graph) -> list[Use]:
     """All decisions of `graph`, in node order."""
-    for node in graph:
-        for key in [k for k in node.metadata_props if k.startswith(PREFIX)]:
-            yield node, int(key[len(PREFIX) :]), _load(node.metadata_props[key])
+    _read(graph)
+    return [Use(n, int(key[len(PREFIX) :]), q) for n in graph for key, q in n.meta.items() if key.startswith(PREFIX)]
+
+
+def quantizers(graph: ir.Graph) -> list[list[Use]]:
+    """The decisions of `graph`, those of one tensor and one quantizer together; in node order of the first."""
+    groups: dict[tuple[ir.Value, Quantizer], list[Use]] = {}
+    for use in decisions(graph):
+        groups.setdefault((use.value, use.quantizer), []).append(use)
+    return list(groups.values())
+
+
+def replace(uses: Iterable[Use], quantizer: Quantizer) -> None:
+    """Let all `uses` of one quantizer have another."""
+    for node, slot, _ in uses:
+        decide(node, slot, quantizer)
 
 
 def clear_decisions(graph: ir.Graph) -> None:
     """Remove every decision (once they are materialised)."""
-    for node, slot, _ in list(decisions(graph)):
-        undecide(node, slot)
+    for node in graph:
+        for notes in (node.meta, node.metadata_props):
+            for key in [k for k in notes if k.startswith(PREFIX)]:
+                del notes[key]
 
 
-def value_at(node: ir.Node, slot: int) -> ir.Value:
-    """The tensor that the key (node, slot) speaks of."""
-    value = node.inputs[slot] if slot >= 0 else node.outputs[~slot]
-    assert value is not None
-    return value
+def lines(node: ir.Node) -> Iterator[str]:
+    """The decisions of `node` for people, one a line."""
+    found = sorted((u for u in _of(node)), key=lambda u: u.slot)
+    for use in found:
+        q, slot = use.quantizer, use.slot
+        scale = "" if q.qparams is None else f" scale~{float(q.qparams.scale.mean()):.5g}"
+        yield f"[{'in' if slot >= 0 else 'out'} {slot if slot >= 0 else ~slot}] {q.spec.qtype.name} {q.label(use.value)}{scale}"
 
 
-def _dump(d: Decision) -> str:
-    s = d.spec
-    doc: dict[str, Any] = {"type": s.qtype.name, "granularity": _granularity_text(s.granularity), "id": d.quantizer}
-    doc |= {"symmetric": s.symmetric, "method": s.method}
-    if d.qparams is not None:
-        scale, zero_point = d.qparams.scale, d.qparams.zero_point
-        doc |= {"shape": list(scale.shape), "scale": _pack(scale, "<f8"), "zero_point": _pack(zero_point, "<i8")}
-        doc |= {} if d.qparams.tensor_scale is None else {"tensor_scale": d.qparams.tensor_scale}
-        doc |= {"curve": d.qparams.curve} if d.qparams.curve else {}
-    return json.dumps(doc, separators=(",", ":"))
+def _of(node: ir.Node) -> Iterator[Use]:
+    keys = {*node.meta, *node.metadata_props}
+    for slot in (int(key[len(PREFIX) :]) for key in keys if key.startswith(PREFIX)):
+        quantizer = decision(node, slot)
+        assert quantizer is not None
+        yield Use(node, slot, quantizer)
 
 
-def _load(text: str) -> Decision:
-    doc = json.loads(text)
-    spec = QuantSpec(qtype(doc["type"]), _granularity(doc["granularity"]), doc["symmetric"], cast(RangeMethod, doc["method"]))
-    if "scale" not in doc:
-        return Decision(spec, doc["id"])
-    shape = doc["shape"]
-    scale, zero_point = _unpack(doc["scale"], "<f8", shape), _unpack(doc["zero_point"], "<i8", shape)
-    return Decision(spec, doc["id"], QParams(scale, zero_point, doc.get("tensor_scale"), tuple(doc.get("curve", ()))))
+def _read(nodes: Iterable[ir.Node]) -> None:
+    """Text that a file had becomes objects."""
+    for node in nodes:
+        for key in [k for k in node.metadata_props if k.startswith(PREFIX)]:
+            decide(node, int(key[len(PREFIX) :]), from_text(node.metadata_props[key]))
 
 
-def _pack(array: NDArray[Any], dtype: str) -> str:
-    return base64.b64encode(array.astype(dtype).tobytes()).decode()
-
-
-def _unpack(text: str, dtype: str, shape: list[int]) -> NDArray[Any]:
-    return np.frombuffer(base64.b64decode(text), dtype).reshape(shape)
-
-
-def _granularity_text(g: Granularity) -> str:
-    match g:
-        case PerTensor():
-            return "tensor"
-        case PerAxis(axis):
-            return f"axis:{axis}"
-        case PerBlock(axis, size):
-            return f"block:{axis}:{size}"
-
-
-def _granularity(text: str) -> Granularity:
-    kind, *numbers = text.split(":")
-    if kind == "tensor":
-        return PerTensor()
-    return PerAxis(int(numbers[0])) if kind == "axis" else PerBlock(int(numbers[0]), int(numbers[1]))
+def _ends(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
+    """Where decisions on `value` may stand."""
+    yield from value.uses()
+    producer, index = value.producer(), value.index()
+    if producer is not None and index is not None:
+        yield producer, ~index

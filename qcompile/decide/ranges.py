@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from qcompile.calib.observe import Histogram, HistogramStat, MinMax, MinMaxStat, Probe, Rows, RowsStat, Stat
 from qcompile.calib.observe.change import FOLD_ROWS
-from qcompile.decide.site import Site
+from qcompile.decide.placement import Site
 from qcompile.ir.notes import input_folded
 from qcompile.ir.ops import const_array, int_attr
 from qcompile.quant import ranges

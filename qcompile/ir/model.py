@@ -14,6 +14,7 @@ from onnx_ir.passes.common import NameFixPass
 
 from qcompile.errors import ModelError
 from qcompile.ir.atomic import atomic_file, write_atomic
+from qcompile.ir.notes import spell, spelled
 from qcompile.ir.reader import as_ir, read_ir
 from qcompile.ir.spill import is_large
 from qcompile.ir.stream import write_model
@@ -79,10 +80,11 @@ class Model:
         return model
 
     def to_proto(self) -> onnx.ModelProto:
-        """The model as a self-contained protobuf (under 2 GB; external tensors are read in)."""
-        if not any(True for _ in external_tensors(self.ir)):
+        """The model as a self-contained protobuf (under 2 GB; external tensors are read in, notes are written as text)."""
+        if not any(True for _ in external_tensors(self.ir)) and not any(True for _ in spelled(self.ir)):
             return ir.to_proto(self.ir)
         copy = self.clone()
+        spell(copy.ir)
         map_tensors(copy.ir, read_in)
         return ir.to_proto(copy.ir)
 
@@ -145,8 +147,9 @@ class Model:
 
 
 def digest_of(model: Model) -> str:
-    """SHA-256 hex digest of `model`'s nodes, attributes, interface and weights, initializers in name order."""
+    """SHA-256 hex digest of `model`'s nodes, attributes, notes, interface and weights, initializers in name order."""
     bare, hollow = model.clone(), ir.Tensor(np.zeros(0, np.float32))
+    spell(bare.ir)
     map_tensors(bare.ir, lambda _: hollow)
     proto = ir.to_proto(bare.ir)
     del proto.metadata_props[:], proto.graph.value_info[:], proto.graph.initializer[:]
@@ -210,6 +213,7 @@ def _save_external(model: Model, path: Path) -> Path:
     data = f".{path.name}.{os.getpid()}.data"
     try:
         copy = model.clone()
+        spell(copy.ir)
         ir.save(copy.ir, staging, external_data=data)
         digest = _file_digest(staging.with_name(data))
         final = f"{path.stem}.{digest[:16]}.data"

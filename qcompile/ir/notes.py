@@ -1,4 +1,6 @@
-"""Notes that passes leave on nodes for later passes, in the nodes' metadata.
+"""Notes that passes leave on nodes for later passes: short ones as text in the nodes' metadata, objects in their `meta`.
+
+Objects with a `to_text` are written into files as metadata, under the same key.
 
 claimed        the pass that rewrote a fold site first
 folded         a fold changed the channels of this layer's input
@@ -11,7 +13,9 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import onnx_ir as ir
@@ -24,6 +28,31 @@ CLAIM = "qcompile.claimed_by"
 FOLDED = "qcompile.input_folded"
 KEPT = "qcompile.keep_float"
 STATS = "qcompile.channel_stats"
+
+
+@runtime_checkable
+class Spelled(Protocol):
+    """A note that files hold as text; nobody edits it in place, since clones share it."""
+
+    def to_text(self, node: ir.Node, key: str) -> str: ...
+
+
+def spelled(model: ir.Model) -> Iterator[tuple[ir.Node, str, Spelled]]:
+    """The notes of `model` that are objects, with their nodes and keys."""
+    for node in model.graph.all_nodes():
+        yield from ((node, key, note) for key, note in node.meta.items() if isinstance(note, Spelled))
+
+
+def spell(model: ir.Model) -> None:
+    """Write notes that are objects into the metadata too: on a copy that becomes a file."""
+    for node, key, note in list(spelled(model)):
+        node.metadata_props[key] = note.to_text(node, key)
+
+
+def carry_notes(source: ir.Node, target: ir.Node) -> None:
+    """Give `target`, the same node in another graph, all notes and metadata of `source`."""
+    target.metadata_props.update(source.metadata_props)
+    target.meta.update({key: note for key, note in source.meta.items() if isinstance(note, Spelled)})
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,6 +7,7 @@ from typing import BinaryIO
 import onnx
 import onnx_ir as ir
 
+from qcompile.ir.notes import spell
 from qcompile.ir.spill import SPILLED_TENSOR
 from qcompile.ir.tensors import data_chunks, map_tensors, read_in
 
@@ -20,6 +21,7 @@ def write_model(model: ir.Model, file: BinaryIO) -> None:
     A message is the concatenation of its fields in any order, so each large initializer follows the rest of the graph.
     """
     small = model.clone()
+    spell(small)
     large = [v for v in small.graph.initializers.values() if v.const_value is not None and v.const_value.nbytes >= SPILLED_TENSOR]
     tensors = [v.const_value for v in large if v.const_value is not None]
     for value in large:

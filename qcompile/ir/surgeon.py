@@ -19,6 +19,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from qcompile.errors import ModelError
 from qcompile.ir.model import Model
+from qcompile.ir.notes import Spelled, carry_notes
 from qcompile.ir.tensors import map_tensors, named_tensors, read_in
 
 PLACEHOLDER_BYTES = 1_000_000
@@ -186,9 +187,9 @@ def _reattach_nodes(new: ir.Model, old: ir.Model) -> list[str]:
         if was is None:
             continue
         if (was.op_type, was.domain) == (node.op_type, node.domain):
-            node.metadata_props.update(was.metadata_props)
+            carry_notes(was, node)
             node.doc_string = was.doc_string
-        elif was.metadata_props:
+        elif was.metadata_props or any(isinstance(note, Spelled) for note in was.meta.values()):
             remarks.append(f"metadata of node {node.name!r} dropped: it was {was.op_type}, now it is {node.op_type}")
     return remarks
 

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qcompile.decide.decisions import PREFIX, decision
 from qcompile.ir.model import Model
 
 _SMALL = 8
 
 
-def print_model(model: Model, *, decisions: bool = True, constant: Callable[[ir.Value], str] | None = None) -> str:
+def print_model(
+    model: Model,
+    notes: Callable[[ir.Node], Iterable[str]] = lambda _: (),
+    constant: Callable[[ir.Value], str] | None = None,
+) -> str:
     """The main graph as text; equal models print equally, weights show shape, range and mean square.
 
-    `constant` spells an operand that is a constant, where a reader knows its weights by another form.
+    `notes` says more about a node, one line each (`decide.decisions.lines`: how it is quantized); `constant` spells an operand
+    that is a constant, where a reader knows its weights by another form.
     """
     spelled = constant or summary
     graph = model.graph
@@ -26,8 +30,7 @@ def print_model(model: Model, *, decisions: bool = True, constant: Callable[[ir.
     lines = [f"graph opset={model.opset} ({interface[0]}) -> ({interface[1]})"]
     for node in graph:
         lines.append("  " + _node(node, spelled))
-        if decisions:
-            lines.extend("      " + line for line in _decisions(node))
+        lines.extend("      " + line for line in notes(node))
     return "\n".join(lines) + "\n"
 
 
@@ -73,12 +76,3 @@ def _attr(attr: ir.Attr) -> str:
 
 def _typed(value: ir.Value) -> str:
     return f"{value.name}: {value.dtype}{value.shape if value.shape is not None else ''}"
-
-
-def _decisions(node: ir.Node) -> Iterator[str]:
-    for key in sorted((k for k in node.metadata_props if k.startswith(PREFIX)), key=lambda k: int(k[len(PREFIX) :])):
-        slot = int(key[len(PREFIX) :])
-        d = decision(node, slot)
-        assert d is not None
-        scale = "" if d.qparams is None else f" scale~{float(d.qparams.scale.mean()):.5g}"
-        yield f"[{'in' if slot >= 0 else 'out'} {slot if slot >= 0 else ~slot}] {d.spec.qtype.name} {d.quantizer}{scale}"

@@ -1,29 +1,21 @@
-"""Small floating-point formats and the two block formats built on them, NVFP4 and MXFP8.
+"""Small floating-point formats.
 
     E4M3 (no infinity)   bias 7, steps of 2^-9 below 2^-6, largest 448
     E2M1                 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives
     E8M0                 2^(code - 127), no sign, no zero
-    NVFP4                x ~ E2M1 * E4M3 block scale (16 values) * tensor scale
-    MXFP8                x ~ E4M3 * E8M0 block scale (32 values)     (OCP Microscaling Formats 1.0, with the exponent rounded up)
 
-Rounding is half to even and saturates.  The graphs of `qcompile.emulate` equal these functions bit for bit.
+Rounding is half to even and saturates.  The graphs of `qcompile.execute.emulate` equal these functions bit for bit.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from qcompile.quant.spec import QParams
-
 F32 = NDArray[np.float32]
-NVFP4_BLOCK, MXFP8_BLOCK = 16, 32
 E8M0_BIAS = 127
-_RATIOS = (0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6)
 
 
 @dataclass(frozen=True)
@@ -72,96 +64,3 @@ def e8m0_exponents(amax: ArrayLike) -> NDArray[np.uint8]:
 def e8m0_values(codes: ArrayLike) -> F32:
     """2^(code - 127)."""
     return np.ldexp(np.float64(1), np.asarray(codes, np.int64) - E8M0_BIAS).astype(np.float32)
-
-
-def nvfp4_tensor_scale(amax: float) -> float:
-    """amax / (6 * 448), rounded up to 8 significant bits and a multiple of 2^-24: float32, bfloat16 and float16 hold it exactly.
-
-    1 for a tensor of zeros.
-    """
-    if amax <= 0:
-        return 1.0
-    scale = amax / (E2M1.largest * E4M3.largest)
-    step = 2.0 ** max(np.frexp(scale)[1] - 8, -24)
-    return float(np.ceil(scale / step) * step)
-
-
-def nvfp4_block_scales(amax: ArrayLike, tensor_scale: float) -> F32:
-    """E4M3 block scales for blocks of largest magnitude `amax`: E4M3(amax / 6 / tensor_scale), 1 where that rounds to 0."""
-    ratio = np.asarray(amax, np.float32) / np.float32(E2M1.largest) / np.float32(tensor_scale)
-    rounded = round_minifloat(ratio, E4M3)
-    return np.where(rounded == 0, np.float32(1), rounded)
-
-
-def nvfp4_qparams(w: NDArray[Any], axis: int) -> QParams:
-    """Scales of NVFP4 weights, blocks of 16 along `axis` (its length a multiple): float32(block scale * tensor scale)."""
-    top = block_amax(w, axis, NVFP4_BLOCK)
-    tensor_scale = nvfp4_tensor_scale(float(top.max(initial=0.0)))
-    return nvfp4_from_blocks(nvfp4_block_scales(top, tensor_scale), tensor_scale)
-
-
-def nvfp4_from_blocks(block_scales: F32, tensor_scale: float) -> QParams:
-    """QParams whose scales are the float32 products that DequantizeLinear computes."""
-    scale = (block_scales * np.float32(tensor_scale)).astype(np.float64)
-    return QParams(scale, np.zeros(scale.shape, np.int64), tensor_scale)
-
-
-def mxfp8_qparams(w: NDArray[Any], axis: int) -> QParams:
-    """Power-of-two scales of MXFP8 weights, blocks of 32 along `axis` (its length a multiple)."""
-    scale = e8m0_values(e8m0_exponents(block_amax(w, axis, MXFP8_BLOCK))).astype(np.float64)
-    return QParams(scale, np.zeros(scale.shape, np.int64))
-
-
-def nvfp4_dynamic(x: NDArray[Any], tensor_scale: float) -> tuple[F32, F32]:
-    """What TRT_FP4DynamicQuantize makes of x [.., K]: E2M1 values [.., K] and E4M3 block scales [.., K / 16]."""
-    wide = x.astype(np.float32)
-    scales = nvfp4_block_scales(block_amax(wide, -1, NVFP4_BLOCK), tensor_scale)
-    divisor = np.repeat(scales * np.float32(tensor_scale), NVFP4_BLOCK, axis=-1)
-    return round_minifloat(wide / divisor, E2M1), scales
-
-
-def mxfp8_dynamic(x: NDArray[Any]) -> tuple[F32, NDArray[np.uint8]]:
-    """What TRT_MXFP8DynamicQuantize makes of x [.., K]: E4M3 values [.., K] and E8M0 codes [.., K / 32]."""
-    wide = x.astype(np.float32)
-    codes = e8m0_exponents(block_amax(wide, -1, MXFP8_BLOCK))
-    return round_minifloat(wide.astype(np.float64) / np.repeat(e8m0_values(codes), MXFP8_BLOCK, axis=-1), E4M3), codes
-
-
-def block_amax(x: NDArray[Any], axis: int, size: int) -> F32:
-    """Largest magnitude of each block of `size` along `axis`, the axis divided by `size`.
-
-    Raises:
-        ValueError: the axis is no multiple of `size`.
-    """
-    axis %= x.ndim
-    if x.shape[axis] % size:
-        raise ValueError(f"axis {axis} of a tensor of shape {x.shape} is no multiple of the block size {size}")
-    split = np.abs(x).reshape(*x.shape[:axis], x.shape[axis] // size, size, *x.shape[axis + 1 :])
-    return split.max(axis=axis + 1).astype(np.float32)
-
-
-def nvfp4_search(w: NDArray[Any], axis: int, importance: NDArray[Any] | None = None) -> QParams:
-    """NVFP4 weights with the block scales of least sum(importance * (w - q)^2); never worse than `nvfp4_qparams`.
-
-    Candidates are E4M3(ratio * amax / 6 / tensor_scale): ratios below 1 clip, 1.5 maps the largest value to 4, where E2M1 is
-    finer than at 6.  `importance` broadcasts against `w`.
-    """
-    top, plain = block_amax(w, axis, NVFP4_BLOCK), nvfp4_qparams(w, axis)
-    assert plain.tensor_scale is not None
-    weights = np.ones((), np.float32) if importance is None else importance.astype(np.float32)
-    best = nvfp4_block_scales(top, plain.tensor_scale)
-    least = _block_error(w, best, plain.tensor_scale, axis, weights)
-    for ratio in _RATIOS:
-        scales = nvfp4_block_scales(top * np.float32(ratio), plain.tensor_scale)
-        error = _block_error(w, scales, plain.tensor_scale, axis, weights)
-        best, least = np.where(error < least, scales, best), np.minimum(error, least)
-    return nvfp4_from_blocks(best, plain.tensor_scale)
-
-
-def _block_error(w: NDArray[Any], scales: F32, tensor_scale: float, axis: int, weights: NDArray[Any]) -> NDArray[np.float64]:
-    """Weighted squared error of each block, shaped as `scales`."""
-    divisor = np.repeat(scales * np.float32(tensor_scale), NVFP4_BLOCK, axis=axis)
-    ratio = np.clip(np.divide(w, divisor, dtype=np.float32), -E2M1.largest, E2M1.largest)
-    residual = ratio.astype(ml_dtypes.float4_e2m1fn).astype(np.float32) * divisor - w
-    starts = np.arange(0, w.shape[axis], NVFP4_BLOCK)
-    return np.add.reduceat(np.square(residual, dtype=np.float64) * weights, starts, axis=axis)

@@ -30,6 +30,11 @@ class QType:
         return self.qmin < 0
 
     @property
+    def companded(self) -> bool:
+        """Whether the codes stand for unevenly spaced values (`quant.companding`)."""
+        return self.family == "companded"
+
+    @property
     def narrow(self) -> bool:
         """Whether the codes are a strict subset of what `storage` can hold (simulated width)."""
         return self.family == "int" and self.storage in ("INT8", "UINT8") and self.bits < 8

@@ -33,31 +33,15 @@ class PerBlock:
 
 
 Granularity = PerTensor | PerAxis | PerBlock
-RangeMethod = Literal["minmax", "percentile", "mse"]
-BlockFormat = Literal["nvfp4", "mxfp8"]
 
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """What a quantizer is, before its scale is known.
-
-    `symmetric` means zero_point 0; `method` chooses the clipping range of activations and weights.
-    """
+    """What a quantizer is, before its scale is known; `symmetric` means zero_point 0."""
 
     qtype: QType
     granularity: Granularity = PerTensor()
     symmetric: bool = True
-    method: RangeMethod = "minmax"
-
-    @property
-    def block_format(self) -> BlockFormat | None:
-        """Blocks of a small float have scales of a small float too: E4M3 (NVFP4) or E8M0 (MXFP8).
-
-        Activations in such a format are dynamic: their block scales are computed at run time.
-        """
-        if self.qtype.family != "float" or not isinstance(self.granularity, PerBlock):
-            return None
-        return "nvfp4" if self.qtype == FLOAT4E2M1 else "mxfp8"
 
     def with_granularity(self, granularity: Granularity) -> QuantSpec:
         """The same spec at another granularity."""

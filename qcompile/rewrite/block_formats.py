@@ -11,9 +11,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.decide.decisions import Decision
+from qcompile.decide.quantizer import Quantizer
 from qcompile.ir.edit import add_constant, new_node
-from qcompile.quant.affine import quantize
 from qcompile.quant.minifloat import E8M0_BIAS
 from qcompile.quant.spec import PerBlock, QParams
 
@@ -21,28 +20,46 @@ _FP4, _FP8, _UINT8 = ir.DataType.FLOAT4E2M1, ir.DataType.FLOAT8E4M3FN, ir.DataTy
 _TRT = "trt"
 
 
-def block_weight(graph: ir.Graph, value: ir.Value, decision: Decision, params: QParams) -> list[ir.Node]:
+def nvfp4_weight(graph: ir.Graph, value: ir.Value, quantizer: Quantizer, params: QParams) -> list[ir.Node]:
     """Nodes that dequantize the constant `value`; the last one makes it."""
-    assert value.const_value is not None and isinstance(decision.spec.granularity, PerBlock)
-    array, blocks = value.const_value.numpy(), decision.spec.granularity
-    qtype = decision.spec.qtype
-    codes = add_constant(
-        graph,
-        f"{value.name}_quantized",
-        quantize(array.astype(np.float32), params, qtype, blocks),
-        _FP4 if decision.spec.block_format == "nvfp4" else _FP8,
-    )
-    if decision.spec.block_format == "nvfp4":
-        return _nvfp4_weight(graph, value, codes, params, blocks)
-    exponents = np.frexp(params.scale)[1] - 1 + E8M0_BIAS
-    scale = add_constant(graph, f"{value.name}_scale", exponents.astype(np.uint8))
-    return [_mxfp8_dequantize(graph, value, codes, scale, blocks)]
-
-
-def _nvfp4_weight(graph: ir.Graph, value: ir.Value, codes: ir.Value, params: QParams, blocks: PerBlock) -> list[ir.Node]:
+    codes, blocks = _codes(graph, value, quantizer, params, _FP4), _blocks(quantizer)
     scale, tensor_scale = _scale_constants(graph, value, params)
     inner = _scale_dequantize(graph, value, scale, tensor_scale)
     return [inner, _blocked_dequantize(graph, value, codes, inner.outputs[0], blocks)]
+
+
+def nvfp4_activation(graph: ir.Graph, value: ir.Value, quantizer: Quantizer, params: QParams) -> list[ir.Node]:
+    """Nodes that quantize `value` [.., K] to blocks at run time and dequantize it; the last one makes it."""
+    last, scale = PerBlock(-1, _blocks(quantizer).size), _tensor_scale(graph, value, params)
+    q = _quantizer(graph, value, "TRT_FP4DynamicQuantize", [value, scale], last, {"scale_type": int(_FP8)}, (_FP4, _FP8))
+    inner = _scale_dequantize(graph, value, q.outputs[1], scale)
+    return [q, inner, _blocked_dequantize(graph, value, q.outputs[0], inner.outputs[0], last)]
+
+
+def mxfp8_weight(graph: ir.Graph, value: ir.Value, quantizer: Quantizer, params: QParams) -> list[ir.Node]:
+    """Nodes that dequantize the constant `value`; the last one makes it."""
+    codes = _codes(graph, value, quantizer, params, _FP8)
+    exponents = np.frexp(params.scale)[1] - 1 + E8M0_BIAS
+    scale = add_constant(graph, f"{value.name}_scale", exponents.astype(np.uint8))
+    return [_mxfp8_dequantize(graph, value, codes, scale, _blocks(quantizer))]
+
+
+def mxfp8_activation(graph: ir.Graph, value: ir.Value, quantizer: Quantizer, params: QParams) -> list[ir.Node]:
+    """Nodes that quantize `value` [.., K] to blocks at run time and dequantize it; the last one makes it."""
+    last = PerBlock(-1, _blocks(quantizer).size)
+    q = _quantizer(graph, value, "TRT_MXFP8DynamicQuantize", [value], last, {"output_dtype": int(_FP8)}, (_FP8, _UINT8))
+    return [q, _mxfp8_dequantize(graph, value, q.outputs[0], q.outputs[1], last)]
+
+
+def _blocks(quantizer: Quantizer) -> PerBlock:
+    assert isinstance(quantizer.spec.granularity, PerBlock)
+    return quantizer.spec.granularity
+
+
+def _codes(graph: ir.Graph, value: ir.Value, quantizer: Quantizer, params: QParams, dtype: ir.DataType) -> ir.Value:
+    assert value.const_value is not None
+    codes = quantizer.coded(value.const_value.numpy().astype(np.float32), params)
+    return add_constant(graph, f"{value.name}_quantized", codes, dtype)
 
 
 def _scale_constants(graph: ir.Graph, value: ir.Value, params: QParams) -> tuple[ir.Value, ir.Value]:
@@ -70,25 +87,11 @@ def _blocked_dequantize(graph: ir.Graph, value: ir.Value, codes: ir.Value, scale
 
 
 def _mxfp8_dequantize(graph: ir.Graph, value: ir.Value, codes: ir.Value, scale: ir.Value, blocks: PerBlock) -> ir.Node:
+    graph.opset_imports.setdefault(_TRT, 1)
     dtype = value.dtype or ir.DataType.FLOAT
     attributes = {"axis": blocks.axis, "block_size": blocks.size, "output_dtype": int(dtype)}
     name = f"{value.name}_DequantizeLinear"
     return new_node(graph, "TRT_MXFP8DequantizeLinear", [codes, scale], name=name, like=value, attributes=attributes, domain=_TRT)
-
-
-def block_activation(graph: ir.Graph, value: ir.Value, decision: Decision, params: QParams) -> list[ir.Node]:
-    """Nodes that quantize `value` [.., K] to blocks at run time and dequantize it; the last one makes it."""
-    blocks = decision.spec.granularity
-    assert isinstance(blocks, PerBlock)
-    last = PerBlock(-1, blocks.size)
-    graph.opset_imports.setdefault(_TRT, 1)
-    if decision.spec.block_format == "mxfp8":
-        q = _quantizer(graph, value, "TRT_MXFP8DynamicQuantize", [value], last, {"output_dtype": int(_FP8)}, (_FP8, _UINT8))
-        return [q, _mxfp8_dequantize(graph, value, q.outputs[0], q.outputs[1], last)]
-    scale = _tensor_scale(graph, value, params)
-    q = _quantizer(graph, value, "TRT_FP4DynamicQuantize", [value, scale], last, {"scale_type": int(_FP8)}, (_FP4, _FP8))
-    inner = _scale_dequantize(graph, value, q.outputs[1], scale)
-    return [q, inner, _blocked_dequantize(graph, value, q.outputs[0], inner.outputs[0], last)]
 
 
 def _quantizer(
@@ -100,6 +103,7 @@ def _quantizer(
     attributes: dict[str, int],
     types: tuple[ir.DataType, ir.DataType],
 ) -> ir.Node:
+    graph.opset_imports.setdefault(_TRT, 1)
     node = new_node(
         graph,
         op_type,

@@ -8,6 +8,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from qcompile.decide.quantizer import Quantizer
+from qcompile.errors import ModelError
 from qcompile.ir.edit import add_constant, new_node
 from qcompile.quant.companding import Codebook, codebook, kind_of
 from qcompile.quant.qtype import QType
@@ -17,11 +19,17 @@ _INT32, _FP8 = ir.DataType.INT32, ir.DataType.FLOAT8E4M3FN
 _FP8_OCTAVES = 8  # 2^0 .. 2^-15 times 2^8 are E4M3 numbers
 
 
-def companded_chain(graph: ir.Graph, value: ir.Value, params: QParams, coded: QType, dtype: np.dtype) -> list[ir.Node]:
+def companded_activation(graph: ir.Graph, value: ir.Value, quantizer: Quantizer, params: QParams) -> list[ir.Node]:
     """Nodes from `value` to the values of its codes."""
+    coded, dtype = quantizer.spec.qtype, np.dtype(value.dtype.numpy() if value.dtype is not None else np.float32)
     if coded.storage == "FLOAT8E4M3FN":
         return _powers_in_fp8(graph, value, params, coded, dtype)
     return _table(graph, value, codebook(coded, params), dtype)
+
+
+def companded_weight(graph: ir.Graph, value: ir.Value, quantizer: Quantizer, params: QParams) -> list[ir.Node]:
+    """Raises ModelError: companded codes are for activations."""
+    raise ModelError(f"weight {value.name!r} has companded codes, which activations alone can have; give it an integer type")
 
 
 def _table(graph: ir.Graph, value: ir.Value, book: Codebook, dtype: np.dtype) -> list[ir.Node]:

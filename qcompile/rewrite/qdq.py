@@ -1,25 +1,25 @@
-"""Decisions made real: the Q/DQ nodes of one quantizer."""
+"""Decisions made real: the Q/DQ nodes of one quantizer; each form of codes stands in one row of `_FORMS`."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
-from qcompile.decide.decisions import Decision, decisions, value_at
+from qcompile.decide.decisions import Use, quantizers
+from qcompile.decide.quantizer import Quantizer, value_at
 from qcompile.errors import ModelError
 from qcompile.ir.edit import add_constant, drop_if_unused, insert_after, new_node, redirect, swap_output
-from qcompile.pipeline.base import PassContext
-from qcompile.quant.affine import quantize
+from qcompile.quant.affine import storage_dtype
+from qcompile.quant.blockformats import block_format
 from qcompile.quant.qtype import INT8, QType
-from qcompile.quant.spec import PerAxis, PerBlock, PerTensor, QParams
-from qcompile.rewrite.block_formats import block_activation, block_weight
-from qcompile.rewrite.companding import companded_chain
+from qcompile.quant.spec import PerAxis, PerBlock, PerTensor, QParams, QuantSpec
+from qcompile.rewrite.block_formats import mxfp8_activation, mxfp8_weight, nvfp4_activation, nvfp4_weight
+from qcompile.rewrite.companding import companded_activation, companded_weight
 
-Use = tuple[ir.Node, int, Decision]
 _BODIES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 _ROUNDING = {  # numpy type, half the distance of neighbours, smallest number, smallest with a useful precision
     ir.DataType.FLOAT16: (np.dtype(np.float16), 2.0**-11, 2.0**-24, 2.0**-20),
@@ -27,46 +27,77 @@ _ROUNDING = {  # numpy type, half the distance of neighbours, smallest number, s
 }
 
 
-def grouped(graph: ir.Graph, ctx: PassContext) -> dict[tuple[str, str], list[Use]]:
-    """Uses by (tensor, quantizer).
+@dataclass(frozen=True)
+class _Form:
+    """The nodes of one kind of quantizer: those that make a constant from its codes, and those that round an activation.
+
+    `float_scale`: scales are numbers of the float rest's type, to which they are rounded.
+    """
+
+    weight: Callable[[ir.Graph, ir.Value, Quantizer, QParams], list[ir.Node]]
+    activation: Callable[[ir.Graph, ir.Value, Quantizer, QParams], list[ir.Node]]
+    float_scale: bool = False
+
+
+def _form(spec: QuantSpec) -> _Form:
+    blocks = block_format(spec)
+    return _FORMS[blocks.name if blocks is not None else spec.qtype.family]
+
+
+def grouped(graph: ir.Graph, one_quantizer: bool) -> list[list[Use]]:
+    """The uses of each quantizer; under `one_quantizer` an activation may have no more than that.
 
     Raises:
-        ModelError: uses of one tensor disagree on its quantizer, or a decision has no scale.
+        ModelError: uses of one activation disagree on its quantizer, or a decision has no scale.
     """
-    groups: dict[tuple[str, str], list[Use]] = defaultdict(list)
-    for node, slot, decision in decisions(graph):
-        if decision.qparams is None:
+    groups, first = quantizers(graph), dict[ir.Value, Quantizer]()
+    for node, slot, quantizer in (use for uses in groups for use in uses):
+        if quantizer.qparams is None:
             raise ModelError(
                 f"the decision for input {slot} of {node.name!r} has no scale yet; run annotate and rtn before insert-qdq"
             )
-        groups[(str(value_at(node, slot).name), decision.quantizer)].append((node, slot, decision))
-    tensors: dict[str, str] = {}
-    for value, quantizer in groups:
-        if (
-            tensors.setdefault(value, quantizer) != quantizer
-            and ctx.target.name in ("trt", "rtx")
-            and value not in graph.initializers
-        ):
-            raise ModelError(f"tensor {value!r} has two different quantizers, which TensorRT cannot fuse; keep one in float")
+        value = value_at(node, slot)
+        if first.setdefault(value, quantizer) is not quantizer and one_quantizer and value.name not in graph.initializers:
+            raise ModelError(f"tensor {value.name!r} has two different quantizers, which TensorRT cannot fuse; keep one in float")
     return groups
 
 
-def materialise(graph: ir.Graph, uses: list[Use], ctx: PassContext) -> QParams:
-    """Put the Q/DQ nodes of one quantizer in front of its uses; returns its scales as they are stored."""
-    node, slot, decision = uses[0]
-    value, body = value_at(node, slot), _BODIES[ctx.target.body(ctx.scheme)]
-    params = decision.qparams
-    assert params is not None
-    if body != ir.DataType.FLOAT and decision.spec.block_format is None and decision.spec.qtype.family != "companded":
-        params = round_scale(params, body)
+def materialise(graph: ir.Graph, uses: list[Use], body: str) -> QParams:
+    """Put the Q/DQ nodes of one quantizer in front of its uses; returns its scales as they are stored.
+
+    `body` is the type of what is not quantized, which scales take too: float32, float16 or bfloat16.  A rounded scale moves the
+    values of a quantizer that has codes of its own, never its codes: the weight is (codes - zero_point) stored scale.
+
+    Raises:
+        ModelError: codes have another shape than their weight, or a weight is given a form that only activations have.
+    """
+    quantizer, value, form = uses[0].quantizer, uses[0].value, _form(uses[0].quantizer.spec)
+    params = round_scale(quantizer.known, _BODIES[body]) if form.float_scale and body != "float32" else quantizer.known
     if value.const_value is not None:
-        made = _weight(graph, value, decision, params)
+        made = _weight(graph, value, quantizer, params, form)
         insert_after(graph, value, *made)
         redirect(value, made[-1].outputs[0], [(n, i) for n, i, _ in uses])
         drop_if_unused(graph, value)
     else:
-        _activation(graph, value, uses, decision, params)
+        _activation(graph, value, uses, params, form)
     return params
+
+
+def _weight(graph: ir.Graph, value: ir.Value, quantizer: Quantizer, params: QParams, form: _Form) -> list[ir.Node]:
+    try:
+        return form.weight(graph, value, quantizer, params)
+    except ValueError as e:
+        raise ModelError(f"weight {value.name!r}: {e}") from e
+
+
+def _activation(graph: ir.Graph, value: ir.Value, uses: list[Use], params: QParams, form: _Form) -> None:
+    at_output = any(slot < 0 for _, slot, _ in uses)
+    readers = list(value.uses()) if at_output else [(node, slot) for node, slot, _ in uses]
+    chain = form.activation(graph, value, uses[0].quantizer, params)
+    insert_after(graph, value, *chain)
+    redirect(value, chain[-1].outputs[0], readers)
+    if at_output and value.is_graph_output():
+        swap_output(graph, value, chain[-1].outputs[0])
 
 
 def round_scale(params: QParams, body: ir.DataType) -> QParams:
@@ -82,8 +113,8 @@ def round_scale(params: QParams, body: ir.DataType) -> QParams:
     return QParams(np.maximum(half.astype(np.float64), least), params.zero_point)
 
 
-def _axis_attributes(decision: Decision) -> dict[str, int]:
-    match decision.spec.granularity:
+def _axis_attributes(quantizer: Quantizer) -> dict[str, int]:
+    match quantizer.spec.granularity:
         case PerTensor():
             return {}
         case PerAxis(axis):
@@ -96,54 +127,29 @@ def _storage(qtype: QType) -> ir.DataType:
     return ir.DataType[qtype.storage]
 
 
-def _codes_dtype(qtype: QType) -> np.dtype:
-    return np.dtype(_storage(qtype).numpy())
-
-
 def _constants(graph: ir.Graph, stem: str, params: QParams, qtype: QType, dtype: np.dtype) -> tuple[ir.Value, ir.Value]:
     scale = add_constant(graph, f"{stem}_scale", params.scale.astype(dtype))
-    zero = add_constant(
-        graph, f"{stem}_zero_point", params.zero_point.astype(np.float64).astype(_codes_dtype(qtype)), _storage(qtype)
-    )
-    return scale, zero
+    codes = params.zero_point.astype(np.float64).astype(storage_dtype(qtype))
+    return scale, add_constant(graph, f"{stem}_zero_point", codes, _storage(qtype))
 
 
-def _weight(graph: ir.Graph, value: ir.Value, decision: Decision, params: QParams) -> list[ir.Node]:
+def _affine_weight(graph: ir.Graph, value: ir.Value, quantizer: Quantizer, params: QParams) -> list[ir.Node]:
+    """DequantizeLinear of the codes."""
     assert value.const_value is not None
-    if decision.spec.block_format is not None:
-        graph.opset_imports.setdefault("trt", 1)
-        return block_weight(graph, value, decision, params)
-    qtype = decision.spec.qtype
-    array = value.const_value.numpy()
-    codes: NDArray = np.asarray(quantize(array, params, qtype, decision.spec.granularity)).astype(_codes_dtype(qtype))
-    stored = add_constant(graph, f"{value.name}_quantized", codes, _storage(qtype))
+    qtype, array = quantizer.spec.qtype, value.const_value.numpy()
+    stored = add_constant(graph, f"{value.name}_quantized", quantizer.coded(array, params), _storage(qtype))
     dtype = array.dtype if array.dtype.kind == "f" or array.dtype == ml_dtypes.bfloat16 else np.dtype(np.float32)
     scale, zero = _constants(graph, str(value.name), params, qtype, dtype)
-    name = f"{value.name}_DequantizeLinear"
-    attributes = _axis_attributes(decision)
+    name, attributes = f"{value.name}_DequantizeLinear", _axis_attributes(quantizer)
     return [new_node(graph, "DequantizeLinear", [stored, scale, zero], name=name, like=value, attributes=attributes)]
 
 
-def _activation(graph: ir.Graph, value: ir.Value, uses: list[Use], decision: Decision, params: QParams) -> None:
-    at_output = any(slot < 0 for _, slot, _ in uses)
-    readers = list(value.uses()) if at_output else [(node, slot) for node, slot, _ in uses]
-    chain = _chain(graph, value, decision, params)
-    insert_after(graph, value, *chain)
-    redirect(value, chain[-1].outputs[0], readers)
-    if at_output and value.is_graph_output():
-        swap_output(graph, value, chain[-1].outputs[0])
-
-
-def _chain(graph: ir.Graph, value: ir.Value, decision: Decision, params: QParams) -> list[ir.Node]:
+def _affine_activation(graph: ir.Graph, value: ir.Value, quantizer: Quantizer, params: QParams) -> list[ir.Node]:
     """[Clip ->] QuantizeLinear -> DequantizeLinear reading `value`."""
-    qtype, stem = decision.spec.qtype, str(value.name)
-    if decision.spec.block_format is not None:
-        return block_activation(graph, value, decision, params)
+    qtype, stem = quantizer.spec.qtype, str(value.name)
     dtype = np.dtype(value.dtype.numpy()) if value.dtype is not None else np.dtype(np.float32)
-    if qtype.family == "companded":
-        return companded_chain(graph, value, params, qtype, dtype)
     scale, zero = _constants(graph, stem, params, qtype, dtype)
-    attributes = _axis_attributes(decision)
+    attributes = _axis_attributes(quantizer)
     if graph.opset_imports.get("", 0) >= 21 and qtype == INT8 and not params.zero_point.any():
         return _without_zero_point(graph, value, scale, zero)
     clip = [_clip(graph, value, params, qtype, dtype)] if qtype.narrow else []
@@ -175,3 +181,13 @@ def _clip(graph: ir.Graph, value: ir.Value, params: QParams, qtype: QType, dtype
     high = (qtype.qmax - params.zero_point.astype(np.float64)) * params.scale
     bounds = [add_constant(graph, f"{value.name}_{n}", np.asarray(b, dtype)) for n, b in (("clip_min", low), ("clip_max", high))]
     return new_node(graph, "Clip", [value, *bounds], name=f"{value.name}_Clip", like=value)
+
+
+_AFFINE = _Form(_affine_weight, _affine_activation, float_scale=True)
+_FORMS = {
+    "int": _AFFINE,
+    "float": _AFFINE,
+    "companded": _Form(companded_weight, companded_activation),
+    "nvfp4": _Form(nvfp4_weight, nvfp4_activation),
+    "mxfp8": _Form(mxfp8_weight, mxfp8_activation),
+}

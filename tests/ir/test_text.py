@@ -6,7 +6,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from qcompile.decide.decisions import Decision, decide
+from qcompile.decide.decisions import decide, lines
+from qcompile.decide.quantizer import Quantizer
 from qcompile.ir.edit import add_constant
 from qcompile.ir.model import Model
 from qcompile.ir.text import print_model
@@ -17,8 +18,8 @@ from tests.ir import tiny
 GOLDEN = """\
 graph opset=17 (x: FLOAT[N,2]) -> (y: FLOAT[N,2])
   h = MatMul(x, const<float32[2, 2]: 1, 2, 3, 4>) @MatMul_0
-      [out 0] int8 q_h
-      [in 0] int8 q_x scale~0.25
+      [out 0] int8 h:PerTensor()
+      [in 0] int8 x:0.25:0 scale~0.25
   a = Relu(h) @Relu_1
   b = MatMul(a, const<float32[2, 2]: 1, 2, 3, 4>) @MatMul_2
   y = Add(b, const<float32[2]: 0.5, -0.5>) @Add_3
@@ -35,16 +36,16 @@ def small() -> Model:
 
 def test_golden() -> None:
     model = small()
-    decide(model.graph.node(0), ~0, Decision(QuantSpec(INT8), "q_h"))
-    decide(model.graph.node(0), 0, Decision(QuantSpec(INT8), "q_x", QParams(np.array(0.25), np.array(0))))
-    assert print_model(model) == GOLDEN
+    decide(model.graph.node(0), ~0, Quantizer(QuantSpec(INT8)))
+    decide(model.graph.node(0), 0, Quantizer(QuantSpec(INT8), QParams(np.array(0.25), np.array(0))))
+    assert print_model(model, lines) == GOLDEN
 
 
 def test_without_decisions() -> None:
     model = small()
     plain = print_model(model)
-    decide(model.graph.node(0), 0, Decision(QuantSpec(INT8), "q_x"))
-    assert print_model(model, decisions=False) == plain != print_model(model)
+    decide(model.graph.node(0), 0, Quantizer(QuantSpec(INT8)))
+    assert print_model(model) == plain != print_model(model, lines)
 
 
 def test_stable_across_storage(tmp_path: Path) -> None:

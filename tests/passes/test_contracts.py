@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
-from qcompile.decide.decisions import decisions
+from qcompile.decide.decisions import decision, decisions
 from qcompile.execute.emulate.runnable import runnable
 from qcompile.execute.session import make_session
 from qcompile.ir.model import Model
@@ -20,7 +20,6 @@ from qcompile.pipeline import registry
 from qcompile.pipeline.base import Fact, Kind, Pass
 from qcompile.pipeline.runner import Runner
 from qcompile.pipeline.spec import format_pass
-from qcompile.quant.affine import fake_quant
 from qcompile.rewrite.bias import bias_site
 from qcompile.target.rules import check
 from tests.passes.measures import constants_of, double_outputs, outputs, relative_error, sqnr_db, to_double
@@ -106,7 +105,7 @@ def test_equivalent_passes_are_exact_in_float64(spec: str, name: str) -> None:
 @pytest.mark.parametrize("target", ["trt", "ort"])
 def test_annotations_leave_the_graph_alone(spec: str, name: str, target: str) -> None:
     done = fixture_step(name, spec, target)
-    assert print_model(done.before, decisions=False) == print_model(done.after, decisions=False)
+    assert print_model(done.before) == print_model(done.after)
     before, after = constants_of(done.before), constants_of(done.after)
     assert before.keys() == after.keys() and all(np.array_equal(before[n], after[n]) for n in before)
     assert relative_error(outputs(done.before, fixture_arrays(name)), outputs(done.after, fixture_arrays(name))) == 0.0
@@ -158,10 +157,10 @@ def layer_errors(model: Model, source: Model, arrays: dict[str, NDArray[Any]]) -
     found: dict[str, float] = {}
     for node, slot in layers(model):
         original, weight = originals[node.name], const_array(node.inputs[slot])
-        decided = next(d for n, s, d in decisions(model.graph) if n is node and s == slot)
+        decided = decision(node, slot)
         x, true = activation(source, original, arrays), const_array(original.inputs[slot])
-        assert weight is not None and true is not None and decided.qparams is not None
-        rounded = fake_quant(weight.astype(np.float32), decided.qparams, decided.spec.qtype, decided.spec.granularity)
+        assert weight is not None and true is not None and decided is not None
+        rounded = decided.rounded(weight.astype(np.float32))
         found[str(node.name)] = float(np.square(layer_output(node, x, rounded) - layer_output(original, x, true)).sum())
     return found
 

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from onnx_ir.passes.common import ShapeInferencePass
 
+from qcompile.decide.decisions import lines
 from qcompile.ir.model import Model
 from qcompile.ir.text import print_model, summary
 
@@ -56,7 +57,7 @@ class Written:
             scaled = (f"{self.spelled[n]} * {r}" for n, c in constants.items() if (r := _ratio(c, array)) is not None)
             return next(scaled, summary(value))
 
-        return print_model(other, decisions=decisions, constant=spell)
+        return print_model(other, lines if decisions else lambda _: (), spell)
 
 
 def _array(value: ir.Value) -> Array:

@@ -12,17 +12,16 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompile.calib.observe import Moments, MomentsStat, Probe, Told
-from qcompile.decide.decisions import Decision, clear_decisions, decisions, value_at
+from qcompile.decide.decisions import Use, clear_decisions, decisions
+from qcompile.decide.quantizer import value_at
 from qcompile.ir.model import Model
 from qcompile.ir.ops import activation_channel_axis, const_array, is_compute, is_op, output_activation_axis, weight_slot
 from qcompile.passes.fit.bias_correct.bn_means import expected
 from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult, StatisticsProvider
-from qcompile.quant.affine import fake_quant
 from qcompile.rewrite.bias import bias_site, mean_output, shift_bias
 from qcompile.rewrite.qdq import grouped, materialise
 
 F64 = NDArray[np.float64]
-Layer = tuple[ir.Node, int, Decision]
 
 
 @dataclass(frozen=True)
@@ -71,11 +70,8 @@ class BiasCorrection(Pass):
         return stat.mean if stat is not None else "its input was not measured"
 
 
-def _layers(graph: ir.Graph) -> Iterator[Layer]:
-    for node, slot, d in decisions(graph):
-        right = slot == 1 and is_op(node, "MatMul", "Gemm", "Conv")
-        if right and value_at(node, slot).const_value is not None:
-            yield node, slot, d
+def _layers(graph: ir.Graph) -> Iterator[Use]:
+    return (use for use in decisions(graph) if use.slot == 1 and use.is_weight and is_op(use.node, "MatMul", "Gemm", "Conv"))
 
 
 def _input_probe(node: ir.Node) -> Probe[MomentsStat]:
@@ -86,17 +82,17 @@ def _output_probe(node: ir.Node) -> Probe[MomentsStat]:
     return Moments(output_activation_axis(node)).of(node.outputs[0])
 
 
-def _correct(graph: ir.Graph, layer: Layer, mean: F64 | str, ctx: PassContext) -> bool:
-    node, slot, d = layer
+def _correct(graph: ir.Graph, layer: Use, mean: F64 | str, ctx: PassContext) -> bool:
+    node, slot, quantizer = layer
     site, array = bias_site(node), const_array(node.inputs[slot])
-    if site is None or d.qparams is None or array is None:
+    if site is None or quantizer.qparams is None or array is None:
         ctx.remarks.missed(str(node.name), "the layer has no constant bias to correct")
         return False
     if isinstance(mean, str):
         ctx.remarks.missed(str(node.name), mean)
         return False
     weight = array.astype(np.float32)
-    error = fake_quant(weight, d.qparams, d.spec.qtype, d.spec.granularity).astype(np.float64) - weight
+    error = quantizer.rounded(weight).astype(np.float64) - weight
     shift = mean_output(node, error, mean) if mean.ndim == 1 else None
     if shift is None:
         ctx.remarks.missed(str(node.name), "its input channels do not match the measured means")
@@ -115,7 +111,7 @@ class _Sequence:
     twin: Model = field(init=False)
     twins: dict[str | None, ir.Node] = field(init=False)
 
-    def correct(self, layers: list[Layer]) -> bool:
+    def correct(self, layers: list[Use]) -> bool:
         """All layers in order of depth; those of one depth do not feed each other and share a sweep."""
         if not layers or self.ctx.statistics is None:
             self.ctx.remarks.missed("", "no calibration data to measure quantized layers on")
@@ -147,8 +143,8 @@ class _Sequence:
 
 def _quantized(model: Model, ctx: PassContext) -> Model:
     twin = model.clone()
-    for uses in grouped(twin.graph, ctx).values():
-        materialise(twin.graph, uses, ctx)
+    for uses in grouped(twin.graph, ctx.target.name in ("trt", "rtx")):
+        materialise(twin.graph, uses, ctx.target.body(ctx.scheme))
     clear_decisions(twin.graph)
     return twin
 

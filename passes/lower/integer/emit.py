@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qcompile.decide.decisions import Decision
+from qcompile.decide.quantizer import Quantizer
 from qcompile.errors import ModelError
 from qcompile.ir.edit import add_constant, new_node
 from qcompile.ir.ops import const_array
@@ -49,10 +49,9 @@ class Format:
         return np.clip(wide, self.lo, self.hi).astype(np.int64)
 
 
-def format_of(decision: Decision) -> Format:
-    """The format that a decision describes."""
-    params, qtype = decision.qparams, decision.spec.qtype
-    assert params is not None
+def format_of(quantizer: Quantizer) -> Format:
+    """The format that a quantizer describes."""
+    params, qtype = quantizer.known, quantizer.spec.qtype
     return Format(float(params.scale), int(params.zero_point), int(qtype.qmin), int(qtype.qmax))
 
 

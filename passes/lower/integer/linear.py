@@ -14,7 +14,6 @@ from qcompile.ir.ops import const_array, float_attr, input_at, int_attr, is_op
 from qcompile.passes.lower.integer.context import Scene
 from qcompile.passes.lower.integer.emit import INT4, INT8, INT32, INT64, Emitter, Fixed, Reals
 from qcompile.passes.lower.integer.requant import codes
-from qcompile.quant.affine import quantize
 from qcompile.target.integer.plan import Step
 
 INT32_LIMIT = (1 << 31) - 1
@@ -48,7 +47,7 @@ def _weight(node: ir.Node) -> tuple[NDArray[np.int8], Reals]:
     d, array = decision(node, 1), const_array(node.inputs[1])
     if d is None or d.qparams is None or array is None:
         raise ModelError(f"the weight of {node.name!r} has no scale; run annotate and rtn for --target integer first")
-    quantized = np.asarray(quantize(array.astype(np.float32), d.qparams, d.spec.qtype, d.spec.granularity)).astype(np.int8)
+    quantized = d.coded(array.astype(np.float32)).astype(np.int8)
     if is_op(node, "Gemm") and int_attr(node, "transB", 0):
         quantized = np.ascontiguousarray(quantized.T)
     scale = d.qparams.scale.astype(np.float32).astype(np.float64)

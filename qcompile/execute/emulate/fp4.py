@@ -13,7 +13,8 @@ import onnx_ir as ir
 
 from qcompile.errors import ModelError
 from qcompile.execute.emulate.build import FLOAT, Lines, rank_of
-from qcompile.quant.minifloat import E2M1, E4M3, NVFP4_BLOCK
+from qcompile.quant.blockformats import NVFP4_BLOCK
+from qcompile.quant.minifloat import E2M1, E4M3
 
 _FP4, _FP8, _INT8, _BOOL = ir.DataType.FLOAT4E2M1, ir.DataType.FLOAT8E4M3FN, ir.DataType.INT8, ir.DataType.BOOL
 DYNAMIC = "TRT_FP4DynamicQuantize"

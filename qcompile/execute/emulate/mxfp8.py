@@ -13,7 +13,8 @@ import onnx_ir as ir
 
 from qcompile.errors import ModelError
 from qcompile.execute.emulate.build import FLOAT, Lines, rank_of
-from qcompile.quant.minifloat import E4M3, E8M0_BIAS, MXFP8_BLOCK, e8m0_values
+from qcompile.quant.blockformats import MXFP8_BLOCK
+from qcompile.quant.minifloat import E4M3, E8M0_BIAS, e8m0_values
 
 _FP8, _UINT8, _INT32, _BOOL = ir.DataType.FLOAT8E4M3FN, ir.DataType.UINT8, ir.DataType.INT32, ir.DataType.BOOL
 _LAST = 254

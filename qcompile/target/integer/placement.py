@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qcompile.decide.site import Placement
+from qcompile.decide.placement import Placement
 from qcompile.ir.model import Model
 from qcompile.ir.ops import weight_slot
 from qcompile.pipeline.base import PassContext

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from qcompile.decide.site import Placement
+from qcompile.decide.placement import Placement
 from qcompile.ir.model import Model
 from qcompile.ir.notes import kept_float
 from qcompile.ir.ops import const_array, const_value, is_compute, is_data_movement, is_op, weight_slot

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from qcompile.decide.site import Placement
+from qcompile.decide.placement import Placement
 from qcompile.ir.ops import is_op, output_channel_axis
 from qcompile.pipeline.base import PassContext
+from qcompile.quant.blockformats import block_format
 from qcompile.quant.spec import PerAxis, PerBlock, QuantSpec
 from qcompile.target.specs import activation_spec
 
@@ -53,5 +54,5 @@ def _misfit(node: ir.Node, data: int, slot: int, size: int) -> str | None:
 
 def in_blocks(out: Placement, nodes: Sequence[ir.Node]) -> bool:
     """Whether an input of `nodes` is quantized in blocks already."""
-    blocked = {id(s.value) for s in out.sites if s.spec.block_format is not None}
+    blocked = {id(s.value) for s in out.sites if block_format(s.spec) is not None}
     return any(id(v) in blocked for n in nodes for v in n.inputs)

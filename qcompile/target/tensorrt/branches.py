@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qcompile.decide.site import Placement
+from qcompile.decide.placement import Placement
 from qcompile.pipeline.base import PassContext
 from qcompile.target.specs import activation_spec
 

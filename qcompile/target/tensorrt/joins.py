@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from qcompile.decide.site import Placement, Site
+from qcompile.decide.placement import Placement, Site
 from qcompile.ir.ops import is_const, is_op
 from qcompile.pipeline.base import PassContext
 from qcompile.quant.spec import PerTensor

@@ -13,6 +13,7 @@ from typing import Any
 
 from qcompile._version import __version__
 from qcompile.calib.sweep.memory import MemoryPlan
+from qcompile.decide.decisions import lines
 from qcompile.errors import GateError, InputError, ModelError, UsageError
 from qcompile.ir.atomic import write_atomic
 from qcompile.ir.model import Model
@@ -156,7 +157,7 @@ def _gate(result: Result, minimum: float | None) -> None:
 def _done(report: PassReport, model: Model, job: Job, progress: Progress) -> None:
     progress.on_done(report)
     if job.options.print_after:
-        progress.note(f"after {report.spec}:\n{print_model(model)}")
+        progress.note(f"after {report.spec}:\n{print_model(model, lines)}")
 
 
 def planned_memory(job: Job) -> MemoryPlan | None:

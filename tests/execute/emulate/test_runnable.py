@@ -14,14 +14,8 @@ from qcompile.execute.emulate.runnable import runnable
 from qcompile.execute.session import make_session
 from qcompile.ir.model import Model
 from qcompile.quant.affine import quantize
-from qcompile.quant.minifloat import (
-    e8m0_exponents,
-    e8m0_values,
-    mxfp8_dynamic,
-    mxfp8_qparams,
-    nvfp4_dynamic,
-    nvfp4_qparams,
-)
+from qcompile.quant.blockformats import mxfp8_dynamic, mxfp8_qparams, nvfp4_dynamic, nvfp4_qparams
+from qcompile.quant.minifloat import e8m0_exponents, e8m0_values
 from qcompile.quant.qtype import FLOAT4E2M1, FLOAT8E4M3FN
 from qcompile.quant.spec import PerBlock
 

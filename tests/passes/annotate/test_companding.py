@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from qcompile.decide.decisions import decide, decision, decisions
+from qcompile.decide.quantizer import Quantizer
 from qcompile.errors import UsageError
 from qcompile.ir.edit import insert_after, redirect
 from qcompile.ir.model import Model
@@ -21,9 +22,9 @@ from qcompile.ir.text import print_model
 from qcompile.pipeline import registry
 from qcompile.quant.companding import codebook, companded_type, fit, twin_branches
 from qcompile.quant.qtype import qtype
-from qcompile.quant.spec import QParams
+from qcompile.quant.spec import QParams, QuantSpec
 from qcompile.report import PassReport
-from qcompile.rewrite.companding import companded_chain
+from qcompile.rewrite.companding import companded_activation
 from qcompile.target.rules import check
 from tests.passes.goldens import block
 from tests.passes.measures import outputs, relative_error, sqnr_db
@@ -51,7 +52,7 @@ def coded_by_graph(name: str, params: QParams, x: NDArray[np.float32]) -> NDArra
     """The lowering of one quantizer, run by ONNX Runtime."""
     model = built([node("Identity", ["x"], ["h"], name="h"), node("Relu", ["h"], ["y"], name="end")], ["N", 2], {}, opset=19)
     value, end = model.graph.node(0).outputs[0], model.graph.node(1)
-    chain = companded_chain(model.graph, value, params, qtype(name), np.dtype(np.float32))
+    chain = companded_activation(model.graph, value, Quantizer(QuantSpec(qtype(name))), params)
     insert_after(model.graph, value, *chain)
     redirect(end.outputs[0], chain[-1].outputs[0], [])
     model.graph.outputs[0] = chain[-1].outputs[0]

@@ -8,7 +8,8 @@ from onnx import helper
 
 from qcompile.calib.observe import MinMax, MinMaxStat, Probe
 from qcompile.calib.sweep.sweep import sweep
-from qcompile.decide.decisions import Decision, decide
+from qcompile.decide.decisions import decide
+from qcompile.decide.quantizer import Quantizer
 from qcompile.ir.model import Model
 from qcompile.ir.ops import const_array
 from qcompile.pipeline import registry
@@ -202,7 +203,7 @@ def test_symmetric_codes_of_probabilities_gain(qtype: QType, gain: float) -> Non
         after, _ = centred(model, spec)
         (pv,) = [n for n in after.graph if n.name == "pv"]
         lo, hi = probability_range(after)
-        decide(pv, 0, Decision(QuantSpec(qtype), "p", qparams_from_range(lo, hi, qtype, True)))
+        decide(pv, 0, Quantizer(QuantSpec(qtype), qparams_from_range(lo, hi, qtype, True)))
         lowered, _ = run_passes(after, registry.parse("insert-qdq"), arrays(), context("rtx"))
         found[spec] = sqnr_db(outputs(model, arrays())[0], outputs(lowered, arrays())[0])
     plain, moved = found.values()

@@ -117,7 +117,5 @@ def test_a_range_ratio_of_20_gains_6_db_at_8_bit(target: str) -> None:
 
 def test_each_branch_has_scales_of_its_own() -> None:
     model, _ = run_passes(joined(), registry.parse("canonicalize,split-shortcut,annotate"), arrays(), context("trt"))
-    held = {
-        str(n.name): d.quantizer for n, slot, d in decisions(model.graph) if slot == 0 and str(n.name).startswith("conv_part")
-    }
+    held = {str(n.name): d for n, slot, d in decisions(model.graph) if slot == 0 and str(n.name).startswith("conv_part")}
     assert len(held) == 2 and len(set(held.values())) == 2

@@ -15,7 +15,6 @@ from qcompile.ir.ops import const_array
 from qcompile.passes.fit.bias_correct.bn_means import expected
 from qcompile.pipeline import registry
 from qcompile.pipeline.runner import Runner
-from qcompile.quant.affine import fake_quant
 from tests.passes.measures import constants_of, outputs
 from tests.passes.models import biased, built
 from tests.passes.running import context, run_passes
@@ -99,9 +98,9 @@ def test_measured_means_correct_the_rounding_of_the_weight() -> None:
     after, _ = run_passes(before, registry.parse("bias-correct"), arrays(), ctx)
     ((w, b, d),) = [(n.inputs[1], n.inputs[2], d) for n, slot, d in decisions(after.graph) if n.name == "right" and slot == 1]
     weight = const_array(w)
-    assert weight is not None and d.qparams is not None
+    assert weight is not None
     hidden = np.maximum(layer_outputs(model, arrays())["first"], 0)
-    error = hidden @ (fake_quant(weight, d.qparams, d.spec.qtype, d.spec.granularity) - weight)[:, :, 0, 0].astype(np.float64).T
+    error = hidden @ (d.rounded(weight) - weight)[:, :, 0, 0].astype(np.float64).T
     shift = np.asarray(const_array(b), np.float64) - constants_of(model)["c3"]
     assert np.abs(error.mean(0) + shift).max() < 1e-5 * layer_outputs(model, arrays())["right"].std(0).max()
 

@@ -16,7 +16,8 @@ from qcompile.decide.decisions import decisions
 from qcompile.ir.model import Model
 from qcompile.pipeline import registry
 from qcompile.quant.affine import fake_quant
-from qcompile.quant.minifloat import e8m0_values, mxfp8_dynamic, mxfp8_qparams, nvfp4_dynamic, nvfp4_qparams
+from qcompile.quant.blockformats import mxfp8_dynamic, mxfp8_qparams, nvfp4_dynamic, nvfp4_qparams
+from qcompile.quant.minifloat import e8m0_values
 from qcompile.quant.qtype import FLOAT4E2M1, FLOAT8E4M3FN
 from qcompile.quant.spec import SCHEMES, PerBlock
 from qcompile.report import PassReport

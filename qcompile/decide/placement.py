@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from qcompile.decide.decisions import value_at
+from qcompile.decide.quantizer import value_at
 from qcompile.quant.spec import QuantSpec
 
 
