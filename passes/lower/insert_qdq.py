@@ -32,7 +32,7 @@ class InsertQdq(Pass):
 
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
         """Raises ModelError: uses of one tensor disagree on its quantizer, or a decision has no scale."""
-        groups = grouped(model.graph, ctx.target.name in ("trt", "rtx"))
+        groups = grouped(model.graph, ctx.target.one_quantizer)
         for uses in groups:
             _one(model.graph, uses, ctx)
         clear_decisions(model.graph)

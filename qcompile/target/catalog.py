@@ -35,6 +35,7 @@ def _tensorrt(name: str, title: str, fp4: int, gpus: tuple[str, ...] = (), cavea
         capabilities=(*_CAPABILITIES, (FLOAT4E2M1.name, fp4)),
         gpus=gpus,
         caveats=caveats,
+        one_quantizer=True,
     )
 
 

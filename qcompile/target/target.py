@@ -41,7 +41,7 @@ class Target:
     `activations` and `weights` are the code types it computes with; `ops` says how each operator is quantized;
     `bias_float`: biases stay floating point; `capabilities` maps a code type to the lowest compute capability
     (89 = sm89); `gpus` lists the targets that can be compiled for (empty: any); `max_opset` is the newest that loads;
-    `caveats` maps a scheme to what its user must know.
+    `caveats` maps a scheme to what its user must know; `one_quantizer`: two quantizers of one activation cannot be fused.
     """
 
     name: str
@@ -58,6 +58,7 @@ class Target:
     capabilities: tuple[tuple[str, int], ...] = ()
     gpus: tuple[str, ...] = ()
     caveats: tuple[tuple[str, str], ...] = ()
+    one_quantizer: bool = False
 
     def require(self, scheme: Scheme) -> None:
         """Raises UsageError: the target cannot run the scheme."""

@@ -143,7 +143,7 @@ class _Sequence:
 
 def _quantized(model: Model, ctx: PassContext) -> Model:
     twin = model.clone()
-    for uses in grouped(twin.graph, ctx.target.name in ("trt", "rtx")):
+    for uses in grouped(twin.graph, ctx.target.one_quantizer):
         materialise(twin.graph, uses, ctx.target.body(ctx.scheme))
     clear_decisions(twin.graph)
     return twin
