@@ -175,7 +175,6 @@ STILL_WRONG = {
     "qcompile/cli/eval.py: qcompile.ir.model",
     "qcompile/cli/passes.py: qcompile.pipeline.describe",
     "qcompile/cli/passes.py: qcompile.pipeline.registry",
-    "qcompile/execute/serving.py: qcompile.calib.data.readers",
     "qcompile/rewrite/fold.py: qcompile.pipeline.base",
     "qcompile/target/integer/placement.py: qcompile.pipeline.base",
     "qcompile/target/ort/placement.py: qcompile.pipeline.base",

@@ -186,7 +186,7 @@ def bench(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 def compare(reference: str, candidate: str, data: str) -> list[float]:
     """SQNR in dB of the residual stream after each layer and of the logits, on the data as one batch."""
     from qcompile.execute.metrics import Distance
-    from qcompile.execute.serving import run_in_parts
+    from qcompile.execute.opening import run_in_parts
     from qcompile.ir.model import Model
 
     feeds, found = [dict(np.load(data))], list[list[NDArray[Any]]]()
@@ -195,7 +195,7 @@ def compare(reference: str, candidate: str, data: str) -> list[float]:
         made = {str(v.name): v for node in model.graph for v in node.outputs}
         names = [name for name in made if name.endswith(".residual2")]
         model.graph.outputs[:0] = [made[name] for name in sorted(names, key=lambda n: int(re.findall(r"\d+", n)[0]))]
-        found += run_in_parts(model, feeds, PART_BYTES, qdq_fusion=False)
+        found += run_in_parts(model, feeds, PART_BYTES)
     errors = [Distance() for _ in found[0]]
     for error, r, c in zip(errors, *found, strict=True):
         error.add(r, c)

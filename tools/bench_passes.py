@@ -33,8 +33,7 @@ sys.path.insert(0, str(ROOT))
 
 from qcompile.calib.data.dataset import Dataset, load_data  # noqa: E402
 from qcompile.errors import QcompileError  # noqa: E402
-from qcompile.execute.emulate.runnable import runnable  # noqa: E402
-from qcompile.execute.serving import simulate  # noqa: E402
+from qcompile.execute.opening import open_model  # noqa: E402
 from qcompile.execute.session import run_batches  # noqa: E402
 from qcompile.ir.atomic import write_atomic  # noqa: E402
 from qcompile.ir.model import Model  # noqa: E402
@@ -146,7 +145,7 @@ def judged(case: Case, source: Path, candidate: Path, options: argparse.Namespac
 
 def pair_spearman(path: Path, data: Dataset, scores: Path) -> float:
     """Spearman's rank correlation of human scores with the cosine of the embeddings [N, D] of samples 2i and 2i + 1."""
-    session = simulate(runnable(Model.load(path)), 1)
+    session = open_model(Model.load(path), threads=1)
     made = np.concatenate([batch[0] for batch in run_batches(session, data, 16)])
     unit = made / np.linalg.norm(made, axis=-1, keepdims=True)
     cosine, human = (unit[0::2] * unit[1::2]).sum(-1), np.load(scores, allow_pickle=False)

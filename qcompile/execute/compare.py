@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from qcompile.execute.emulate.runnable import runnable
 from qcompile.execute.metrics import decibel
-from qcompile.execute.serving import open_session, run_in_parts
+from qcompile.execute.opening import open_model, run_in_parts
 from qcompile.ir.model import Model
 from qcompile.ir.spill import is_large
 from qcompile.report import Comparison
@@ -28,10 +28,9 @@ class OrtComparator:
 
     def outputs(self, model: Model) -> list[list[NDArray[Any]]]:
         """All outputs for every feed."""
-        ready = runnable(model)
-        if is_large(ready.graph):
-            return run_in_parts(ready, self.feeds, PART_BYTES, qdq_fusion=False, threads=self.threads)
-        session = open_session(ready, optimize="off", qdq_fusion=False, threads=self.threads)
+        if is_large(model.graph):
+            return run_in_parts(runnable(model), self.feeds, PART_BYTES, threads=self.threads)
+        session = open_model(model, exact=True, threads=self.threads)
         return [[np.asarray(y) for y in session.run(None, feed)] for feed in self.feeds]
 
     def compare(self, reference: list[list[NDArray[Any]]], candidate: list[list[NDArray[Any]]]) -> Comparison:

@@ -8,7 +8,7 @@ import functools
 import io
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -32,6 +32,8 @@ _NOISE = re.compile(r"Stacktrace|#\d|0x|\*+|\[?/|={3}|Please fix")
 _STATUS = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
 _MAX_BYTES = 2**31 - 1
 _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+MAPPED: dict[str, Any] = {"arena": False, "packed": False}
+"""Options of `make_session` that leave weights in their files: packed copies of them would be anonymous memory."""
 _DEVICE_OPTIONS = {"use_tf32": "0"}  # ten bits of mantissa would show in every comparison
 
 
@@ -71,6 +73,8 @@ def make_session(
     use: Sequence[str] | None = None,
     extra: dict[str, str] | None = None,
     external_folder: str | Path | None = None,
+    weights: Mapping[str, NDArray[Any]] | None = None,
+    packed: bool = True,
     arena: bool = True,
 ) -> ort.InferenceSession:
     """A session on serialized bytes or a file.
@@ -82,6 +86,8 @@ def make_session(
         use: execution providers; default `providers().names`, and the CPU alone where the device has no room for the model.
         extra: further session config entries; they win over the pinned ones.
         external_folder: where the external data of a model given as bytes lies.
+        weights: data of initializers that `model` holds as external, read where the arrays lie as long as the session lives.
+        packed: False lets kernels read weights as they are instead of copies that they pack for themselves.
         arena: False frees every tensor at once instead of keeping its memory for the next run: a smaller peak, slower.
 
     Raises:
@@ -89,17 +95,32 @@ def make_session(
     """
     if isinstance(model, bytes) and len(model) > _MAX_BYTES:
         raise ModelError("a model above 2 GB cannot be loaded from memory; save it with external data and give its path")
+    extra = (extra or {}) | ({} if packed else {"session.disable_prepacking": "1"})
     options = session_options(optimize=optimize, qdq_fusion=qdq_fusion, threads=threads, extra=extra)
     if not arena:
         options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     if external_folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(external_folder))
     source = model if isinstance(model, bytes) else str(model)
+    names = tuple(use or providers().names)
+    held = _share(options, weights or {}, in_place=optimize == "off" and names == (_CPU,))
     try:
-        return _open(source, options, tuple(use or providers().names), fall_back=use is None)
+        session = _open(source, options, names, fall_back=use is None)
+        vars(session)["weights"] = held  # ONNX Runtime keeps no reference
+        return session
     except Exception as e:  # onnxruntime's classes share no base but Exception
         name = "" if isinstance(model, bytes) else f" {model}"
         raise ModelError(f"ONNX Runtime cannot load the model{name}: {meaningful_line(e)}; try: qcompile inspect") from e
+
+
+def _share(options: ort.SessionOptions, weights: Mapping[str, NDArray[Any]], *, in_place: bool) -> list[ort.OrtValue]:
+    """Hand weights to a session; `in_place` where no optimization makes others of them and they need not move to a device."""
+    values = [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
+    if values:
+        options.add_external_initializers(list(weights), values)
+    for name, value in zip(weights, values, strict=True) if in_place else ():
+        options.add_initializer(name, value)
+    return values
 
 
 def _open(source: bytes | str, options: ort.SessionOptions, names: Sequence[str], *, fall_back: bool) -> ort.InferenceSession:

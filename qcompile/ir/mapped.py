@@ -16,7 +16,7 @@ _maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 
 
 class MappedTensor(ir.Tensor):
-    """A constant in a mapped file, at any offset."""
+    """A constant in the bytes of a file, at any offset."""
 
     __slots__ = ()
 

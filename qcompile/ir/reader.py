@@ -17,6 +17,7 @@ from qcompile.ir.mapped import MappedTensor, map_file
 from qcompile.ir.skim import Found, skim
 
 MAPPED_FILE = 1 << 26  # from here on a file's weights are mapped: a smaller one is read
+SKIMMED_FILE = 1 << 20  # from here on a protobuf parser's copies of weights are saved
 
 
 def read_proto(path: str | Path, *, weights: bool = True) -> ModelProto:
@@ -64,12 +65,13 @@ def as_ir(proto: ModelProto, path: Path) -> ir.Model:
 
 
 def _skimmed(path: Path) -> Found | None:
-    """The file without its large weights; None where it is small, or not as simple as exporters write it."""
+    """The file without its large weights; None where it is tiny, or not as simple as exporters write it."""
     _require_file(path)
-    if path.suffix != ".onnx" or path.stat().st_size < MAPPED_FILE:
+    size = path.stat().st_size
+    if path.suffix != ".onnx" or size < SKIMMED_FILE:
         return None
     try:
-        return skim(map_file(path))
+        return skim(map_file(path) if size >= MAPPED_FILE else path.read_bytes())
     except ValueError:  # the ordinary parser says what is wrong
         return None
 

@@ -18,6 +18,8 @@ from onnx import TensorProto
 
 from qcompile.ir.stream import GRAPH, INITIALIZER, LENGTH_DELIMITED, RAW_DATA, tag
 
+Bytes = bytes | mmap.mmap
+
 LARGE_TENSOR = 1 << 14
 _FIXED = {1: 8, 5: 4}  # bytes of the wire types of fixed length
 _VARINT = 0
@@ -47,7 +49,7 @@ class _Field(NamedTuple):
     end: int
 
 
-def skim(data: mmap.mmap) -> Found:
+def skim(data: Bytes) -> Found:
     """The initializers of the main graph from 16 KiB on stay in `data`.
 
     Raises:
@@ -67,7 +69,7 @@ def skim(data: mmap.mmap) -> Found:
     return Found(b"".join(pieces), tensors)
 
 
-def _graph(data: mmap.mmap, graph: _Field, tensors: list[Skimmed]) -> bytes:
+def _graph(data: Bytes, graph: _Field, tensors: list[Skimmed]) -> bytes:
     pieces: list[bytes] = []
     kept = graph.value  # neighbours that stay are copied together
     for f in _fields(data, graph.value, graph.end):
@@ -82,7 +84,7 @@ def _graph(data: mmap.mmap, graph: _Field, tensors: list[Skimmed]) -> bytes:
     return b"".join([*pieces, data[kept : graph.end]])
 
 
-def _hollow(data: mmap.mmap, tensor: _Field) -> tuple[bytes, Skimmed] | None:
+def _hollow(data: Bytes, tensor: _Field) -> tuple[bytes, Skimmed] | None:
     """The tensor without its raw data, and the data; None where it is stored otherwise or in a type that NumPy lacks."""
     fields = list(_fields(data, tensor.value, tensor.end))
     raw = [f for f in fields if f.number == RAW_DATA and f.kind == LENGTH_DELIMITED]
@@ -107,7 +109,7 @@ def _nested(number: int, message: bytes) -> bytes:
     return tag(number, len(message)) + message
 
 
-def _fields(data: mmap.mmap, at: int, end: int) -> Iterator[_Field]:
+def _fields(data: Bytes, at: int, end: int) -> Iterator[_Field]:
     while at < end:
         start = at
         key, at = _read(data, at, end)
@@ -126,7 +128,7 @@ def _fields(data: mmap.mmap, at: int, end: int) -> Iterator[_Field]:
         at += length
 
 
-def _read(data: mmap.mmap, at: int, end: int) -> tuple[int, int]:
+def _read(data: Bytes, at: int, end: int) -> tuple[int, int]:
     """A varint, and where it ends."""
     number = shift = 0
     while at < end and shift < 64:

@@ -25,6 +25,7 @@ READERS = [Model.load, read_proto, lambda path: read_proto(path, weights=False)]
 @pytest.fixture
 def mapped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader, "MAPPED_FILE", 0)
+    monkeypatch.setattr(reader, "SKIMMED_FILE", 0)
 
 
 def weighted() -> onnx.ModelProto:
@@ -65,6 +66,14 @@ def test_a_mapped_file_is_the_same_model(tmp_path: Path) -> None:
         array = value.const_value.numpy() if value.const_value is not None else None
         stored = whole.graph.initializers[name].const_value
         assert array is not None and array.flags.aligned and stored is not None and array.tobytes() == stored.tobytes()
+
+
+def test_a_file_that_is_read_whole_is_not_copied_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "SKIMMED_FILE", 0)
+    proto = weighted()
+    model = Model.load(save(proto, tmp_path))
+    assert isinstance(model.graph.initializers["w"].const_value, MappedTensor)
+    assert model.digest() == Model.from_proto(proto).digest()
 
 
 @pytest.mark.usefixtures("mapped")
@@ -110,7 +119,7 @@ def test_a_broken_file_is_refused_or_read_as_the_parser_reads_it(seed: int, tmp_
     results: list[str | None] = []
     for limit in (0, 1 << 40):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(reader, "MAPPED_FILE", limit)
+            patch.setattr(reader, "SKIMMED_FILE", limit)
             try:
                 results.append(Model.load(path).digest())
             except (ModelError, RuntimeError):  # onnx_ir does not clone every broken graph

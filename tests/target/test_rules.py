@@ -173,7 +173,7 @@ def test_file_with_external_data(tmp_path: Path) -> None:
     onnx.save(single(CONV.but(scale=-1.0)), str(path), save_as_external_data=True, location="m.bin", size_threshold=0)
     assert "QC-TRT-005" in {f.rule for f in check(path, "trt")}
     (tmp_path / "m.bin").unlink()
-    with pytest.raises(ModelError, match="weights file m.bin is missing"):
+    with pytest.raises(ModelError, match=r"weights file m\.bin is missing"):
         check(path, "trt")
 
 

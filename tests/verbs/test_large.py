@@ -12,7 +12,7 @@ import pytest
 from qcompile import compile
 from qcompile.calib.sweep import blocks
 from qcompile.execute import compare as compare_module
-from qcompile.execute import serving
+from qcompile.execute import opening
 from qcompile.ir import spill
 from qcompile.ir.model import Model
 from qcompile.ir.spill import scratch_folder
@@ -24,7 +24,7 @@ def test_quantized_in_blocks(target: str, blocked: bool, tmp_path: Path, monkeyp
     path = write_transformer(tmp_path / "model.onnx", layers=3, width=128)
     np.savez(tmp_path / "data.npz", ids=np.random.default_rng(0).integers(0, WORDS, (12, 6)))
     for module, name, size in (
-        (spill, "LARGE_MODEL", 1 << 20), (spill, "SPILLED_TENSOR", 1 << 12), (serving, "SPILLED_TENSOR", 1 << 12),
+        (spill, "LARGE_MODEL", 1 << 20), (spill, "SPILLED_TENSOR", 1 << 12), (opening, "SPILLED_TENSOR", 1 << 12),
         (compare_module, "PART_BYTES", 1 << 19),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, size)

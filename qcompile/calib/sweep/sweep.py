@@ -24,7 +24,7 @@ from qcompile.calib.sweep.instrument import Instrumented, instrument
 from qcompile.calib.sweep.memory import plan as plan_memory
 from qcompile.calib.sweep.readout import Arrays, Batch
 from qcompile.errors import DataError
-from qcompile.execute.serving import open_session
+from qcompile.execute.opening import open_model
 from qcompile.execute.session import batch_length, run
 from qcompile.ir.model import Model
 
@@ -141,7 +141,7 @@ class Sweep:
 
     def __post_init__(self) -> None:
         self.plan: Instrumented = instrument(self.model, self.probes)
-        self.session = open_session(self.plan.model, qdq_fusion=False, threads=self.threads, arena=self.arena)
+        self.session = open_model(self.plan.model, threads=self.threads, arena=self.arena)
         self.outputs = [str(o.name) for o in self.plan.model.graph.outputs]
         self.taken = {i.name for i in self.session.get_inputs()}
 
@@ -209,7 +209,7 @@ class Sweep:
     def _fetch(self, tensor: str, feeds: Arrays, first: int) -> NDArray[Any]:
         """The raw tensor of one batch, by a session of its own."""
         plan = instrument(self.model, [Probe(tensor, Rows())])
-        session = open_session(plan.model, qdq_fusion=False)
+        session = open_model(plan.model)
         wanted = {i.name for i in session.get_inputs()}
         return run(session, {k: v for k, v in feeds.items() if k in wanted}, None, first)[0]
 

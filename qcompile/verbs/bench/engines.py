@@ -12,6 +12,7 @@ from qcompile.errors import InputError, UsageError
 from qcompile.execute.emulate.runnable import runnable
 from qcompile.execute.feeds import cast_feeds
 from qcompile.execute.metrics import Distance
+from qcompile.execute.opening import open_model
 from qcompile.execute.session import make_session, run
 from qcompile.execute.timing import ratios, timing
 from qcompile.ir.model import Model
@@ -53,9 +54,7 @@ def bench_engines(paths: Sequence[Path], *, runs: int, seed: int = 0) -> dict[st
 
 def _compared(engines: Sequence[Path], ran: EngineRuns, reference: Path) -> list[dict[str, Any]]:
     model = Model.load(reference)
-    ready = runnable(model)
-    source = reference if ready is model else ready.to_proto().SerializeToString()
-    session = make_session(source, qdq_fusion=False)
+    session = make_session(reference, qdq_fusion=False) if runnable(model) is model else open_model(model)
     names = [o.name for o in session.get_outputs()]
     wanted = dict(zip(names, run(session, cast_feeds(session, ran.feeds)), strict=True))
     found = zip(engines, ran.outputs, strict=True)

@@ -11,10 +11,9 @@ import onnxruntime as ort
 
 from qcompile.calib.data.dataset import Dataset, fixed_batch
 from qcompile.errors import ModelError
-from qcompile.execute.emulate.runnable import runnable
 from qcompile.execute.feeds import run_padded
 from qcompile.execute.metrics import ChannelTally, Distance
-from qcompile.execute.serving import simulate
+from qcompile.execute.opening import open_model
 from qcompile.execute.session import batch_length
 from qcompile.ir.model import Model
 from qcompile.ir.ops import is_data_movement
@@ -114,7 +113,7 @@ def _exposed(model: Model, layers: dict[str, _Layer], threads: int | None) -> or
     copy = model.clone()
     present = {v.name for v in copy.graph.outputs}
     copy.graph.outputs.extend(v for n in copy.graph for v in n.outputs if v.name in layers and v.name not in present)
-    return simulate(runnable(copy), threads)
+    return open_model(copy, threads=threads)
 
 
 def _float_outputs(sessions: list[ort.InferenceSession], layers: dict[str, _Layer]) -> list[str]:

@@ -16,8 +16,8 @@ from qcompile.errors import DataError, ModelError
 from qcompile.execute.emulate.runnable import runnable
 from qcompile.execute.feeds import run_padded
 from qcompile.execute.metrics import Distance, ErrorTally, LabelTally, LogitTally
-from qcompile.execute.serving import MAPPED, simulate
-from qcompile.execute.session import batch_length, make_session
+from qcompile.execute.opening import open_model
+from qcompile.execute.session import MAPPED, batch_length, make_session
 from qcompile.ir.model import Model
 from qcompile.ir.spill import is_large
 from qcompile.report import SCHEMA_VERSION
@@ -99,11 +99,11 @@ def _session(model: Model, path: Path, threads: int | None) -> tuple[ort.Inferen
     """A session, and whether it simulates."""
     ready = runnable(model)
     if ready is not model:
-        return simulate(ready, threads), True
+        return open_model(ready, threads=threads), True
     try:
         return make_session(path, threads=threads, **(MAPPED if is_large(model.graph) else {})), False
     except ModelError:
-        return simulate(model, threads), True
+        return open_model(model, threads=threads), True
 
 
 def _run(

@@ -1,0 +1,140 @@
+"""Running a model is one room: `open_model` is the way from a `Model` to a session.
+
+The session reads the weights where the model holds them, in memory or in mapped files: neither serialized nor copied.
+What ONNX Runtime does not take as a value (strings, 4-bit and small-float codes, weights inside bodies) travels in the
+serialized graph; a large model's go to a file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnx_ir.passes.common import LiftConstantsToInitializersPass
+
+from qcompile.errors import ModelError
+from qcompile.execute.emulate.runnable import runnable
+from qcompile.execute.session import make_session, run
+from qcompile.ir.cut import cut, part, typed
+from qcompile.ir.model import Model
+from qcompile.ir.spill import SPILLED_TENSOR, is_large, mark_large, scratch_folder, spilled
+from qcompile.ir.tensors import external_tensors, map_tensors, placed, stored_array
+
+Arrays = dict[str, NDArray[Any]]
+
+SHARED_TENSOR = 1 << 14  # shape inference reads no shape that is as long
+_SHARED_TYPES = frozenset({
+    ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.INT8, ir.DataType.INT16, ir.DataType.INT32,
+    ir.DataType.INT64, ir.DataType.UINT8, ir.DataType.UINT16, ir.DataType.UINT32, ir.DataType.UINT64, ir.DataType.BOOL,
+})  # fmt: skip
+_ELSEWHERE = "shared"  # the location of data that is handed in
+
+
+def open_model(model: Model, *, exact: bool = False, **options: Any) -> ort.InferenceSession:
+    """A session that computes `model` with its Q/DQ pairs as they stand; formats that ONNX Runtime lacks are emulated.
+
+    Args:
+        exact: every operator as it is written, without optimizations; kernels read the weights in place (they pack no copies, so
+            that last bits differ from a session that is not exact: compare like with like).
+        options: `threads`, `use`, `arena` and `extra` of `qcompile.execute.session.make_session`.
+
+    A large model (`qcompile.ir.spill.is_large`) always runs exactly, without a memory arena.  Where ONNX Runtime cannot optimize
+    a graph, it runs exactly too.
+
+    Raises:
+        ModelError: ONNX Runtime cannot load the model, or no room in the temporary directory.
+    """
+    ready = runnable(model)
+    if is_large(ready.graph):
+        return _exact(ready, {**options, "arena": False})
+    if exact:
+        return _exact(ready, options)
+    try:
+        return _shared(ready, options)
+    except ModelError:
+        return _exact(ready, options)
+
+
+def _exact(model: Model, options: dict[str, Any]) -> ort.InferenceSession:
+    return _shared(model, {**options, "optimize": "off", "packed": False})
+
+
+def _shared(model: Model, options: dict[str, Any]) -> ort.InferenceSession:
+    copy = model.clone()
+    large = is_large(model.graph)
+    if large:
+        LiftConstantsToInitializersPass()(copy.ir)
+    weights = _taken(copy.graph)
+    held, folder = _in_files(copy) if large else ([], None)
+    data = ir.to_proto(copy.ir).SerializeToString()
+    session = make_session(data, weights=weights, external_folder=folder, qdq_fusion=False, **options)
+    del held  # a spilled tensor's file goes with the tensor
+    return session
+
+
+def _taken(graph: ir.Graph) -> Arrays:
+    """The weights that a session can read where they are; the graph keeps their names, types and shapes."""
+    taken: Arrays = {}
+    for name, value in graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None or tensor.nbytes < SHARED_TENSOR or tensor.dtype not in _SHARED_TYPES:
+            continue
+        taken[name] = stored_array(tensor)
+        shape = ir.Shape(tensor.shape.numpy())
+        value.const_value = ir.ExternalTensor(_ELSEWHERE, 0, int(tensor.nbytes), tensor.dtype, shape=shape, name=name)
+    return taken
+
+
+def _in_files(copy: Model) -> tuple[list[ir.ExternalTensor], Path | None]:
+    """The large tensors that are left, each in a file, and the folder that holds them all."""
+
+    def in_a_file(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+        return tensor if isinstance(tensor, ir.ExternalTensor) or tensor.nbytes < SPILLED_TENSOR else spilled(tensor)
+
+    map_tensors(copy.ir, in_a_file)
+    held = [t for t in external_tensors(copy.ir) if t.location != _ELSEWHERE]
+    if not held:
+        return [], None
+    base = _common_folder(held)
+    own = {id(t) for t in held}
+    map_tensors(copy.ir, lambda t: placed(t, base) if isinstance(t, ir.ExternalTensor) and id(t) in own else t)
+    return held, base
+
+
+def _common_folder(tensors: Iterable[ir.ExternalTensor]) -> Path:
+    """The folder that holds all files, however deep: ONNX Runtime reads nothing outside of the one it is given."""
+    files = {os.path.realpath(t.path) for t in tensors}
+    return Path(os.path.commonpath([os.path.dirname(f) for f in files] or [scratch_folder()]))
+
+
+def run_in_parts(model: Model, feeds: Sequence[Arrays], limit: int, **options: Any) -> list[list[NDArray[Any]]]:
+    """All outputs of `model` for every feed, from parts that read at most `limit` bytes of weights, one after the other.
+
+    ONNX Runtime may dequantize the weights of a whole graph before it multiplies with the first: parts bound what that
+    takes.  The values are those of one exact session, bit for bit.  Raises as `open_model`.
+    """
+    source = typed(model)
+    names = [str(v.name) for v in source.graph.outputs]
+    blocks = cut(source, [(str(v.name),) for v in source.graph.outputs if v.producer() is not None], limit)
+    known = [dict(feed) for feed in feeds]
+    for i, block in enumerate(blocks):
+        made = part(source, block)
+        mark_large(made.graph)
+        session = open_model(made, exact=True, **options)
+        inputs, outputs = ([v.name for v in values] for values in (session.get_inputs(), session.get_outputs()))
+        for arrays in known:
+            found = run(session, {n: arrays[n] for n in inputs}, outputs)
+            arrays |= dict(zip(outputs, found, strict=True))
+        _forget(known, {*names, *feeds[0], *(n for later in blocks[i + 1 :] for n in later.takes)})
+    return [[arrays[n] for n in names] for arrays in known]
+
+
+def _forget(known: Iterable[Arrays], needed: Collection[str]) -> None:
+    for arrays in known:
+        for name in arrays.keys() - needed:
+            del arrays[name]
