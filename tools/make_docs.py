@@ -12,8 +12,10 @@ from pathlib import Path
 from qcompile.pipeline import registry
 from qcompile.pipeline.describe import PassHelp, describe_pass
 from qcompile.target.findings import Rule
-from qcompile.target.rules import INTEGER_RULES, ORT_RULES, TRT_RULES
+from qcompile.target.integer.rules import INTEGER_RULES
+from qcompile.target.ort.rules import ORT_RULES
 from qcompile.target.tensorrt.accepted import ACCEPTED
+from qcompile.target.tensorrt.rules import TRT_RULES
 
 DOCS = Path(__file__).parents[1] / "docs"
 RULES_PAGE = "guide/rules.md"

@@ -19,13 +19,8 @@ from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult, qu
 from qcompile.quant.affine import qparams_from_range
 from qcompile.quant.blockformats import block_format
 from qcompile.quant.spec import QParams, QuantSpec, Scheme
-from qcompile.target.integer import placement as _placement_integer
-from qcompile.target.ort import placement as _placement_ort
-from qcompile.target.target import Target
-from qcompile.target.tensorrt import placement as _placement_trt
-from qcompile.target.tensorrt.placement import Choices
+from qcompile.target.target import Choices, Target
 
-_TENSORRT = ("trt", "rtx")
 _HEADROOM = 2.0  # 16-bit codes have a bit to spare for what calibration did not see
 
 
@@ -84,13 +79,8 @@ class Annotate(Pass):
         return PassResult(bool(placement.sites))
 
     def _place(self, model: Model, ctx: PassContext) -> Placement:
-        if ctx.scheme.weight is None:
-            return Placement()
-        if ctx.target.name == "integer":
-            return _placement_integer.place(model, ctx)
-        if ctx.target.name in _TENSORRT or ctx.scheme.simulated or ctx.scheme.activation is None:
-            return _placement_trt.place(model, ctx, Choices(self.attention, self.probabilities, self.residual))
-        return _placement_ort.place(model, ctx)
+        choices = Choices(self.attention, self.probabilities, self.residual)
+        return ctx.target.place(model, ctx.scheme, ctx.selection, choices)
 
     def _method(self, site: Site, ctx: PassContext) -> str:
         if site.spec.qtype.bits > 8:

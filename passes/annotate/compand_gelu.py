@@ -16,6 +16,7 @@ from qcompile.ir.model import Model
 from qcompile.ir.ops import const_array
 from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
 from qcompile.quant.companding import GELU_MINIMUM, Error, codebook, companded_type, fit
+from qcompile.quant.qtype import QType
 from qcompile.quant.spec import QuantSpec
 from qcompile.structure import Mlp, find_mlps
 
@@ -50,7 +51,7 @@ class CompandGelu(Pass):
 
     def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:
         """Rows of the hidden layers."""
-        return [_probe(m) for m in find_mlps(model.graph).found if _refusal(m, ctx) is None]
+        return [_probe(m) for m in find_mlps(model.graph).found if self._refusal(m, ctx) is None]
 
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
         """Decide the input of every second linear."""
@@ -63,16 +64,15 @@ class CompandGelu(Pass):
         return PassResult(any(done))
 
     def _one(self, m: Mlp, ctx: PassContext) -> bool:
-        reason = _refusal(m, ctx)
+        reason = self._refusal(m, ctx)
         stat = None if reason else ctx.told[_probe(m)]
         if stat is not None and float(stat.rows.min()) < -GELU_MINIMUM - _SLACK:
             reason = f"its smallest value {float(stat.rows.min()):.3g} lies below the minimum of GELU"
         if reason or stat is None:
             ctx.remarks.missed(str(m.fc2.node.name), str(reason))
             return False
-        kind, shift = _TYPES[self.kind_]
-        width = ctx.scheme.activation.bits if ctx.scheme.activation else 8
-        coded, error = companded_type(kind, self.bits or width, self.paper), _error(m)
+        _, shift = _TYPES[self.kind_]
+        coded, error = self._coded(ctx), _error(m)
         rows = stat.rows[: max(_FEWEST_ROWS, _ELEMENTS // stat.rows.shape[1])].astype(np.float64)
         params = fit(coded, rows, error, shift)
         decide(m.fc2.node, m.fc2.input_slot, Quantizer(QuantSpec(coded), params))
@@ -81,10 +81,17 @@ class CompandGelu(Pass):
         ctx.remarks.applied(str(m.fc2.node.name), f"hidden layer in {coded.name}", scale=float(params.scale), sqnr_db=sqnr)
         return True
 
+    def _coded(self, ctx: PassContext) -> QType:
+        width = ctx.scheme.activation.bits if ctx.scheme.activation else 8
+        return companded_type(_TYPES[self.kind_][0], self.bits or width, self.paper)
 
-def _refusal(m: Mlp, ctx: PassContext) -> str | None:
-    if ctx.target.name != "ort":
-        return f"target {ctx.target.name} cannot express companded codes; split-range gives it two ranges"
+    def _refusal(self, m: Mlp, ctx: PassContext) -> str | None:
+        if not ctx.target.expresses(self._coded(ctx)):
+            return f"target {ctx.target.name} cannot express companded codes; split-range gives it two ranges"
+        return _unfit(m, ctx)
+
+
+def _unfit(m: Mlp, ctx: PassContext) -> str | None:
     if m.gate is not None or not m.activation.kind.endswith(("gelu-erf", "gelu-tanh", "quick-gelu")):
         return f"it reads {m.kind}, not a GELU"
     if m.fc2.channel_axis != -1:

@@ -76,11 +76,11 @@ class Log2Softmax(Pass):
         return PassResult(any(done))
 
     def _refusal(self, ctx: PassContext) -> str | None:
-        target = ctx.target.name
+        target, able = ctx.target.name, ctx.target.expresses(self._coded(ctx))
         if self.deploy == "fp8":
-            fits = target in ("trt", "rtx") and ctx.scheme.activation == FLOAT8E4M3FN and ctx.scheme.block_size is None
+            fits = able and ctx.scheme.activation == FLOAT8E4M3FN and ctx.scheme.block_size is None
             return None if fits else f"deploy=fp8 needs the scheme fp8 on trt or rtx, this is {ctx.scheme.name} on {target}"
-        return None if target == "ort" else f"target {target} cannot express companded codes; probabilities stay uniform"
+        return None if able else f"target {target} cannot express companded codes; probabilities stay uniform"
 
     def _one(self, node: ir.Node, values: Values, reason: str | None, ctx: PassContext) -> bool:
         matmul, slot = values.matmul, 1 - values.slot

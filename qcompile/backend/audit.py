@@ -23,7 +23,7 @@ from qcompile.backend.tensorrt import plan_profiles, run_worker
 from qcompile.backend.work import WorkItem, work_items
 from qcompile.errors import UsageError
 from qcompile.ir.reader import read_proto
-from qcompile.target.rules import check
+from qcompile.target.check import check
 from qcompile.target.view import GraphView, name_nodes, uniquely_named
 
 SCHEMA_VERSION = 1

@@ -21,8 +21,8 @@ from qcompile.backend.profile import Profile
 from qcompile.backend.tensorrt import plan_profiles, run_worker
 from qcompile.errors import BuildError
 from qcompile.ir.model import EXTERNAL_BYTES
+from qcompile.target.check import check
 from qcompile.target.findings import Finding
-from qcompile.target.rules import check
 from qcompile.target.view import GraphView
 
 MAX_BUILDS = 40

@@ -12,8 +12,8 @@ from qcompile.cli.options import MODEL, as_json
 from qcompile.cli.output import flops, megabytes, print_json, print_table, print_text
 from qcompile.errors import UsageError
 from qcompile.oracle.ranges import Bound, Proof
+from qcompile.target.catalog import TARGETS
 from qcompile.target.findings import Finding, Rule
-from qcompile.target.rules import RULES
 from qcompile.verbs.build import gpu_list, recorded_target
 from qcompile.verbs.check import Checked, check_file, fix_file, write_sarif
 
@@ -24,7 +24,7 @@ TIGHTEST = 8
 
 @click.command("check")
 @click.argument("model", type=MODEL)
-@click.option("--target", type=click.Choice(list(RULES)), help="Default: what the model was compiled for, else trt.")
+@click.option("--target", type=click.Choice(list(TARGETS)), help="Default: what the model was compiled for, else trt.")
 @click.option("--gpu", metavar="SM,..", help="Also check what these GPUs can compute, e.g. sm86,sm89.")
 @click.option("--fix", is_flag=True, help="Apply the mechanical fixes to a copy (-o) and check it again.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The repaired model of --fix.")
@@ -46,7 +46,7 @@ def command(
     Exit code 1 on errors (with --fix: on errors that remain): what the backend refuses, or silently runs in float.
     """
     _check_options(fix, output, sarif, as_json)
-    chosen, gpus = target or recorded_target(model, RULES), gpu_list(gpu) if gpu else ()
+    chosen, gpus = target or recorded_target(model, TARGETS), gpu_list(gpu) if gpu else ()
     checked = fix_file(model, output, chosen, gpus) if output is not None else check_file(model, chosen, gpus)
     _print(checked, model if output is None else output, sarif, proof, as_json)
     if any(f.severity == "error" for f in checked.findings):
@@ -75,7 +75,7 @@ def _print(checked: Checked, model: Path, sarif: str | None, proof: bool, as_jso
 
 def show_findings(checked: Checked) -> None:
     """Findings grouped by rule: id and title, the nodes with the reason, and what to do."""
-    rules = {rule.id: rule for rule in RULES[checked.target]}
+    rules = {rule.id: rule for rule in TARGETS[checked.target].rules}
     for rule_id, found in _by_rule(checked.findings).items():
         rule = rules[rule_id]
         print_text(f"{rule.severity} {rule.id} {rule.title} ({len(found)}x)", *_examples(found))

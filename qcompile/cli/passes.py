@@ -28,7 +28,7 @@ def command(name: str | None, as_json: bool) -> None:
 
 def _passes_document() -> dict[str, Any]:
     passes = [p.to_json() for p in describe_passes()]
-    presets = {"presets": dict(registry.PRESETS), "defaults": dict(registry.DEFAULTS)}
+    presets = {"presets": dict(registry.PRESETS), "defaults": registry.defaults()}
     return {"schema_version": SCHEMA_VERSION, "passes": passes, **presets}
 
 

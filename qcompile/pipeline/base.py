@@ -150,16 +150,10 @@ class Pass:
 def quantized_forms(target: Target, scheme: Scheme) -> frozenset[Fact]:
     """The forms of the graph that quantization needs: scales need their opset, packed qkv weights are split, ONNX Runtime's
     CPU kernels want theirs.  Passes that ask for statistics stand behind them, so that one sweep serves all."""
-    forms = {Fact.PADS_FOLDED, Fact.OPSET}
-    if scheme.activation is not None:
-        forms |= {Fact.QKV_SPLIT, Fact.BIAS_RANK}
-    if target.name == "ort" and scheme.activation is not None and not scheme.simulated:
-        forms |= {Fact.STEM, Fact.GELU_ORDER}
-    if target.name == "integer":
-        forms |= {Fact.DIMS_FOLDED}
-    if target.body(scheme) != "float32":
-        forms |= {Fact.NORMS_FUSED}
-    return frozenset(forms)
+    of_pass = {"fold-pad": Fact.PADS_FOLDED, "fold-bn": Fact.BN_FOLDED, "fold-dims": Fact.DIMS_FOLDED, "opset": Fact.OPSET,
+               "space-to-depth": Fact.STEM, "gelu-order": Fact.GELU_ORDER, "fuse-norm": Fact.NORMS_FUSED,
+               "split-qkv": Fact.QKV_SPLIT, "bias-rank": Fact.BIAS_RANK}  # fmt: skip
+    return frozenset({Fact.PADS_FOLDED, *(of_pass[name] for name in target.forms(scheme))} - {Fact.BN_FOLDED})
 
 
 def option_name(field_name: str) -> str:

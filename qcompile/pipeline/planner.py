@@ -86,9 +86,9 @@ def _provide(fact: Fact, facts: set[Fact], plan: list[tuple[Pass, bool]], target
 
 
 def _provider(fact: Fact, target: Target, scheme: Scheme) -> str:
-    if fact is Fact.QUANTIZED and target.name == "integer":
-        return "integer"
-    return "bf16" if fact is Fact.HALF and target.body(scheme) == "bfloat16" else PROVIDERS[fact]
+    if fact in (Fact.QUANTIZED, Fact.HALF):
+        return target.lowering(scheme)[0 if fact is Fact.QUANTIZED else -1]
+    return PROVIDERS[fact]
 
 
 def _append(p: Pass, facts: set[Fact], plan: list[tuple[Pass, bool]], *, inserted: bool) -> None:

@@ -9,6 +9,8 @@ from importlib.metadata import entry_points
 from qcompile.errors import UsageError
 from qcompile.pipeline import spec
 from qcompile.pipeline.base import Pass
+from qcompile.quant.spec import SCHEMES
+from qcompile.target.catalog import TARGETS
 
 ENTRY_POINT_GROUP = "qcompile.passes"
 
@@ -103,10 +105,11 @@ def provider(fact_value: str) -> Pass:
     return cls()
 
 
-def default_preset(target: str, scheme: str) -> str:
-    """The pipeline that runs when no --passes is given."""
-    return DEFAULTS.get(f"{target}-{scheme}", DEFAULTS.get(scheme, ""))
-
-
-_INTEGER = "smooth{search},bias-correct"
-DEFAULTS: dict[str, str] = {"w8a8": _INTEGER, "w6a6": _INTEGER, "w4a8": _INTEGER, "w4a4": _INTEGER, "nvfp4": "smooth"}
+def defaults() -> dict[str, str]:
+    """What runs when no --passes is given, by scheme; by `target-scheme` where targets differ."""
+    found: dict[str, str] = {}
+    for scheme in SCHEMES.values():
+        of_target = {t.name: t.default(scheme) for t in TARGETS.values() if scheme.name in t.schemes}
+        same = len(set(of_target.values())) == 1
+        found |= {scheme.name if same else f"{target}-{scheme.name}": text for target, text in of_target.items() if text}
+    return found

@@ -1,80 +1,58 @@
-"""The targets that are delivered (measured: fact sheet C2-C5 for TensorRT, A2 for ONNX Runtime)."""
+"""The targets: found in the folders beside this file, and in other packages by entry point.
+
+A folder `NAME/` with a module `target` in it that holds `TARGETS`, a tuple of `Target`, is all that a target is.  Another
+package names such a module under the entry point group `qcompile.targets`.
+"""
 
 from __future__ import annotations
 
-from qcompile.quant.qtype import FLOAT4E2M1, FLOAT8E4M3FN, INT4, INT8, UINT8
-from qcompile.target.target import OpRule, Target
+import importlib
+import pkgutil
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from importlib.metadata import entry_points
+from pathlib import Path
 
-_TENSORRT_SCHEMES = ("w8a8", "fp16", "bf16", "fp8", "w4a16", "nvfp4", "mxfp8", "w6a6", "w4a8", "w4a4")
-_ORT_SCHEMES = ("w8a8", "fp16", "w6a6", "w4a8", "w4a4", "w4a16")
-_INTEGER_SCHEMES = ("w8a8", "w6a6", "w4a8", "w4a4")
-_CAPABILITIES = ((INT8.name, 75), (INT4.name, 80), ("bfloat16", 80), (FLOAT8E4M3FN.name, 89))  # and fp4: Blackwell
-_LOW = (INT8, FLOAT8E4M3FN, FLOAT4E2M1)
+from qcompile.errors import UsageError
+from qcompile.target.target import Target
 
-_OPS = (OpRule("Conv", 0), OpRule("ConvTranspose", 1, low_kernel=False), OpRule("MatMul", "last"), OpRule("Gemm", "trans_b"))
-
-
-_MXFP8 = (
-    "TensorRT-RTX 1.7 dequantizes MXFP8 operands and multiplies in float: a smaller file, no faster engine;"
-    " --scheme fp8 and nvfp4 are multiplied in 8 and 4 bit"
-)
+ENTRY_POINT_GROUP = "qcompile.targets"
+DEFAULT = "trt"
 
 
-def _tensorrt(name: str, title: str, fp4: int, gpus: tuple[str, ...] = (), caveats: tuple[tuple[str, str], ...] = ()) -> Target:
-    return Target(
-        name,
-        title,
-        _TENSORRT_SCHEMES,
-        half_body=True,
-        symmetric=True,
-        min_opset=13,
-        max_opset=25,
-        activations=_LOW,
-        weights=(*_LOW, INT4),
-        ops=_OPS,
-        capabilities=(*_CAPABILITIES, (FLOAT4E2M1.name, fp4)),
-        gpus=gpus,
-        caveats=caveats,
-        one_quantizer=True,
-    )
+class Catalog(Mapping[str, Target]):
+    """Targets by name, ours first; read when the first is asked for."""
+
+    def __getitem__(self, name: str) -> Target:
+        return self._found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    @cached_property
+    def _found(self) -> dict[str, Target]:
+        own = [f"{__package__}.{m.name}.target" for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if m.ispkg]
+        others = [e.value for e in entry_points(group=ENTRY_POINT_GROUP)]
+        found = [t for module in (*own, *others) for t in _targets(module)]
+        return {t.name: t for t in sorted(found, key=lambda t: t.name != DEFAULT)}
 
 
-TARGETS: dict[str, Target] = {
-    t.name: t
-    for t in (
-        _tensorrt("trt", "TensorRT 10.12+ and 11, strongly typed", fp4=100),
-        _tensorrt(
-            "rtx",
-            "TensorRT for RTX",
-            fp4=120,
-            gpus=("sm75", "sm80", "sm86", "sm89", "sm120", "sm121"),
-            caveats=(("mxfp8", _MXFP8),),
-        ),
-        Target(
-            "ort",
-            "ONNX Runtime, CPU and CUDA providers",
-            _ORT_SCHEMES,
-            half_body=False,
-            symmetric=False,
-            min_opset=13,
-            max_opset=26,
-            activations=(UINT8, INT8),
-            weights=(INT8, UINT8, INT4),
-            ops=_OPS,
-            bias_float=False,
-        ),
-        Target(
-            "integer",
-            "integers only: standard ONNX operators, no floating point between the first Q and the last DQ",
-            _INTEGER_SCHEMES,
-            half_body=False,
-            symmetric=False,
-            min_opset=21,
-            max_opset=26,
-            activations=(INT8,),
-            weights=(INT8,),
-            ops=_OPS,
-            bias_float=False,
-        ),
-    )
-}
+TARGETS = Catalog()
+
+
+def engine_targets() -> list[str]:
+    """Names of the targets that engines are built for."""
+    return [t.name for t in TARGETS.values() if t.engine is not None]
+
+
+def _targets(module: str) -> tuple[Target, ...]:
+    try:
+        found = importlib.import_module(module).TARGETS
+    except (ImportError, AttributeError) as e:
+        raise UsageError(f"targets {module!r} cannot be imported ({e}); reinstall the package that provides them") from e
+    if not all(isinstance(t, Target) for t in found):
+        raise UsageError(f"{module!r} holds no qcompile targets; correct the entry point of the package that provides it")
+    return tuple(found)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto
 
-from qcompile.target.target import Target
+from qcompile.target.platform import Platform
 from qcompile.target.view import DEQUANTIZE_OPS, QUANTIZE_OPS, WEIGHTED_OPS, GraphView, attribute
 
 Severity = Literal["error", "warning"]
@@ -88,7 +88,7 @@ class Context:
     """What rules look at."""
 
     view: GraphView
-    target: Target
+    target: Platform
     gpus: Sequence[str]
 
     @cached_property
@@ -138,6 +138,16 @@ class Rule:
     def findings(self, context: Context) -> list[Finding]:
         """The rule's findings on one model."""
         return [Finding(self.id, self.severity, node, message, self.fix) for node, message in self.check(context)]
+
+
+def error(rule: str, check: Check, title: str, fix: str, effect: Effect = "notice", repair: Repair | None = None) -> Rule:
+    """A rule whose findings are errors."""
+    return Rule(rule, title, "error", fix, check, effect, repair)
+
+
+def warning(rule: str, check: Check, title: str, fix: str, effect: Effect = "notice", repair: Repair | None = None) -> Rule:
+    """A rule whose findings are warnings."""
+    return Rule(rule, title, "warning", fix, check, effect, repair)
 
 
 def site(view: GraphView, node: NodeProto) -> Site:

@@ -8,7 +8,7 @@ from onnx import NodeProto, version_converter
 from qcompile.target.findings import Context, Site
 from qcompile.target.fix_edits import pair_of, replace_uses, unquantize
 from qcompile.target.rules_common import duplicate_quantizers, needed_opset
-from qcompile.target.tensorrt.rules import attention_blocks, deconvolution, one_operand_only, quantizer_behind, scores_matmul
+from qcompile.target.tensorrt.checks import attention_blocks, deconvolution, one_operand_only, quantizer_behind, scores_matmul
 from qcompile.target.tensorrt.shapes import large_fp8_kernel
 from qcompile.target.view import DEQUANTIZE_OPS, name_nodes
 

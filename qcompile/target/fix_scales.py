@@ -10,7 +10,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from qcompile.target.findings import Context
 from qcompile.target.fix_edits import Array, add_constant, along, dequantized, drop_attributes, pair_of, readers, rescale
 from qcompile.target.rules_common import output_axis, wrong_weight_axis
-from qcompile.target.tensorrt.rules import half_network, scale_type
+from qcompile.target.tensorrt.checks import half_network, scale_type
 from qcompile.target.tensorrt.shapes import unequal_concat
 from qcompile.target.view import DEQUANTIZE_OPS, QUANTIZE_OPS
 

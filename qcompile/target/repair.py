@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import onnx
 
 from qcompile.target.catalog import TARGETS
+from qcompile.target.check import check
 from qcompile.target.findings import Context, Finding, Rule
 from qcompile.target.fix_edits import prune
 from qcompile.target.fix_graph import unique_names
-from qcompile.target.rules import RULES, check
 from qcompile.target.view import GraphView
 
 ROUNDS = 3  # a fix may bring up another rule's finding (float16 scales need opset 19)
@@ -40,7 +40,7 @@ def repair(model: onnx.ModelProto, target: str, gpus: Sequence[str] = ()) -> Rep
     before = check(changed, target, gpus)
     remaining = before
     for _ in range(ROUNDS):
-        for rule in RULES[target]:
+        for rule in TARGETS[target].rules:
             _apply(rule, changed, target, gpus)
         last, remaining = remaining, check(changed, target, gpus)
         if _places(last) == _places(remaining):

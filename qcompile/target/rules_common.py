@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto
 
 from qcompile.target.findings import Context, Hits, Site, scale_of
-from qcompile.target.target import OpRule
+from qcompile.target.platform import OpRule
 from qcompile.target.view import DEQUANTIZE_OPS, DYNAMIC_QUANTIZE_OPS
 
 

@@ -7,7 +7,7 @@ import onnx_ir as ir
 from qcompile.ir.ops import output_channel_axis
 from qcompile.quant.qtype import UINT8, QType, simulated_int
 from qcompile.quant.spec import Granularity, PerAxis, PerBlock, QuantSpec, Scheme
-from qcompile.target.target import Target
+from qcompile.target.target import Request
 
 
 def weight_spec(node: ir.Node, slot: int, scheme: Scheme) -> QuantSpec:
@@ -20,11 +20,11 @@ def weight_spec(node: ir.Node, slot: int, scheme: Scheme) -> QuantSpec:
     return QuantSpec(scheme.weight, granularity)
 
 
-def activation_spec(target: Target, scheme: Scheme) -> QuantSpec:
+def activation_spec(request: Request) -> QuantSpec:
     """Per tensor: signed and symmetric where zero points must be 0, else unsigned with a zero point."""
-    qtype = scheme.fallback or scheme.activation
+    qtype = request.scheme.fallback or request.scheme.activation
     assert qtype is not None
-    if target.symmetric or qtype.family == "float":
+    if request.target.symmetric or qtype.family == "float":
         return QuantSpec(qtype)
     return QuantSpec(unsigned(qtype), symmetric=False)
 

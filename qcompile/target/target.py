@@ -1,91 +1,89 @@
-"""Target: what a piece of hardware and its software accept."""
+"""Target: what everything else asks of a platform."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from qcompile.errors import UsageError
-from qcompile.quant.qtype import QType
-from qcompile.quant.spec import Scheme
+from qcompile.target.platform import Platform
 
-_OPSET = {"INT8": 19, "UINT8": 13, "FLOAT8E4M3FN": 19, "INT4": 21, "UINT4": 21, "FLOAT4E2M1": 23}
-_BODY_OPSET = {"float32": 1, "float16": 17, "bfloat16": 22}  # LayerNormalization; Conv and pooling in bfloat16
-_BLOCK_OPSET = 21
-_FLOAT32_SCALE_OPSET = {"INT8": 13, "UINT8": 13}
-
-
-@dataclass(frozen=True)
-class OpRule:
-    """How one operator may be quantized.
-
-    `weight_axis` is the per-channel axis of the weight: an index, "last", or "trans_b" (Gemm: 0 if transB else 1);
-    `low_kernel` is False where the target builds a float kernel whatever the Q/DQ says.
-    """
-
-    op_type: str
-    weight_axis: int | str
-    low_kernel: bool = True
-
-    def axis(self, rank: int, trans_b: bool = False) -> int:
-        """The non-negative per-channel axis of a weight of `rank` axes."""
-        if self.weight_axis == "trans_b":
-            return 0 if trans_b else 1
-        return rank - 1 if self.weight_axis == "last" else int(self.weight_axis)
+if TYPE_CHECKING:  # a command that only lists targets imports no graphs
+    from qcompile.decide.placement import Placement
+    from qcompile.ir.model import Model
+    from qcompile.ir.select import Selection
+    from qcompile.oracle.ranges import Proof
+    from qcompile.quant.spec import Scheme
+    from qcompile.target.findings import Rule
+    from qcompile.target.view import GraphView
 
 
 @dataclass(frozen=True)
-class Target:
-    """A deployment target.
+class Choices:
+    """The user's choices about placement, the options of `annotate`: see there.  A target ignores what it has no use for."""
 
-    `schemes` it can run; `half_body`: the float rest and the scales are float16; `symmetric`: zero points must be 0;
-    `activations` and `weights` are the code types it computes with; `ops` says how each operator is quantized;
-    `bias_float`: biases stay floating point; `capabilities` maps a code type to the lowest compute capability
-    (89 = sm89); `gpus` lists the targets that can be compiled for (empty: any); `max_opset` is the newest that loads;
-    `caveats` maps a scheme to what its user must know; `one_quantizer`: two quantizers of one activation cannot be fused.
-    """
+    attention: str = "auto"
+    probabilities: str = "auto"
+    residual: str = "float"
 
-    name: str
-    title: str
-    schemes: tuple[str, ...]
-    half_body: bool
-    symmetric: bool
-    min_opset: int
-    max_opset: int = 25
-    activations: tuple[QType, ...] = ()
-    weights: tuple[QType, ...] = ()
-    ops: tuple[OpRule, ...] = ()
-    bias_float: bool = True
-    capabilities: tuple[tuple[str, int], ...] = ()
-    gpus: tuple[str, ...] = ()
-    caveats: tuple[tuple[str, str], ...] = ()
-    one_quantizer: bool = False
 
-    def require(self, scheme: Scheme) -> None:
-        """Raises UsageError: the target cannot run the scheme."""
-        if scheme.name not in self.schemes:
-            raise UsageError(f"target {self.name!r} has no scheme {scheme.name!r} (it has: {', '.join(self.schemes)})")
+@dataclass(frozen=True)
+class Request:
+    """What a placement is asked for."""
 
-    def body(self, scheme: Scheme) -> str:
-        """The type of what is not quantized: float16, bfloat16 or float32."""
-        return "float16" if self.half_body and scheme.body == "float32" else scheme.body
+    target: Target
+    scheme: Scheme
+    selection: Selection
+    choices: Choices
 
-    def opset(self, scheme: Scheme) -> int:
-        """The lowest opset that the scheme needs here: 19 where scales are float16, 21 for int4 and blocks, 23 for fp4, and what
-        the type of the float rest needs."""
-        types: list[QType] = [t for t in (scheme.weight, scheme.activation) if t is not None]
-        blocks = _BLOCK_OPSET if scheme.block_size is not None else 0
-        return max([self.min_opset, blocks, _BODY_OPSET[self.body(scheme)], *(self.type_opset(t.storage) for t in types)])
+    @property
+    def native(self) -> bool:
+        """Whether the target computes in the scheme's types."""
+        return self.target.native(self.scheme)
 
-    def type_opset(self, storage: str) -> int:
-        """The lowest opset in which codes of the ONNX type `storage` can be (de)quantized with this target's scales."""
-        if not self.half_body and storage in _FLOAT32_SCALE_OPSET:
-            return _FLOAT32_SCALE_OPSET[storage]
-        return _OPSET.get(storage, 21)
 
-    def op_rule(self, op_type: str) -> OpRule | None:
-        """The rule of a weighted operator, None for any other."""
-        return next((r for r in self.ops if r.op_type == op_type), None)
+@dataclass(frozen=True)
+class Target(Platform):
+    """A platform, and how models are made for it and judged; a folder holds all that is particular to it (see `catalog`)."""
 
-    def capability(self, type_name: str) -> int:
-        """The lowest compute capability (80 = sm80) with kernels for codes of `type_name`; 0 if any will do."""
-        return dict(self.capabilities).get(type_name, 0)
+    def default(self, scheme: Scheme) -> str:
+        """The pipeline that runs when no --passes is given."""
+        integers = scheme.activation is not None and scheme.activation.family == "int"
+        return "smooth{search},bias-correct" if integers else ""
+
+    def forms(self, scheme: Scheme) -> tuple[str, ...]:
+        """The form passes that a graph needs before anything is decided, beyond `canonicalize`; their order is the registry's.
+
+        Scales need their opset, a half body its norms in one piece; packed qkv weights are split; padding and batch norms are
+        part of the layer that is quantized.
+        """
+        quantized = ("fold-pad", "fold-bn") if scheme.weight is not None else ()
+        products = ("split-qkv", "bias-rank") if scheme.activation is not None else ()
+        half = ("fuse-norm",) if self.body(scheme) != "float32" else ()
+        return (*quantized, "opset", *half, *products)
+
+    def lowering(self, scheme: Scheme) -> tuple[str, ...]:
+        """The passes that bring in the target's arithmetic, in order."""
+        half = {"float16": ("fp16",), "bfloat16": ("bf16",)}.get(self.body(scheme), ())
+        return (("insert-qdq",) if scheme.weight is not None else ()) + half
+
+    def place(self, model: Model, scheme: Scheme, selection: Selection, choices: Choices) -> Placement:
+        """Which tensors are quantized, and which layers are not, with the reason."""
+        from qcompile.decide.placement import Placement
+
+        if scheme.weight is None:
+            return Placement()
+        return self.placement(model, Request(self, scheme, selection, choices))
+
+    def placement(self, model: Model, request: Request) -> Placement:
+        """`place` for a scheme that quantizes something: what a target overrides."""
+        raise NotImplementedError(f"target {self.name!r} has no placement")
+
+    @property
+    def rules(self) -> Sequence[Rule]:
+        """The rules of `qcompile check`."""
+        return ()
+
+    def proof(self, view: GraphView) -> Proof | None:
+        """Proven bounds of every integer in a model that computes with nothing else; None where there is nothing to prove."""
+        return None

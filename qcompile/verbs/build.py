@@ -18,7 +18,7 @@ from qcompile.backend.tensorrt import BuildResult, build_engine, capability, gra
 from qcompile.errors import BackendError, BuildError, UsageError
 from qcompile.report import SCHEMA_VERSION
 from qcompile.target.catalog import TARGETS
-from qcompile.target.rules import check
+from qcompile.target.check import check
 
 __all__ = [
     "DEFAULT_GPU",

@@ -16,14 +16,13 @@ from qcompile.ir.model import Model
 from qcompile.ir.reader import read_proto
 from qcompile.oracle.ranges import Proof
 from qcompile.report import SCHEMA_VERSION, json_text
+from qcompile.target.catalog import TARGETS
+from qcompile.target.check import check
 from qcompile.target.findings import Finding
-from qcompile.target.integer.rules import proof_of
 from qcompile.target.repair import repair
-from qcompile.target.rules import RULES, check
 from qcompile.target.sarif import sarif
 from qcompile.target.view import GraphView
 
-INTEGER = "integer"
 INLINE_BYTES = 1_500_000_000  # a protobuf file ends at 2 GB
 
 
@@ -49,11 +48,11 @@ class Checked:
 
     def to_sarif(self, file: str) -> dict[str, Any]:
         """The findings as a SARIF document about `file`."""
-        return sarif(self.findings, RULES[self.target], file, __version__)
+        return sarif(self.findings, TARGETS[self.target].rules, file, __version__)
 
 
 def _finding(f: Finding, target: str) -> dict[str, Any]:
-    fixable = next(r.repair is not None for r in RULES[target] if r.id == f.rule)
+    fixable = next(r.repair is not None for r in TARGETS[target].rules if r.id == f.rule)
     return {"rule": f.rule, "node": f.node, "message": f.message, "fix": f.fix, "fixable": fixable}
 
 
@@ -65,7 +64,7 @@ def check_file(model: Path, target: str, gpus: Sequence[str] = ()) -> Checked:
     """
     view = GraphView.open(model)
     found = tuple(check(view, target, gpus))
-    return Checked(target, found, proof=proof_of(view) if target == INTEGER else None)
+    return Checked(target, found, proof=TARGETS[target].proof(view))
 
 
 def fix_file(model: Path, output: Path, target: str, gpus: Sequence[str] = ()) -> Checked:

@@ -15,7 +15,7 @@ from qcompile.cli import main
 from qcompile.oracle.graph import integer_graph
 from qcompile.oracle.ranges import prove
 from qcompile.oracle.run import decode, encode, run_integer
-from qcompile.target.rules import check
+from qcompile.target.check import check
 from tests.oracle.build import SETTINGS, on_ort, on_reference
 from tests.oracle.models import MODELS as TINY
 from tests.oracle.models import compiled

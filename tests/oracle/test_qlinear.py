@@ -17,7 +17,7 @@ from qcompile.oracle.export import export_document
 from qcompile.oracle.qlinear import SCALES, SUMS
 from qcompile.oracle.ranges import prove
 from qcompile.oracle.run import run_integer
-from qcompile.target.rules import check
+from qcompile.target.check import check
 from qcompile.verbs.evaluate.conformance import conformance
 from tests.oracle.build import SETTINGS, model_of, node
 from tests.oracle.models import compiled

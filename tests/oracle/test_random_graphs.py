@@ -16,7 +16,7 @@ from qcompile.errors import ModelError
 from qcompile.oracle.graph import integer_graph
 from qcompile.oracle.ranges import prove
 from qcompile.oracle.run import decode, encode, run_integer
-from qcompile.target.rules import check
+from qcompile.target.check import check
 from tests.oracle.build import on_ort, on_reference
 from tests.oracle.random_floats import Case, Graph, random_model
 

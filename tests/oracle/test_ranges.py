@@ -13,7 +13,7 @@ from qcompile.errors import DataError, GateError
 from qcompile.oracle import checked
 from qcompile.oracle.ranges import prove
 from qcompile.oracle.run import run_integer
-from qcompile.target.rules import check
+from qcompile.target.check import check
 from tests.oracle.build import model_of, node, on_ort, on_reference, requantize_constants, requantize_nodes
 from tests.oracle.cases import CASES, Case, wide
 

@@ -21,7 +21,7 @@ from qcompile.pipeline.base import Fact, Kind, Pass
 from qcompile.pipeline.runner import Runner
 from qcompile.pipeline.spec import format_pass
 from qcompile.rewrite.bias import bias_site
-from qcompile.target.rules import check
+from qcompile.target.check import check
 from tests.passes.measures import constants_of, double_outputs, outputs, relative_error, sqnr_db, to_double
 from tests.passes.models import fixture, fixture_arrays
 from tests.passes.running import Step, SweepOf, builtin_passes, context, fixture_step, pipeline, run_passes

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from qcompile.target.rules import TRT_RULES, check
+from qcompile.target.check import check
+from qcompile.target.tensorrt.rules import TRT_RULES
 from tests.target.builds import Built, audited
 from tests.target.fuzz import Case
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from qcompile.target.rules import RULES, check
+from qcompile.target.catalog import TARGETS
+from qcompile.target.check import check
 from tests.target.agreement import EFFECT, disagreements
 from tests.target.builds import build_all
 from tests.target.fuzz import cases, fixed_batch
@@ -43,4 +44,4 @@ def test_graphs_are_repeatable() -> None:
 
 
 def test_every_rule_of_consequence_says_so() -> None:
-    assert all(r.effect != "notice" for r in RULES["rtx"] if r.severity == "error")
+    assert all(r.effect != "notice" for r in TARGETS["rtx"].rules if r.severity == "error")

@@ -13,8 +13,9 @@ import pytest
 from onnx import TensorProto
 from onnx.reference import ReferenceEvaluator
 
+from qcompile.target.catalog import TARGETS
+from qcompile.target.check import check
 from qcompile.target.repair import Repaired, repair
-from qcompile.target.rules import RULES, check
 from tests.target import formats
 from tests.target.builds import Built, build_all, outcome
 from tests.target.graphs import AttentionForm, Form, attention, single
@@ -147,7 +148,7 @@ def test_the_builder_agrees(fix: Fix, built: dict[str, Built]) -> None:
 
 
 def test_every_repair_has_a_case() -> None:
-    repairable = {r.id for r in RULES["rtx"] if r.repair is not None}
+    repairable = {r.id for r in TARGETS["rtx"].rules if r.repair is not None}
     assert repairable == {f"QC-TRT-{n:03d}" for f in FIXES for n in f.rules} - {"QC-TRT-030"}
 
 

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qcompile.errors import ModelError, UsageError
 from qcompile.target.catalog import TARGETS
-from qcompile.target.rules import RULES, check
+from qcompile.target.check import check
 from qcompile.target.tensorrt.accepted import ACCEPTED
 from tests.target import formats
 from tests.target.graphs import AttentionForm, Form, attention, single
@@ -49,7 +49,7 @@ def test_accepted_forms_are_rows_without_errors() -> None:
 
 
 def test_ids_are_unique_and_fixes_are_given() -> None:
-    for table in RULES.values():
+    for table in (t.rules for t in TARGETS.values()):
         assert len({r.id for r in table}) == len(table)
         assert all(r.fix and r.title and r.check.__doc__ for r in table)
 
@@ -165,7 +165,7 @@ def test_ort_rows(form: Form, expected: set[str]) -> None:
 
 def test_float_model_is_clean() -> None:
     plain = single(CONV.but(activation=None, weight=None))
-    assert all(rules(plain, target) == set() for target in RULES if target != "integer")
+    assert all(rules(plain, target) == set() for target in TARGETS if target != "integer")
 
 
 def test_file_with_external_data(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 from qcompile.cli import main
-from qcompile.target.rules import RULES
+from qcompile.target.catalog import TARGETS
 from qcompile.verbs.check import check_file, write_sarif
 from tests.target.graphs import single
 from tests.target.matrix import CONV
@@ -54,7 +54,7 @@ def test_document(broken: Path, tmp_path: Path) -> None:
     document = json.loads((tmp_path / "out.sarif").read_text())
     require(document)
     run = document["runs"][0]
-    assert len(run["tool"]["driver"]["rules"]) == len(RULES["rtx"])
+    assert len(run["tool"]["driver"]["rules"]) == len(TARGETS["rtx"].rules)
     found = [(r["ruleId"], r["level"]) for r in run["results"]]
     assert ("QC-TRT-001", "error") in found and ("QC-TRT-016", "warning") in found
     located = next(r for r in run["results"] if r["ruleId"] == "QC-TRT-001" and "logicalLocations" in r["locations"][0])

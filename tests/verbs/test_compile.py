@@ -20,7 +20,7 @@ import qcompile
 from qcompile.errors import DataError, GateError, ModelError, QcompileError, UsageError, VerifyError
 from qcompile.execute.session import make_session
 from qcompile.ir.model import Model
-from qcompile.target.rules import check
+from qcompile.target.check import check
 from qcompile.verbs.compile.run import Options, prepare, write_report
 from tests.ir import tiny
 

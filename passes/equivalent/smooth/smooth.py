@@ -133,7 +133,7 @@ class SmoothQuant(Pass):
 def _needed_db(site: FoldSite, target: Target) -> float:
     if site.free:
         return _MARGIN_DB
-    return _PAYS_DB if target.symmetric else _PAYS_DB_CPU
+    return _PAYS_DB if target.fuses_elementwise else _PAYS_DB_CPU
 
 
 def ratios(stat: MinMaxStat, shift: F64, weight: F64, alpha: float) -> F64:

@@ -54,7 +54,7 @@ class SplitQkv(Pass):
         for packed in found:
             _split(model.graph, packed)
             ctx.remarks.applied(str(packed.matmul.name), "packed qkv projection split into three")
-        joined = join_thirds(model.graph, ctx) if ctx.target.name in ("trt", "rtx") else 0
+        joined = join_thirds(model.graph, ctx) if ctx.target.joins_thirds else 0
         erase_dead(model)
         if found or joined:
             ShapeInferencePass()(model.ir)

@@ -63,7 +63,7 @@ class Integer(Pass):
 
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
         """Raises ModelError: an operator has no integer form, or a sum could overflow."""
-        if ctx.target.name != "integer":
+        if self.name not in ctx.target.lowering(ctx.scheme):
             ctx.remarks.missed("", f"target {ctx.target.name} computes with Q/DQ around float operators; use --target integer")
             return PassResult(False)
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model.ir)

@@ -11,18 +11,18 @@ import onnx_ir as ir
 from qcompile.decide.placement import Placement
 from qcompile.ir.model import Model
 from qcompile.ir.ops import weight_slot
-from qcompile.pipeline.base import PassContext
 from qcompile.quant.qtype import INT16
 from qcompile.quant.spec import QuantSpec, Scheme
 from qcompile.target.integer.plan import Plan, Step, entry, is_float, leaves, must_store, own_store, plan, settled
 from qcompile.target.specs import weight_spec
+from qcompile.target.target import Request
 
 WIDE = QuantSpec(INT16)
 _COUNTS = QuantSpec(INT16, symmetric=False)
 _NARROW_INPUTS = {"linear": (0,), "product": (0, 1), "maxpool": (0,), "avgpool": (0,)}
 
 
-def place(model: Model, ctx: PassContext) -> Placement:
+def place(model: Model, request: Request) -> Placement:
     """Sites for every step; what has no integer form is named with its reason."""
     out, found = Placement(), plan(model.graph)
     for value in model.graph.inputs:
@@ -31,7 +31,7 @@ def place(model: Model, ctx: PassContext) -> Placement:
         if step.family == "refused":
             out.miss(step.node, step.reason)
             continue
-        _inputs(out, step, ctx.selection.scheme_of(step.node, ctx.scheme))
+        _inputs(out, step, request.selection.scheme_of(step.node, request.scheme))
         for value in step.node.outputs:
             _output(out, found, step, value)
     return out

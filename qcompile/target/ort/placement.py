@@ -15,9 +15,9 @@ from qcompile.decide.placement import Placement
 from qcompile.ir.model import Model
 from qcompile.ir.notes import kept_float
 from qcompile.ir.ops import const_array, const_value, is_compute, is_data_movement, is_op, weight_slot
-from qcompile.pipeline.base import PassContext
 from qcompile.quant.spec import QuantSpec
 from qcompile.target.specs import activation_spec, weight_spec
+from qcompile.target.target import Request
 
 _GEMM_SHARE = 0.5
 
@@ -26,16 +26,16 @@ _GEMM_SHARE = 0.5
 class _Ort:
     """The state of one placement: `conv_values` are the tensors that a quantized convolution or add makes."""
 
-    ctx: PassContext
+    request: Request
     out: Placement
     spec: QuantSpec
     conv_values: set[str] = field(default_factory=set[str])
 
 
-def place(model: Model, ctx: PassContext) -> Placement:
+def place(model: Model, request: Request) -> Placement:
     """Sites for the CPU provider, in node order."""
-    assert ctx.scheme.activation is not None
-    state = _Ort(ctx, Placement(), activation_spec(ctx.target, ctx.scheme))
+    assert request.scheme.activation is not None
+    state = _Ort(request, Placement(), activation_spec(request))
     with_gemms = _gemm_share(model.graph) > _GEMM_SHARE
     for node in model.graph:
         if is_op(node, "Add"):
@@ -52,21 +52,21 @@ def _compute(state: _Ort, node: ir.Node, with_gemms: bool) -> None:
     if slot is None:
         _product(state, node)
         return
-    reason = state.ctx.selection.excluded(node) or kept_float(node) or _impossible(node, slot)
-    if not reason and state.ctx.selection.forced(node) is None:
+    reason = state.request.selection.excluded(node) or kept_float(node) or _impossible(node, slot)
+    if not reason and state.request.selection.forced(node) is None:
         reason = _refusal(node, with_gemms)
     if reason:
         state.out.miss(node, reason)
         return
     state.out.add(node, 0, state.spec)
-    state.out.add(node, slot, weight_spec(node, slot, state.ctx.scheme))
+    state.out.add(node, slot, weight_spec(node, slot, state.request.scheme))
     if is_op(node, "Conv"):
         _output(state, node)
 
 
 def _product(state: _Ort, node: ir.Node) -> None:
-    reason = state.ctx.selection.excluded(node)
-    if not reason and state.ctx.selection.forced(node) is None:
+    reason = state.request.selection.excluded(node)
+    if not reason and state.request.selection.forced(node) is None:
         reason = "a product of two activations is faster in float on the CPU provider"
     if reason:
         state.out.miss(node, reason)
@@ -162,7 +162,7 @@ def _output(state: _Ort, node: ir.Node) -> None:
 def _residual(state: _Ort, node: ir.Node) -> None:
     """A residual add of a conv net: both operands come from quantized convolutions or adds."""
     names = [str(v.name) for v in node.inputs if v is not None]
-    if len(names) != 2 or any(name not in state.conv_values for name in names) or state.ctx.selection.excluded(node):
+    if len(names) != 2 or any(name not in state.conv_values for name in names) or state.request.selection.excluded(node):
         return
     state.out.add(node, 0, state.spec)
     state.out.add(node, 1, state.spec)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from onnx import NodeProto
 
-from qcompile.target.findings import Context, Hits, Operand
+from qcompile.target import fix_graph as graph
+from qcompile.target import rules_common as common
+from qcompile.target.findings import Context, Hits, Operand, Rule, error, warning
 
 LAST_GOOD_OPSET = 20
 
@@ -51,3 +53,23 @@ def simulated_codes(c: Context) -> Hits:
         kind = c.code_type(node)
         if node.op_type == "DequantizeLinear" and kind is not None and kind not in integer:
             yield node.name, f"{kind} codes are simulated: ONNX Runtime dequantizes them and computes in float"
+
+
+ORT_RULES: tuple[Rule, ...] = (
+    error("QC-ORT-001", common.opset_too_high, "opset", "convert to opset 26 or lower"),
+    error(
+        "QC-ORT-009",
+        common.opset_too_low,
+        "opset",
+        "convert it with onnx.version_converter (the `opset` pass does)",
+        repair=graph.raise_opset,
+    ),
+    error("QC-ORT-002", int8_matmul_add, "int8 MatMul and Add", "export at opset 20 or lower"),
+    warning("QC-ORT-003", slow_pairing, "operand pairing", "use uint8 activations with int8 weights"),
+    warning("QC-ORT-004", common.scale_not_constant, "scale not constant", "store the scale as an initializer"),
+    error("QC-ORT-005", common.scale_not_positive, "scale value", "calibrate again with data that reaches this tensor"),
+    error("QC-ORT-010", common.scale_not_finite, "scale not finite", "calibrate again; look for Inf or NaN in the data"),
+    warning("QC-ORT-006", common.wrong_weight_axis, "weight axis", "put the weight's scales on the output-channel axis"),
+    warning("QC-ORT-007", common.per_channel_activation, "per-channel activation", "use one scale per activation tensor"),
+    warning("QC-ORT-008", simulated_codes, "simulated type", "compile again with --target ort"),
+)

@@ -8,24 +8,24 @@ import onnx_ir as ir
 
 from qcompile.decide.placement import Placement
 from qcompile.ir.ops import is_op, output_channel_axis
-from qcompile.pipeline.base import PassContext
 from qcompile.quant.blockformats import block_format
 from qcompile.quant.spec import PerAxis, PerBlock, QuantSpec
 from qcompile.target.specs import activation_spec
+from qcompile.target.target import Request
 
 _SHORTEST = 32  # measured: FP4 over 16 values becomes a float GEMM where few rows are multiplied
 
 
-def scaled_blocks(out: Placement, node: ir.Node, slot: int, ctx: PassContext) -> None:
+def scaled_blocks(out: Placement, node: ir.Node, slot: int, request: Request) -> None:
     """Blocks along the reduction axis on both operands, or the scheme's fallback type on both, with a remark."""
-    scheme, channel = ctx.scheme, output_channel_axis(node)
+    scheme, channel = request.scheme, output_channel_axis(node)
     assert scheme.weight is not None and scheme.activation is not None
     assert scheme.block_size is not None and scheme.fallback is not None
     data = 1 - slot if is_op(node, "MatMul", "Gemm") else 0
     reason = _misfit(node, data, slot, scheme.block_size)
     if reason is not None:
         out.note(node, f"{scheme.fallback.name} instead of {scheme.name}: {reason}")
-        out.add(node, data, activation_spec(ctx.target, ctx.scheme))
+        out.add(node, data, activation_spec(request))
         out.add(node, slot, QuantSpec(scheme.fallback, PerAxis(channel)))
         return
     value = node.inputs[data]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from qcompile.decide.placement import Placement
-from qcompile.pipeline.base import PassContext
 from qcompile.target.specs import activation_spec
+from qcompile.target.target import Request
 
 _BRANCH = "qcompile.range_branch"
 
@@ -16,13 +16,13 @@ def mark_branch(node: ir.Node) -> None:
     node.metadata_props[_BRANCH] = "1"
 
 
-def range_branches(out: Placement, graph: ir.Graph, ctx: PassContext) -> None:
+def range_branches(out: Placement, graph: ir.Graph, request: Request) -> None:
     """Quantize both inputs of every such product: who asked for the split wants it in integers."""
     for node in graph:
         if _BRANCH not in node.metadata_props:
             continue
-        if reason := ctx.selection.excluded(node):
+        if reason := request.selection.excluded(node):
             out.miss(node, reason)
             continue
-        out.add(node, 0, activation_spec(ctx.target, ctx.scheme))
-        out.add(node, 1, activation_spec(ctx.target, ctx.scheme))
+        out.add(node, 0, activation_spec(request))
+        out.add(node, 1, activation_spec(request))

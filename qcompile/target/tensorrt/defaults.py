@@ -5,9 +5,9 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from qcompile.ir.ops import int_attr, is_const, is_data_movement, is_op, static_shape, weight_slot
-from qcompile.pipeline.base import PassContext
 from qcompile.structure.core import data_uses
 from qcompile.structure.scores import Scores
+from qcompile.target.target import Request
 
 _CHANNELS = {"int": 4, "float": 16}  # an fp8 convolution of a picture has no kernel (measured), an int8 one gains nothing
 _SMALLEST = 16
@@ -18,27 +18,22 @@ _UNARY = frozenset(
 _BINARY = frozenset({"Add", "Div", "Mul", "Pow", "Sub"})
 
 
-def is_native(ctx: PassContext) -> bool:
-    """Whether TensorRT really computes in the scheme (a simulated width is a study of all layers)."""
-    return ctx.target.name in ("trt", "rtx") and not ctx.scheme.simulated
-
-
-def default_refusal(node: ir.Node, slot: int, ctx: PassContext, heads: frozenset[ir.Node]) -> str | None:
+def default_refusal(node: ir.Node, slot: int, request: Request, heads: frozenset[ir.Node]) -> str | None:
     """Why a weighted layer stays in float by default, or None."""
     if is_op(node, "ConvTranspose"):
         return "TensorRT has no low-precision deconvolution kernel"
     shape = tuple(d or 0 for d in static_shape(node.inputs[slot]) or ())
     if is_op(node, "Gemm", "MatMul") and min(shape) < _SMALLEST:
         return f"a {'x'.join(str(d) for d in shape)} matrix is too small for a tensor-core kernel"
-    if not is_native(ctx):
+    if not request.native:
         return None
-    if is_op(node, "Conv") and (reason := _few_channels(node, shape[1], ctx)):
+    if is_op(node, "Conv") and (reason := _few_channels(node, shape[1], request)):
         return reason
     return "a head: nothing follows to hide its rounding, and it is a small part of the work" if node in heads else None
 
 
-def _few_channels(conv: ir.Node, per_group: int, ctx: PassContext) -> str | None:
-    qtype, groups = ctx.scheme.activation, int_attr(conv, "group", 1)
+def _few_channels(conv: ir.Node, per_group: int, request: Request) -> str | None:
+    qtype, groups = request.scheme.activation, int_attr(conv, "group", 1)
     depthwise = groups > 1 and per_group == 1
     limit = _CHANNELS.get(qtype.family, 0) if qtype is not None else 0
     if qtype is None or depthwise or per_group * groups >= limit:
@@ -75,10 +70,10 @@ def _passes_on(node: ir.Node, slot: int) -> bool:
     return is_op(node, *_BINARY) and all(is_const(v) or v.producer() is None for v in others)
 
 
-def attention_refusal(scores: Scores, ctx: PassContext) -> str | None:
+def attention_refusal(scores: Scores, request: Request) -> str | None:
     """Why the products of an attention stay in float by default, or None (measured: tensorrt-rtx 1.7.1)."""
-    qtype = ctx.scheme.fallback or ctx.scheme.activation
-    if qtype is None or qtype.family != "float" or not is_native(ctx):
+    qtype = request.scheme.fallback or request.scheme.activation
+    if qtype is None or qtype.family != "float" or not request.native:
         return None
     shape = scores.matmul.outputs[0].shape
     if shape is not None and isinstance(shape[-1], int) and isinstance(shape[-2], int):

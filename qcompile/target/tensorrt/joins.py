@@ -8,26 +8,26 @@ import onnx_ir as ir
 
 from qcompile.decide.placement import Placement, Site
 from qcompile.ir.ops import is_const, is_op
-from qcompile.pipeline.base import PassContext
 from qcompile.quant.spec import PerTensor
+from qcompile.target.target import Request
 
 _FLOAT_SKIP = "its skip connection stays in float, which is more accurate (annotate{residual=shared} reads the convolution's DQ)"
 
 
-def share_residuals(out: Placement, graph: ir.Graph, ctx: PassContext, shared: bool) -> None:
+def share_residuals(out: Placement, graph: ir.Graph, request: Request) -> None:
     """x -> Q -> DQ -> {Conv, Add}: only the codes of x are stored, and the Add reads them.
 
     Measured: the fused kernel reads the skip as Int8 instead of Half, which costs 0.2 to 0.4 points of top-1
     (ResNet-20 90.92 -> 90.72, a hybrid ViT 81.80 -> 81.40); so it is on request.
     """
-    read = _activations(out, "Conv")
+    read, shared = _activations(out, "Conv"), request.choices.residual == "shared"
     for add in graph:
         if not is_op(add, "Add") or any(v is None or is_const(v) for v in add.inputs):
             continue
         leaders = {i: read[v] for i, v in enumerate(add.inputs) if v is not None and v in read}
         if not leaders:
             continue
-        reason = ctx.selection.excluded(add) or (None if shared or ctx.selection.forced(add) else _FLOAT_SKIP)
+        reason = request.selection.excluded(add) or (None if shared or request.selection.forced(add) else _FLOAT_SKIP)
         if reason:
             out.miss(add, reason)
             continue

@@ -1,12 +1,9 @@
 """Where TensorRT wants Q/DQ: all inputs of weighted layers, attention on all four tensors or on none.
 
-What the default leaves in float and --quantize may ask for is in `_placement_defaults`; residual adds and Concat in
-`_placement_joins`.
+What the default leaves in float and --quantize may ask for is in `defaults`; residual adds and Concat in `joins`.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import onnx_ir as ir
 
@@ -14,64 +11,56 @@ from qcompile.decide.placement import Placement
 from qcompile.ir.model import Model
 from qcompile.ir.notes import kept_float
 from qcompile.ir.ops import activation_channel_axis, const_value, is_compute, is_op, static_shape, weight_slot
-from qcompile.pipeline.base import PassContext
 from qcompile.quant.spec import PerBlock
 from qcompile.structure.scores import Scores, find_scores, find_values
 from qcompile.target.specs import activation_spec, weight_spec
+from qcompile.target.target import Request
 from qcompile.target.tensorrt.blocks import in_blocks, scaled_blocks
 from qcompile.target.tensorrt.branches import range_branches
-from qcompile.target.tensorrt.defaults import attention_refusal, default_refusal, final_heads, is_native
+from qcompile.target.tensorrt.defaults import attention_refusal, default_refusal, final_heads
 from qcompile.target.tensorrt.joins import share_concat_ranges, share_residuals
 
 _PROBABILITY = (0.0, 1.0)
 _BLOCKS = (128, 64, 32, 16)
 
 
-@dataclass(frozen=True)
-class Choices:
-    """The placement options of annotate: see there."""
-
-    attention: str = "auto"
-    probabilities: str = "auto"
-    residual: str = "float"
-
-
-def place(model: Model, ctx: PassContext, choices: Choices) -> Placement:
+def place(model: Model, request: Request) -> Placement:
     """Sites for TensorRT (inputs only: no Q on outputs, biases, norms or scores)."""
     out, heads = Placement(), final_heads(model.graph)
     for node in model.graph:
         slot = weight_slot(node) if is_compute(node) else None
         if slot is not None:
-            _weighted(out, node, slot, ctx, heads)
-    if ctx.scheme.activation is not None:
+            _weighted(out, node, slot, request, heads)
+    if request.scheme.activation is not None:
         for softmax in model.graph:
             if is_op(softmax, "Softmax"):
-                _attention(out, softmax, ctx, choices)
-        range_branches(out, model.graph, ctx)
-        if is_native(ctx):
+                _attention(out, softmax, request)
+        range_branches(out, model.graph, request)
+        if request.native:
             share_concat_ranges(out, model.graph)
-            share_residuals(out, model.graph, ctx, choices.residual == "shared")
+            share_residuals(out, model.graph, request)
     return out
 
 
-def _weighted(out: Placement, node: ir.Node, slot: int, ctx: PassContext, heads: frozenset[ir.Node]) -> None:
-    reason = ctx.selection.excluded(node) or kept_float(node) or _impossible(node, slot, ctx) or _unasked(node, slot, ctx, heads)
+def _weighted(out: Placement, node: ir.Node, slot: int, request: Request, heads: frozenset[ir.Node]) -> None:
+    reason = request.selection.excluded(node) or kept_float(node) or _impossible(node, slot, request)
+    reason = reason or _unasked(node, slot, request, heads)
     if reason:
         out.miss(node, reason)
         return
-    if ctx.scheme.fallback is not None:
-        scaled_blocks(out, node, slot, ctx)
+    if request.scheme.fallback is not None:
+        scaled_blocks(out, node, slot, request)
         return
-    spec = weight_spec(node, slot, ctx.scheme)
+    spec = weight_spec(node, slot, request.scheme)
     if isinstance(spec.granularity, PerBlock):
         size = _block(node, slot, spec.granularity)
         if size is None:
             out.miss(node, "its reduction length is no multiple of 16, so no block size fits")
             return
         spec = spec.with_granularity(PerBlock(spec.granularity.axis, size))
-    if ctx.scheme.activation is not None:
-        out.add(node, 1 - slot if node.op_type in ("MatMul", "Gemm") else 0, activation_spec(ctx.target, ctx.scheme))
-    elif ctx.scheme.block_size is not None and not is_op(node, "MatMul", "Gemm"):
+    if request.scheme.activation is not None:
+        out.add(node, 1 - slot if node.op_type in ("MatMul", "Gemm") else 0, activation_spec(request))
+    elif request.scheme.block_size is not None and not is_op(node, "MatMul", "Gemm"):
         out.miss(node, "weight-only blocks exist for MatMul and Gemm only")
         return
     out.add(node, slot, spec)
@@ -83,15 +72,15 @@ def _block(node: ir.Node, slot: int, granularity: PerBlock) -> int | None:
     return next((b for b in _BLOCKS if b <= granularity.size and length % b == 0), None)
 
 
-def _unasked(node: ir.Node, slot: int, ctx: PassContext, heads: frozenset[ir.Node]) -> str | None:
-    if ctx.selection.forced(node) is not None:
+def _unasked(node: ir.Node, slot: int, request: Request, heads: frozenset[ir.Node]) -> str | None:
+    if request.selection.forced(node) is not None:
         return None
-    reason = default_refusal(node, slot, ctx, heads)
+    reason = default_refusal(node, slot, request, heads)
     return None if reason is None else f"{reason} (--quantize {node.name} overrides)"
 
 
-def _impossible(node: ir.Node, slot: int, ctx: PassContext) -> str | None:
-    reason, forced = _unfit(node, slot), ctx.selection.forced(node)
+def _impossible(node: ir.Node, slot: int, request: Request) -> str | None:
+    reason, forced = _unfit(node, slot), request.selection.forced(node)
     return reason if reason is None or forced is None else f"{reason}, so --quantize {forced} cannot be met"
 
 
@@ -106,47 +95,50 @@ def _unfit(node: ir.Node, slot: int) -> str | None:
     return None
 
 
-def _attention(out: Placement, softmax: ir.Node, ctx: PassContext, choices: Choices) -> None:
+def _attention(out: Placement, softmax: ir.Node, request: Request) -> None:
     """Queries, keys, softmax output and values together, or none: a partial choice breaks the fused kernel."""
     scores, values = find_scores(softmax), find_values(softmax)
     if not isinstance(scores, Scores) or values is None:
         return
     products = (scores.matmul, values.matmul)
-    reason = next((r for n in products if (r := ctx.selection.excluded(n))), None)
+    reason = next((r for n in products if (r := request.selection.excluded(n))), None)
     if not reason and in_blocks(out, products):
-        reason = f"an input of it is in {ctx.scheme.name} blocks, and a tensor has one quantizer"
-    if not reason and not any(ctx.selection.forced(n) for n in products):
-        reason = _left_alone(scores, ctx, choices.attention)
+        reason = f"an input of it is in {request.scheme.name} blocks, and a tensor has one quantizer"
+    if not reason and not any(request.selection.forced(n) for n in products):
+        reason = _left_alone(scores, request)
     if reason:
         for node in products:
             out.miss(node, reason)
         return
-    if ctx.scheme.fallback is not None:
+    if request.scheme.fallback is not None:
         for node in products:
-            out.note(node, f"{ctx.scheme.fallback.name} instead of {ctx.scheme.name}: attention multiplies 4-D activations")
+            out.note(
+                node, f"{request.scheme.fallback.name} instead of {request.scheme.name}: attention multiplies 4-D activations"
+            )
     source = _projected(values.matmul.inputs[values.slot])
-    out.add(values.matmul, values.slot, activation_spec(ctx.target, ctx.scheme), source, carried=source is not None)
-    if not values.changed and _fixed(ctx, choices.probabilities):
-        out.known(values.matmul, 1 - values.slot, activation_spec(ctx.target, ctx.scheme), _PROBABILITY)
+    out.add(values.matmul, values.slot, activation_spec(request), source, carried=source is not None)
+    if not values.changed and _fixed(request):
+        out.known(values.matmul, 1 - values.slot, activation_spec(request), _PROBABILITY)
     for node in products:
-        out.add(node, 0, activation_spec(ctx.target, ctx.scheme))
-        out.add(node, 1, activation_spec(ctx.target, ctx.scheme))
+        out.add(node, 0, activation_spec(request))
+        out.add(node, 1, activation_spec(request))
 
 
-def _fixed(ctx: PassContext, probabilities: str) -> bool:
+def _fixed(request: Request) -> bool:
     """Whether the softmax output has the scale of [0, 1] whatever it holds: 1/448 is what fused FP8 kernels expect.
 
     In int8, 1/127 rounds the probabilities of long rows to 0 or 1 (a ViT of 197 tokens: 14.6 dB at the logits, 30.7 dB with
     a measured range), and the kernel fuses with any scale (audited).
     """
-    floats = activation_spec(ctx.target, ctx.scheme).qtype.family == "float"
-    return is_native(ctx) and (probabilities == "fixed" or (probabilities == "auto" and floats))
+    floats, probabilities = activation_spec(request).qtype.family == "float", request.choices.probabilities
+    return request.native and (probabilities == "fixed" or (probabilities == "auto" and floats))
 
 
-def _left_alone(scores: Scores, ctx: PassContext, attention: str) -> str | None:
+def _left_alone(scores: Scores, request: Request) -> str | None:
+    attention = request.choices.attention
     if attention == "none":
         return "attention left in float on request"
-    return attention_refusal(scores, ctx) if attention == "auto" else None
+    return attention_refusal(scores, request) if attention == "auto" else None
 
 
 def _projected(value: ir.Value | None) -> ir.Value | None:

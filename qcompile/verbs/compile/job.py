@@ -112,9 +112,10 @@ def prepare(path: str | Path, options: Options) -> Job:
         raise UsageError("--min-sqnr needs a comparison with the float model; drop --verify off")
     target, scheme = _target(options.target or "trt"), _scheme(options.scheme or "w8a8")
     target.require(scheme)
-    if options.bits and target.name != "integer":
-        raise UsageError(f"--bits sets widths of integer-only models; use --target integer, or --scheme for all of {target.name}")
-    text = options.passes if options.passes is not None else registry.default_preset(target.name, scheme.name)
+    if options.bits and not target.mixed_widths:
+        able = " or ".join(t.name for t in TARGETS.values() if t.mixed_widths)
+        raise UsageError(f"--bits sets widths of integer-only models; use --target {able}, or --scheme for all of {target.name}")
+    text = options.passes if options.passes is not None else target.default(scheme)
     user = registry.parse(text)
     if any(p.name == "bf16" for p in user):
         scheme = replace(scheme, body="bfloat16")

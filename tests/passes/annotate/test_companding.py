@@ -25,7 +25,7 @@ from qcompile.quant.qtype import qtype
 from qcompile.quant.spec import QParams, QuantSpec
 from qcompile.report import PassReport
 from qcompile.rewrite.companding import companded_activation
-from qcompile.target.rules import check
+from qcompile.target.check import check
 from tests.passes.goldens import block
 from tests.passes.measures import outputs, relative_error, sqnr_db
 from tests.passes.models import Feeds, built

@@ -12,7 +12,7 @@ from qcompile.decide.decisions import decisions
 from qcompile.ir.model import Model
 from qcompile.pipeline import registry
 from qcompile.pipeline.runner import Runner
-from qcompile.target.rules import check
+from qcompile.target.check import check
 from tests.passes.equivalent.joined import SHAPE, joined, nested, tokens
 from tests.passes.measures import constants_of, double_outputs, op_types, outputs, relative_error, sqnr_db, to_double
 from tests.passes.running import SweepOf, context, pipeline, run_passes

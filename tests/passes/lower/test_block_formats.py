@@ -22,7 +22,7 @@ from qcompile.quant.qtype import FLOAT4E2M1, FLOAT8E4M3FN
 from qcompile.quant.spec import SCHEMES, PerBlock
 from qcompile.report import PassReport
 from qcompile.target.catalog import TARGETS
-from qcompile.target.rules import check
+from qcompile.target.check import check
 from tests.passes.goldens import block
 from tests.passes.measures import constants_of, outputs
 from tests.passes.models import built

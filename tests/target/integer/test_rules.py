@@ -11,11 +11,12 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from qcompile.target.rules import RULES, check
+from qcompile.target.catalog import TARGETS
+from qcompile.target.check import check
 
 _ZERO = np.int8(3)
 METADATA = {"qcompile.rounding": "half_up", "qcompile.integer": "strict"}
-SEVERITY = {r.id: r.severity for r in RULES["integer"]}
+SEVERITY = {r.id: r.severity for r in TARGETS["integer"].rules}
 
 
 def layer(

@@ -14,7 +14,7 @@ from qcompile.errors import ModelError
 from qcompile.ir.model import Model
 from qcompile.ir.ops import is_op
 from qcompile.oracle.ranges import prove
-from qcompile.target.rules import check
+from qcompile.target.check import check
 from tests.passes.lower.integer.test_integer import lowered, require_exact, require_pure
 from tests.passes.measures import outputs, sqnr_db
 from tests.passes.models import Feeds, built
