@@ -82,9 +82,9 @@ class Readers:
 
 def choose(method: str, spec: QuantSpec, stats: Sequence[Stat], readers: Sequence[NDArray[np.float32]]) -> Chosen:
     """The range of one tensor.  `entropy` is defined for integers only: small floats take the least squared error."""
-    stat = _joined(stats)
     if method == "minmax":
-        return Chosen(*ranges.minmax(stat), method)  # type: ignore[arg-type]
+        return Chosen(*_extremes(stats), method)
+    stat = _joined(stats)
     assert isinstance(stat, HistogramStat)
     if method in ("weighted", "search"):
         rows = next((s.rows for s in stats if isinstance(s, RowsStat)), None)
@@ -159,6 +159,14 @@ def _weight(site: Site) -> NDArray[np.float32] | None:
         return None
     weight = np.asarray(constant, np.float32)
     return weight.T if node.op_type == "Gemm" and int_attr(node, "transB", 0) else weight
+
+
+def _extremes(stats: Sequence[Stat]) -> Range:
+    """The exact ends: of all channels, where a fold left them by channel."""
+    first = stats[0]
+    if isinstance(first, MinMaxStat) and len(stats) > 1:
+        return np.asarray(first.lo.min()), np.asarray(first.hi.max())
+    return ranges.minmax(first)  # type: ignore[arg-type]
 
 
 def _joined(stats: Sequence[Stat]) -> Stat:

@@ -22,6 +22,7 @@ from qcompile.ir.tensors import data_chunks
 LARGE_MODEL = 1 << 30
 SPILLED_TENSOR = 1 << 18
 _FLAG = "qcompile.large"
+_ROOM = "qcompile.large.room"  # bytes of weights until then
 _number = itertools.count()
 
 
@@ -46,7 +47,16 @@ def mark_large(graph: ir.Graph) -> None:
 def constant_tensor(graph: ir.Graph, array: NDArray[Any], name: str, dtype: ir.DataType | None = None) -> ir.TensorProtocol:
     """A tensor for `graph`: spilled where the graph is large and the array not small."""
     tensor = ir.Tensor(array, dtype=dtype, name=name)
-    return spilled(tensor) if tensor.nbytes >= SPILLED_TENSOR and is_large(graph) else tensor
+    return spilled(tensor) if tensor.nbytes >= SPILLED_TENSOR and _grown_large(graph, int(tensor.nbytes)) else tensor
+
+
+def _grown_large(graph: ir.Graph, added: int) -> bool:
+    """`is_large`, asked before each constant: the weights are counted anew only when what came since may have made it large."""
+    room = graph.meta.get(_ROOM, 0) - added
+    if room <= 0 and not is_large(graph):
+        room = LARGE_MODEL - _weight_bytes(graph)
+    graph.meta[_ROOM] = room
+    return bool(graph.meta.get(_FLAG))
 
 
 def spilled(tensor: ir.TensorProtocol) -> SpilledTensor:

@@ -96,8 +96,11 @@ def best_alpha(parts: list[Half], weight: F64, ratios: Ratios, types: Types, fix
 
 def _output_error(half: Half, w: F64, t: F64, r: F64, types: Types) -> float:
     """|| Q((x - t) / r) Q(diag(r) W) - (x - t) W ||^2 over the judged rows x."""
-    spec, fitted = types.activation, half.fitted.mapped(t, r)
-    found = choose(_range_method(spec), spec, [half.extremes.mapped(t, r), fitted], ())
+    spec = types.activation
+    method = _range_method(spec)
+    rows_matter = method != "minmax" or _searches_scales(types.weight)
+    fitted = half.fitted.mapped(t, r) if rows_matter else half.fitted
+    found = choose(method, spec, [half.extremes.mapped(t, r), fitted], ())
     a, b = ((half.judged - t) / r).astype(np.float32), (w * r[:, None]).astype(np.float32)
     qa = fake_quant(a, qparams_from_range(found.lo, found.hi, spec.qtype, spec.symmetric), spec.qtype)
     qb = fake_quant(b, _weight_scales(b, fitted.rows, types.weight), types.weight, PerAxis(1))
@@ -111,9 +114,13 @@ def _range_method(spec: QuantSpec) -> str:
     return "minmax" if spec.qtype.bits >= 8 else automatic(spec)
 
 
+def _searches_scales(qtype: QType) -> bool:
+    return qtype.bits < 8 and qtype.family == "int"
+
+
 def _weight_scales(w: F32, x: NDArray[np.floating], qtype: QType) -> QParams:
     """As `rtn`: clipping searched below 8 bit."""
-    if qtype.bits >= 8 or qtype.family != "int":
+    if not _searches_scales(qtype):
         top = np.abs(w).max(0).astype(np.float64)
         return qparams_from_range(-top, top, qtype, True)
     energy = np.square(x, dtype=np.float64).mean(0)[:, None] + 1e-12

@@ -98,7 +98,7 @@ class SmoothQuant(Pass):
             reason = "does not pay: the layer's output error on held-out rows would hardly fall"
             ctx.remarks.missed(str(site.anchor.name), reason, gain_db=round(gain or 0.0, 2))
             return False
-        r = ratios(stat, shift, weight, alpha)
+        r = ratios(stat, shift, largest_of_rows(weight), alpha)
         if site.channels is not None:
             r = _by_channel(r, site)
         fold(model.graph, site, r, shift, ctx, out)
@@ -121,9 +121,11 @@ class SmoothQuant(Pass):
         """The alpha that pays most on rows that it was not fitted to, and its gain over no smoothing in dB."""
         rows = ctx.told[Rows(FOLD_ROWS).of(site.tensor)]
 
+        largest = largest_of_rows(weight)
+
         def fitted(extremes: MinMaxStat, alpha: float) -> tuple[F64, F64]:
             shift = self._shift(site, extremes) * (alpha > 0)
-            return shift, _row_ratios(extremes, shift, weight, alpha, site)
+            return shift, _row_ratios(extremes, shift, largest, alpha, site)
 
         activation = QuantSpec(ctx.scheme.activation or INT8, PerTensor(), ctx.target.symmetric)
         types = Types(activation, ctx.scheme.weight or INT8)
@@ -136,19 +138,23 @@ def _needed_db(site: FoldSite, target: Target) -> float:
     return _PAYS_DB if target.fuses_elementwise else _PAYS_DB_CPU
 
 
-def ratios(stat: MinMaxStat, shift: F64, weight: F64, alpha: float) -> F64:
-    """r [C] of SmoothQuant; dead channels keep r = 1; clamped to [1e-5, 1e5]."""
+def largest_of_rows(weight: F64) -> F64:
+    """max_n |W_cn| [C] of a weight [C, N]."""
+    return np.abs(weight).max(1)
+
+
+def ratios(stat: MinMaxStat, shift: F64, largest: F64, alpha: float) -> F64:
+    """r [C] of SmoothQuant, from the largest weight of each row [C]; dead channels keep r = 1; clamped to [1e-5, 1e5]."""
     if alpha == 0.0:
         return np.ones_like(stat.lo)
     x = np.maximum(np.abs(stat.lo - shift), np.abs(stat.hi - shift))
-    w = np.abs(weight).max(1)
-    dead = (x <= 1e-8 * x.max(initial=0.0)) | (w <= 1e-8 * w.max(initial=0.0))
-    r = np.maximum(x, 1e-30) ** alpha / np.maximum(w, 1e-30) ** (1 - alpha)
+    dead = (x <= 1e-8 * x.max(initial=0.0)) | (largest <= 1e-8 * largest.max(initial=0.0))
+    r = np.maximum(x, 1e-30) ** alpha / np.maximum(largest, 1e-30) ** (1 - alpha)
     return np.where(dead, 1.0, np.clip(r, 1e-5, 1e5))
 
 
-def _row_ratios(stat: MinMaxStat, shift: F64, weight: F64, alpha: float, site: FoldSite) -> F64:
-    r = ratios(stat, shift, weight, alpha)
+def _row_ratios(stat: MinMaxStat, shift: F64, largest: F64, alpha: float, site: FoldSite) -> F64:
+    r = ratios(stat, shift, largest, alpha)
     return r if site.channels is None else _by_channel(r, site)[site.channels]
 
 

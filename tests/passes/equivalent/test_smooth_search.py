@@ -13,7 +13,7 @@ from onnx import helper
 from qcompile.calib.observe import MinMax, MinMaxStat, Rows, RowsStat
 from qcompile.ir.model import Model
 from qcompile.passes.equivalent.smooth.search import Half, Types, best_alpha, halves
-from qcompile.passes.equivalent.smooth.smooth import ratios
+from qcompile.passes.equivalent.smooth.smooth import largest_of_rows, ratios
 from qcompile.quant.qtype import INT8
 from qcompile.quant.spec import QuantSpec
 from qcompile.report import Remark
@@ -59,7 +59,7 @@ def hidden(model: Model, samples: int, seed: int = 0) -> tuple[MinMaxStat, RowsS
 
 def found(parts: list[Half], weight: NDArray[np.float64]) -> tuple[float, float]:
     none = np.zeros(len(weight))
-    return best_alpha(parts, weight, lambda e, a: (none, ratios(e, none, weight, a)), TYPES, None)
+    return best_alpha(parts, weight, lambda e, a: (none, ratios(e, none, largest_of_rows(weight), a)), TYPES, None)
 
 
 def quality(passes: str, model: Model, calibrated: int) -> tuple[float, list[Remark]]:
