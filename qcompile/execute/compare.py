@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from qcompile.execute.emulate.runnable import runnable
 from qcompile.execute.metrics import decibel
 from qcompile.execute.opening import open_model, run_in_parts
+from qcompile.ir.mapped import let_go
 from qcompile.ir.model import Model
 from qcompile.ir.spill import is_large
 from qcompile.report import Comparison
@@ -31,7 +32,9 @@ class OrtComparator:
         if is_large(model.graph):
             return run_in_parts(runnable(model), self.feeds, PART_BYTES, threads=self.threads)
         session = open_model(model, exact=True, threads=self.threads)
-        return [[np.asarray(y) for y in session.run(None, feed)] for feed in self.feeds]
+        found = [[np.asarray(y) for y in session.run(None, feed)] for feed in self.feeds]
+        let_go(model.ir)
+        return found
 
     def compare(self, reference: list[list[NDArray[Any]]], candidate: list[list[NDArray[Any]]]) -> Comparison:
         """max|d| / max|y| over all outputs, and the SQNR of the first output on the calibration samples in dB."""

@@ -21,6 +21,7 @@ from qcompile.errors import ModelError
 from qcompile.execute.emulate.runnable import runnable
 from qcompile.execute.session import make_session, run
 from qcompile.ir.cut import cut, part, typed
+from qcompile.ir.mapped import let_go
 from qcompile.ir.model import Model
 from qcompile.ir.spill import SPILLED_TENSOR, is_large, mark_large, scratch_folder, spilled
 from qcompile.ir.tensors import external_tensors, map_tensors, placed, stored_array
@@ -55,9 +56,11 @@ def open_model(model: Model, *, exact: bool = False, **options: Any) -> ort.Infe
     if exact:
         return _exact(ready, options)
     try:
-        return _shared(ready, options)
+        session = _shared(ready, options)
     except ModelError:
         return _exact(ready, options)
+    let_go(ready.ir)  # kernels have packed copies
+    return session
 
 
 def _exact(model: Model, options: dict[str, Any]) -> ort.InferenceSession:
