@@ -17,6 +17,7 @@ import onnx
 
 from qcompile.backend.attention import attention_blocks
 from qcompile.backend.dump import TESTED, Kernel, covering, parse_dump
+from qcompile.backend.process import ENGINES
 from qcompile.backend.profile import Profile
 from qcompile.backend.shapes import concrete_shapes
 from qcompile.backend.tensorrt import plan_profiles, run_worker
@@ -27,7 +28,7 @@ from qcompile.target.check import check
 from qcompile.target.view import GraphView, name_nodes, uniquely_named
 
 SCHEMA_VERSION = 1
-LABELS = {"rtx": "proxy: TensorRT-RTX", "trt": "TensorRT"}
+LABELS = {name: e.label for name, e in ENGINES.items()}
 
 
 @dataclass(frozen=True)

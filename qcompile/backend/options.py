@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qcompile.backend.device import local_gpu
+from qcompile.backend.process import ENGINES
 from qcompile.errors import BackendError
 
 Hardware = Literal["ampere+", "same-cc"]
@@ -62,7 +63,7 @@ def require_options(target: str, options: BuildOptions) -> None:
     Raises:
         BackendError: naming the option.
     """
-    if target != "rtx":
+    if not ENGINES[target].rtx:
         return
     refused = next((_RTX_HAS_NONE[name] for name in options.chosen if name in _RTX_HAS_NONE), None)
     if refused is not None:

@@ -16,16 +16,18 @@ from collections.abc import Callable
 from typing import Any, TextIO
 
 from qcompile.errors import BackendError, BuildError, UsageError
+from qcompile.target.catalog import TARGETS
 
-MODULES = {"rtx": "tensorrt_rtx", "trt": "tensorrt"}
-EXTRAS = {"rtx": "rtx", "trt": "tensorrt"}
+ENGINES = {t.name: t.engine for t in TARGETS.values() if t.engine is not None}
+MODULES = {name: e.module for name, e in ENGINES.items()}
+EXTRAS = {name: e.extra for name, e in ENGINES.items()}
 _KILLED = 9  # SIGKILL
 _WINDOWS_CRASH = 0xC0000000  # NTSTATUS errors, e.g. an access violation
 Serve = Callable[[dict[str, Any], dict[str, Any]], None]
 
 
 def require_trt(target: str) -> str:
-    """The name of the Python module behind `target` ("rtx" or "trt"), which is installed.
+    """The name of the Python module behind `target`, which is installed.
 
     Raises:
         UsageError: no such engine target.
@@ -35,7 +37,8 @@ def require_trt(target: str) -> str:
         raise UsageError(f"target {target!r} builds no engine; use one of {', '.join(MODULES)}")
     if importlib.util.find_spec(MODULES[target]) is not None:
         return MODULES[target]
-    other = ", or use --target rtx, which builds on any machine" if target == "trt" else ""
+    anywhere = [name for name, e in ENGINES.items() if e.named_gpus and not ENGINES[target].named_gpus]
+    other = f", or use --target {' or '.join(anywhere)}, which builds on any machine" if anywhere else ""
     raise BackendError(f"{MODULES[target]} is not installed; run pip install 'qcompile[{EXTRAS[target]}]'{other}")
 
 
@@ -48,7 +51,7 @@ def ask_worker(module: str, request: dict[str, Any], target: str) -> dict[str, A
         BuildError: the library crashed or aborted.
         BackendError: the worker was killed, or ended in another way without a reply.
     """
-    own = {"POLYGRAPHY_USE_TENSORRT_RTX": "1" if target == "rtx" else "0"}
+    own = {"POLYGRAPHY_USE_TENSORRT_RTX": "1" if ENGINES[target].rtx else "0"}
     env = {"OPENBLAS_NUM_THREADS": "1", **os.environ, **own}
     command = [sys.executable, "-m", module]
     done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, env=env, check=False)

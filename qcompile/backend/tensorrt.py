@@ -16,7 +16,7 @@ import onnx
 from qcompile.backend.device import local_gpu
 from qcompile.backend.manifest import is_engine, make_manifest, manifest_path, write_manifest
 from qcompile.backend.options import DEFAULTS, BuildOptions, require_options
-from qcompile.backend.process import EXTRAS, MODULES, ask_worker, require_trt
+from qcompile.backend.process import ENGINES, EXTRAS, MODULES, ask_worker, require_trt
 from qcompile.backend.profile import Profile, check_profile, default_profile, outside_calibration
 from qcompile.errors import BackendError, BuildError, ModelError, UsageError
 from qcompile.ir.atomic import write_atomic
@@ -86,8 +86,8 @@ def run_worker(
         "module": MODULES[target],
         "onnx": str(onnx_path),
         "out": None if out is None else str(out),
-        "rtx": target == "rtx",
-        "capabilities": [capability(g) for g in gpus] if target == "rtx" else [],
+        "rtx": ENGINES[target].rtx,
+        "capabilities": [capability(g) for g in gpus] if ENGINES[target].named_gpus else [],
         "profiles": [p.to_json() for p in profiles],
         "layers": layers,
         "options": {**vars(options), "timing_cache": None if options.timing_cache is None else str(options.timing_cache)},
@@ -167,7 +167,7 @@ def build_engine(
     model = graph_of(source)
     chosen = plan_profiles(model, profiles)
     warnings = tuple(line for p in chosen for line in outside_calibration(model, p))
-    where = tuple(gpus) if target == "rtx" else (local_gpu() or "current",)
+    where = tuple(gpus) if ENGINES[target].named_gpus else (local_gpu() or "current",)
     if progress is not None:
         progress(f"building {out.name} with {MODULES[target]} for {', '.join(where)}")
     with scratch(out) as folder:

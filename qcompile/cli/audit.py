@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
-from qcompile.cli.options import ENGINES, MODEL, as_json, profile_option
+from qcompile.cli.options import MODEL, as_json, profile_option
 from qcompile.cli.output import flops, percent, print_json, print_table, print_text
 from qcompile.errors import GateError
-from qcompile.verbs.build import DEFAULT_GPU, audit, gpu_list, profile_from
+from qcompile.verbs.build import DEFAULT_GPU, audit, engine_targets, gpu_list, profile_from
 
 FLOAT_NODES = 8
 
@@ -18,7 +18,13 @@ FLOAT_NODES = 8
 @click.command("audit")
 @click.argument("model", type=MODEL)
 @click.option("--gpu", default=DEFAULT_GPU, show_default=True, metavar="SM", help="The GPU to build for; none is needed here.")
-@click.option("--target", type=ENGINES, default="rtx", show_default=True, help="trt needs the tensorrt package and a GPU.")
+@click.option(
+    "--target",
+    type=click.Choice(engine_targets()),
+    default="rtx",
+    show_default=True,
+    help="trt needs the tensorrt package and a GPU.",
+)
 @profile_option
 @click.option("--min-share", type=click.FloatRange(0, 1), metavar="X", help="Fail (exit 1) if the share is lower.")
 @as_json

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from qcompile.cli.audit import audit_lines, profile_text
-from qcompile.cli.options import ENGINES, MODEL, as_json
+from qcompile.cli.options import MODEL, as_json
 from qcompile.cli.output import megabytes, print_json, print_text
 from qcompile.cli.progress import reporter
 from qcompile.verbs.build import (
@@ -15,6 +15,7 @@ from qcompile.verbs.build import (
     BuildOptions,
     EngineResult,
     Hardware,
+    engine_targets,
     gpu_list,
     make_engine,
     profiles_from,
@@ -32,7 +33,7 @@ _PROFILE_HELP = (
 @click.command("build")
 @click.argument("model", type=MODEL)
 @click.option("-o", "--output", type=MODEL, required=True, metavar="OUT.engine", help="The engine; its manifest goes beside it.")
-@click.option("--target", type=ENGINES, help="Default: what the model was compiled for, else trt.")
+@click.option("--target", type=click.Choice(engine_targets()), help="Default: what the model was compiled for, else trt.")
 @click.option(
     "--gpu", default=DEFAULT_GPU, show_default=True, metavar="SM,..", help="For rtx; trt builds for this machine's GPU."
 )
@@ -68,7 +69,7 @@ def command(  # one argument an option: click's way
     """
     gpus, shapes = gpu_list(gpu), profiles_from(profiles)
     options = BuildOptions(timing_cache, version_compatible, hardware_compatible, strip, refit)
-    chosen = target or recorded_target(model, ("rtx", "trt"))
+    chosen = target or recorded_target(model, engine_targets())
     require_place(output, "the engine", [model])
     require_place(timing_cache, "the timing cache", [model, output])
     require_engine(chosen, output, gpus, options=options)

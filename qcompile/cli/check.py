@@ -12,10 +12,9 @@ from qcompile.cli.options import MODEL, as_json
 from qcompile.cli.output import flops, megabytes, print_json, print_table, print_text
 from qcompile.errors import UsageError
 from qcompile.oracle.ranges import Bound, Proof
-from qcompile.target.catalog import TARGETS
 from qcompile.target.findings import Finding, Rule
 from qcompile.verbs.build import gpu_list, recorded_target
-from qcompile.verbs.check import Checked, check_file, fix_file, write_sarif
+from qcompile.verbs.check import TARGETS, Checked, check_file, fix_file, write_sarif
 
 STDOUT = "-"
 EXAMPLES = 2

@@ -8,7 +8,6 @@ from pathlib import Path
 import click
 
 MODEL = click.Path(path_type=Path)
-ENGINES = click.Choice(["rtx", "trt"])
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 

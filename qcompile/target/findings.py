@@ -119,7 +119,7 @@ class Rule:
 
     `effect`: the engine is "refused"; it builds but the node runs in "float"; it computes something else, where it
     builds ("wrong"); or a "notice" about speed, accuracy or other versions.  `repair`, where the fix is mechanical,
-    changes the context's model in place.
+    changes the context's model in place.  `before_build`: no engine is tried, which would take minutes to say so.
     """
 
     id: str
@@ -129,6 +129,7 @@ class Rule:
     check: Check
     effect: Effect = "notice"
     repair: Repair | None = None
+    before_build: bool = False
 
     @property
     def summary(self) -> str:
@@ -140,9 +141,18 @@ class Rule:
         return [Finding(self.id, self.severity, node, message, self.fix) for node, message in self.check(context)]
 
 
-def error(rule: str, check: Check, title: str, fix: str, effect: Effect = "notice", repair: Repair | None = None) -> Rule:
+def error(
+    rule: str,
+    check: Check,
+    title: str,
+    fix: str,
+    effect: Effect = "notice",
+    repair: Repair | None = None,
+    *,
+    before_build: bool = False,
+) -> Rule:
     """A rule whose findings are errors."""
-    return Rule(rule, title, "error", fix, check, effect, repair)
+    return Rule(rule, title, "error", fix, check, effect, repair, before_build)
 
 
 def warning(rule: str, check: Check, title: str, fix: str, effect: Effect = "notice", repair: Repair | None = None) -> Rule:

@@ -37,13 +37,15 @@ class OpRule:
 class Engine:
     """How engines are built: the Python module that builds them and the extra of qcompile that installs it.
 
-    `named_gpus`: it builds on any machine for the GPUs that are named, and not for this machine's own; `label` is what an
-    audit of its kernels is called; `served`: Triton's tensorrt backend loads its plans.
+    `label` is what an audit of its kernels is called; `rtx`: the library's RTX flavour, with options and a file format of its
+    own; `named_gpus`: it builds on any machine for the GPUs that are named, and not for this machine's own; `served`: Triton's
+    tensorrt backend loads its plans.
     """
 
     module: str
     extra: str
     label: str
+    rtx: bool = False
     named_gpus: bool = False
     served: bool = False
 

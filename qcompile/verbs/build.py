@@ -12,12 +12,12 @@ from qcompile.backend.bisect import bisect
 from qcompile.backend.device import local_gpu
 from qcompile.backend.manifest import write_manifest
 from qcompile.backend.options import DEFAULTS, BuildOptions, Hardware, require_options
-from qcompile.backend.process import require_trt
+from qcompile.backend.process import ENGINES, require_trt
 from qcompile.backend.profile import Profile, parse_profile
 from qcompile.backend.tensorrt import BuildResult, build_engine, capability, graph_of
 from qcompile.errors import BackendError, BuildError, UsageError
 from qcompile.report import SCHEMA_VERSION
-from qcompile.target.catalog import TARGETS
+from qcompile.target.catalog import DEFAULT, TARGETS, engine_targets
 from qcompile.target.check import check
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "EngineResult",
     "Hardware",
     "audit",
+    "engine_targets",
     "gpu_list",
     "make_engine",
     "profile_from",
@@ -75,7 +76,7 @@ def gpu_list(text: str) -> tuple[str, ...]:
     return gpus
 
 
-def recorded_target(model: Path, choices: Collection[str], default: str = "trt") -> str:
+def recorded_target(model: Path, choices: Collection[str], default: str = DEFAULT) -> str:
     """The target that `model` was compiled for if it is one of `choices`, else `default`."""
     props = {p.key: p.value for p in graph_of(model).metadata_props}
     recorded = props.get("qcompile.target", "")
@@ -105,13 +106,16 @@ def require_engine(
     """
     require_trt(target)
     require_options(target, options)
+    engine = ENGINES[target]
     if not out.parent.is_dir():
         raise UsageError(f"the folder of the engine {out} does not exist; create it first, or choose another place")
-    if target == "trt" and local_gpu() is None:
-        raise BackendError("target 'trt' builds for this machine's GPU, and there is none; use --target rtx, or the GPU machine")
+    if not engine.named_gpus and local_gpu() is None:
+        raise BackendError(
+            f"target {target!r} builds for this machine's GPU, and there is none; use --target rtx, or the GPU machine"
+        )
     known = TARGETS[target].gpus
     unknown = [g for g in gpus if known and g not in known]
-    if unknown and target == "rtx":
+    if unknown and engine.named_gpus:
         raise BackendError(f"target {target!r} cannot build for {', '.join(unknown)}; choose --gpu from {', '.join(known)}")
     pairs = ((g, c) for g in _built_for(target, gpus) for c in codes)
     lacking = next(((g, c) for g, c in pairs if _number(g) < TARGETS[target].capability(c)), None)
@@ -122,7 +126,7 @@ def require_engine(
 def _built_for(target: str, gpus: Sequence[str]) -> Sequence[str]:
     """The GPUs that the engine is for: those asked for, or with `trt` this machine's."""
     own = local_gpu()
-    return gpus if target == "rtx" else ((own,) if own is not None else ())
+    return gpus if ENGINES[target].named_gpus else ((own,) if own is not None else ())
 
 
 def _number(gpu: str) -> int:
@@ -165,7 +169,7 @@ def make_engine(
     if note is not None:
         for warning in built.warnings:
             note(f"warning: {warning}")
-    audits = tuple(_audits(source, gpus, built.profiles, note)) if target == "rtx" else ()
+    audits = tuple(_audits(source, gpus, built.profiles, note)) if ENGINES[target].named_gpus else ()
     if audits:
         write_manifest(built.path, {**built.manifest, "audit": {a.gpu: a.summary() for a in audits}})
     return EngineResult(built, audits)
@@ -175,7 +179,8 @@ def _require_kernels(source: Path, target: str, gpus: Sequence[str]) -> None:
     """Refuse code types that a GPU has no kernels for (the builder would take minutes to say so, or emulate them)."""
     graph_of(source)
     found = check(source, target, _built_for(target, gpus))
-    refused = next((f for f in found if f.rule == "QC-TRT-021"), None)
+    hopeless = {r.id for r in TARGETS[target].rules if r.before_build}
+    refused = next((f for f in found if f.rule in hopeless), None)
     if refused is not None:
         raise BackendError(f"{source.name}: {refused.message}; {refused.fix}")
 

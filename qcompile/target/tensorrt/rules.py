@@ -127,7 +127,7 @@ TRT_RULES: tuple[Rule, ...] = (
         repair=graph.drop_deconvolutions,
     ),
     warning("QC-TRT-020", trt.float32_rest, "float32 rest", "cast the float rest to float16 (the `fp16` pass does)"),
-    error("QC-TRT-021", gpu.gpu_types, "gpu", "choose another --gpu or another scheme", "refused"),
+    error("QC-TRT-021", gpu.gpu_types, "gpu", "choose another --gpu or another scheme", "refused", before_build=True),
     warning(
         "QC-TRT-022", trt.weight_only_int8, "weight only", "quantize the activation too, or use blocked int4 weights", "float"
     ),

@@ -69,6 +69,6 @@ TARGETS = (
         capabilities=(*_CAPABILITIES, (FLOAT4E2M1.name, 120)),
         gpus=("sm75", "sm80", "sm86", "sm89", "sm120", "sm121"),
         caveats=(("mxfp8", _MXFP8),),
-        engine=Engine("tensorrt_rtx", "rtx", "proxy: TensorRT-RTX", named_gpus=True),
+        engine=Engine("tensorrt_rtx", "rtx", "proxy: TensorRT-RTX", rtx=True, named_gpus=True),
     ),
 )

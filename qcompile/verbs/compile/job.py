@@ -19,7 +19,7 @@ from qcompile.pipeline.runner import VerifyMode
 from qcompile.pipeline.spec import format_pipeline, near
 from qcompile.quant.spec import SCHEMES, Scheme
 from qcompile.report import PassReport
-from qcompile.target.catalog import TARGETS
+from qcompile.target.catalog import DEFAULT, TARGETS
 from qcompile.target.target import Target
 from qcompile.verbs.guards import require_batch, require_numbers, require_sane
 
@@ -110,7 +110,7 @@ def prepare(path: str | Path, options: Options) -> Job:
     require_sane(options.samples, options.seed, options.selection.by_option)
     if options.min_sqnr is not None and options.verify == "off":
         raise UsageError("--min-sqnr needs a comparison with the float model; drop --verify off")
-    target, scheme = _target(options.target or "trt"), _scheme(options.scheme or "w8a8")
+    target, scheme = _target(options.target or DEFAULT), _scheme(options.scheme or "w8a8")
     target.require(scheme)
     if options.bits and not target.mixed_widths:
         able = " or ".join(t.name for t in TARGETS.values() if t.mixed_widths)

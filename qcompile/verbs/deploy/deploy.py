@@ -37,6 +37,7 @@ from qcompile.execute.feeds import Feeds
 from qcompile.ir.model import Model
 from qcompile.ir.reader import read_proto
 from qcompile.report import SCHEMA_VERSION
+from qcompile.target.catalog import TARGETS
 from qcompile.target.view import GraphView
 from qcompile.verbs.deploy.parity import Parity, as_requested, check_served, requests_of
 
@@ -162,7 +163,8 @@ def _onnx_source(model: Path, options: DeployOptions) -> _Source:
 
 def _plan_source(engine: Path, manifest: dict[str, Any], options: DeployOptions) -> _Source:
     onnx_path = options.onnx or engine.with_name(str(manifest.get("onnx", {}).get("file", "")))
-    if manifest.get("target") != "trt":
+    served = {t.name for t in TARGETS.values() if t.engine is not None and t.engine.served}
+    if manifest.get("target") not in served:
         raise BackendError(
             f"{engine} is an engine of {manifest.get('backend')}, and Triton's tensorrt backend loads TensorRT plans only; "
             "build one with --target trt on the GPU machine, or serve the ONNX model: "
