@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import psutil
 
-from qcompile.calib.observe import NotCarried, Probe, Stat, Told, follows
+from qcompile.calib.observe import NotCarried, Probe, Stat, Told
 from qcompile.calib.observe.change import AffineMap
 from qcompile.errors import GateError, QcompileError, VerifyError
 from qcompile.ir.model import Model
@@ -127,7 +127,7 @@ class Runner:
         moved = set(p.may_change(model, scratch))
         for q in later:
             for probe in q.probes(model, replace(scratch, remarks=Remarks(q.name))):
-                if probe.tensor not in moved or follows(probe.observer):
+                if probe.tensor not in moved or probe.observer.follows:
                     yield probe
             moved |= set(q.may_change(model, scratch))
 

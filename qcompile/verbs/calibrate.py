@@ -20,7 +20,7 @@ import psutil
 from qcompile._version import __version__
 from qcompile.calib.data.checks import check_ranges, shapes, with_extremes
 from qcompile.calib.data.dataset import Dataset, fixed_batch
-from qcompile.calib.observe import KINDS, Probe, Stat
+from qcompile.calib.observe import Observer, Probe, Stat
 from qcompile.calib.observe.chunks import chunk_samples
 from qcompile.calib.store.merge import merge, words
 from qcompile.calib.store.shards import DataSpec, ShardTask, merge_shards, run_shard, shard_range, split
@@ -265,12 +265,13 @@ def _until_last_reader(passes: Sequence[Pass]) -> Sequence[Pass]:
 
 def _probes_of_all(model: Model, observers: Sequence[str]) -> list[Probe]:
     """`observers` of every float tensor that a node computes, and of the float inputs; matrices and up."""
-    unknown = [o for o in observers if o not in KINDS]
+    kinds = Observer.kinds
+    unknown = [o for o in observers if o not in kinds]
     if unknown:
-        raise UsageError(f"unknown observer {unknown[0]!r}{near(unknown[0], KINDS)} (observers: {', '.join(KINDS)})")
+        raise UsageError(f"unknown observer {unknown[0]!r}{near(unknown[0], kinds)} (observers: {', '.join(kinds)})")
     values = [*model.graph.inputs, *(v for node in model.graph for v in node.outputs)]
     floats = [v for v in values if v.name and v.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16) and _is_activation(v)]
-    return [Probe(str(v.name), KINDS[o][0]()) for o in observers for v in floats]
+    return [kinds[o]().of(v) for o in observers for v in floats]
 
 
 def _is_activation(value: ir.Value) -> bool:

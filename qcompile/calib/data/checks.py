@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from qcompile.calib.data.dataset import Dataset
 from qcompile.calib.data.preprocess import Preprocess, bind, load_preprocess
-from qcompile.calib.observe import Extremes, ExtremesStat, MinMax, Probe, Stat
+from qcompile.calib.observe import Extremes, ExtremesStat, MinMax, Probe, Stat, Told
 from qcompile.errors import DataError
 from qcompile.ir.model import InputInfo
 
@@ -88,7 +88,7 @@ def check_ranges(stats: Mapping[Probe, Stat], index: Sequence[int] | None = None
 
     `index` translates sample numbers into those of the stored data.
     """
-    lone = [found for p, s in stats.items() if isinstance(s, ExtremesStat) and (found := _lone(p.tensor, s, index))]
+    lone = [found for tensor, s in Told(stats).of(Extremes) if (found := _lone(tensor, s, index))]
     lone.sort(key=lambda f: -f[0])
     lines = [text for _, text in lone[:_SHOWN]]
     return lines if len(lone) <= _SHOWN else [*lines, f"... and {len(lone) - _SHOWN} more tensors whose range one sample sets"]

@@ -11,35 +11,16 @@ are float64 sums, bit-identical for every partition into whole chunks (`qcompile
 
 from __future__ import annotations
 
-from typing import Any
-
 from qcompile.calib.observe.chunks import CHUNK
-from qcompile.calib.observe.extrema import AbsMax, AbsMaxStat, MinMax, MinMaxStat, absmax_of
+from qcompile.calib.observe.extrema import AbsMax, AbsMaxStat, MinMax, MinMaxStat
 from qcompile.calib.observe.histogram import ChannelHistograms, ChannelHistogramsStat, Histogram, HistogramStat
-from qcompile.calib.observe.observer import Observer, Probe, Told
+from qcompile.calib.observe.observer import Observer, Probe, Reduction, Seen, Tally, Told
 from qcompile.calib.observe.rows import Extremes, ExtremesStat, Rows, RowsStat
 from qcompile.calib.observe.stat import NotCarried, Stat, other_axes
 from qcompile.calib.observe.sums import Moments, MomentsStat, SecondMoment, SecondMomentStat
 
 __all__ = [
-    "CHUNK", "KINDS", "AbsMax", "AbsMaxStat", "ChannelHistograms", "ChannelHistogramsStat", "Extremes", "ExtremesStat",
-    "Histogram", "HistogramStat", "MinMax", "MinMaxStat", "Moments", "MomentsStat", "NotCarried", "Observer", "Probe", "Rows",
-    "RowsStat", "SecondMoment", "SecondMomentStat", "Stat", "Told", "absmax_of", "follows", "other_axes",
+    "CHUNK", "AbsMax", "AbsMaxStat", "ChannelHistograms", "ChannelHistogramsStat", "Extremes", "ExtremesStat",
+    "Histogram", "HistogramStat", "MinMax", "MinMaxStat", "Moments", "MomentsStat", "NotCarried", "Observer", "Probe",
+    "Reduction", "Rows", "RowsStat", "SecondMoment", "SecondMomentStat", "Seen", "Stat", "Tally", "Told", "other_axes",
 ]  # fmt: skip
-
-
-KINDS: dict[str, tuple[type[Observer[Any]], type[Stat]]] = {
-    observer.kind: (observer, stat)
-    for observer, stat in (
-        (MinMax, MinMaxStat), (AbsMax, AbsMaxStat), (Moments, MomentsStat), (Histogram, HistogramStat),
-        (ChannelHistograms, ChannelHistogramsStat), (SecondMoment, SecondMomentStat), (Rows, RowsStat), (Extremes, ExtremesStat),
-    )
-}  # fmt: skip
-"""Name of an observer -> its class and that of its statistics, for files without pickle."""
-
-
-def follows(observer: Observer[Any]) -> bool:
-    """Whether this observer's statistic can be carried through a per-channel x' = (x - t) / r."""
-    return isinstance(observer, Rows) or (
-        isinstance(observer, MinMax | Moments) and observer.axis is not None and observer.heads is None
-    )

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from qcompile.calib.observe.observer import Observer
-from qcompile.calib.observe.stat import NotCarried, Stat, by_head, other_axes
+from qcompile.calib.observe.observer import Observer, Reduction, Seen
+from qcompile.calib.observe.stat import NotCarried, Stat, by_head, other_axes, width
 
 F64 = NDArray[np.float64]
+_OPERATORS = ("ReduceMin", "ReduceMax")
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +42,13 @@ class MinMaxStat(Stat):
 
 @dataclass(frozen=True)
 class MinMax(Observer[MinMaxStat]):
-    """Extremes of the tensor, of each channel of `axis`, or of each of `heads` equal groups of channels of `axis`."""
+    """Extremes of the tensor, of each channel of `axis`, or of each of `heads` equal groups of channels of `axis`.
+
+    Those of the tensor are found outside the graph: NumPy is faster than Reduce operators over all axes (ADR 003).
+    """
 
     kind: ClassVar[str] = "minmax"
+    infinities: ClassVar = "refused"
     axis: int | None = None
     heads: int | None = None
 
@@ -54,6 +60,21 @@ class MinMax(Observer[MinMaxStat]):
             return self.empty()
         axes = other_axes(array.ndim, self.axis)
         return self.of_extremes(array.min(axes), array.max(axes))
+
+    @property
+    def follows(self) -> bool:
+        return self.axis is not None and self.heads is None
+
+    def in_graph(self, rank: int) -> Reduction | None:
+        return None if self.axis is None else Reduction(_OPERATORS, other_axes(rank, self.axis))
+
+    def from_batch(self, seen: Seen) -> MinMaxStat:
+        if seen.reduced:
+            return self.of_extremes(*seen.arrays)
+        return _finite(self.observe(seen.arrays[0])) if seen.arrays[0].size else self.empty()
+
+    def nbytes(self, shape: Sequence[int]) -> int:
+        return 64 * width(shape, self.axis)
 
     def of_extremes(self, lo: ArrayLike, hi: ArrayLike) -> MinMaxStat:
         """The statistic from the extremes of the tensor or of each channel, however they were reduced."""
@@ -89,20 +110,36 @@ class AbsMax(Observer[AbsMaxStat]):
     """Largest magnitude of the tensor, of each channel of `axis`, or of each of `heads` groups of channels of `axis`."""
 
     kind: ClassVar[str] = "absmax"
+    infinities: ClassVar = "refused"
     axis: int | None = None
     heads: int | None = None
+
+    @property
+    def _signed(self) -> MinMax:
+        return MinMax(self.axis, self.heads)
 
     def empty(self) -> AbsMaxStat:
         return AbsMaxStat(np.asarray(0.0))
 
     def observe(self, array: NDArray[Any], first_sample_index: int = 0, samples: int | None = None) -> AbsMaxStat:
-        return absmax_of(MinMax(self.axis, self.heads).observe(array)) if array.size else self.empty()
+        return _absmax(self._signed.observe(array)) if array.size else self.empty()
 
-    def of_extremes(self, lo: ArrayLike, hi: ArrayLike) -> AbsMaxStat:
-        """The statistic from the extremes of the tensor or of each channel."""
-        return absmax_of(MinMax(self.axis, self.heads).of_extremes(lo, hi))
+    def in_graph(self, rank: int) -> Reduction | None:
+        return self._signed.in_graph(rank)
+
+    def from_batch(self, seen: Seen) -> AbsMaxStat:
+        return _absmax(self._signed.from_batch(seen))
+
+    def nbytes(self, shape: Sequence[int]) -> int:
+        return self._signed.nbytes(shape)
 
 
-def absmax_of(stat: MinMaxStat) -> AbsMaxStat:
+def _finite(stat: MinMaxStat) -> MinMaxStat:
+    if not (np.isfinite(stat.lo).all() and np.isfinite(stat.hi).all()):
+        raise ValueError("NaN or infinite values")
+    return stat
+
+
+def _absmax(stat: MinMaxStat) -> AbsMaxStat:
     """The largest magnitude that extremes imply."""
     return AbsMaxStat(np.maximum(np.maximum(-stat.lo, stat.hi), 0.0))

@@ -7,6 +7,7 @@ the batches, their order and the machines were.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -14,8 +15,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from qcompile.calib.observe.counting import count_into
-from qcompile.calib.observe.observer import Observer
-from qcompile.calib.observe.stat import Stat, by_head
+from qcompile.calib.observe.observer import Observer, Seen, Tally
+from qcompile.calib.observe.stat import Stat, by_head, width
 
 F64 = NDArray[np.float64]
 Scratch = tuple[NDArray[np.float32], NDArray[np.int32]]
@@ -79,6 +80,7 @@ class Histogram(Observer[HistogramStat]):
     """Counts over at most `bins` (>= 2) bins of a power-of-two width; at least about bins / 2 cover the range."""
 
     kind: ClassVar[str] = "histogram"
+    infinities: ClassVar = "refused"
     bins: int = 4096
 
     def empty(self) -> HistogramStat:
@@ -86,6 +88,12 @@ class Histogram(Observer[HistogramStat]):
 
     def observe(self, array: NDArray[Any], first_sample_index: int = 0, samples: int | None = None) -> HistogramStat:
         return self.added(self.empty(), array)
+
+    def tally(self, known: HistogramStat) -> Tally[HistogramStat]:
+        return _Counted(known, self)
+
+    def nbytes(self, shape: Sequence[int]) -> int:
+        return 8 * self.bins
 
     def added(self, known: HistogramStat, array: NDArray[Any]) -> HistogramStat:
         """`known` and the values of `array`, in the bins of known as long as they hold them: one look at each value.
@@ -122,6 +130,16 @@ class Histogram(Observer[HistogramStat]):
         count_into(counts, _codes(block, stat.exponent, stat.start, lo < 0, scratch))
         np.add(stat.counts, counts, out=stat.counts)
         return stat
+
+
+@dataclass
+class _Counted(Tally[HistogramStat]):
+    """In the bins of what is known, as long as they hold a batch."""
+
+    observer: Histogram
+
+    def add(self, seen: Seen) -> None:
+        self.known = self.observer.added(self.known, seen.arrays[0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,6 +196,9 @@ class ChannelHistograms(Observer[ChannelHistogramsStat]):
         one = Histogram(self.bins)
         groups = range(channels.shape[-2])
         return ChannelHistogramsStat(tuple(one.observe(np.ascontiguousarray(channels[..., c, :])) for c in groups))
+
+    def nbytes(self, shape: Sequence[int]) -> int:
+        return 8 * self.bins * (self.heads or width(shape, self.axis))
 
 
 def bin_exponent(lo: float, hi: float, bins: int) -> int:

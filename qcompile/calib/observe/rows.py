@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from qcompile.calib.observe.observer import Observer
-from qcompile.calib.observe.stat import Stat
+from qcompile.calib.observe.observer import Observer, Reduction, Seen, Tally
+from qcompile.calib.observe.stat import Stat, width
+
+_WAITING = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +75,33 @@ class Rows(Observer[RowsStat]):
         order = np.lexsort((ids[:, 1], ids[:, 0], keys))[: self.count]
         return RowsStat(self.count, keys[order], ids[order], rows[order])
 
+    @property
+    def follows(self) -> bool:
+        return True
+
+    def tally(self, known: RowsStat) -> Tally[RowsStat]:
+        return _Waiting(known, self)
+
+    def nbytes(self, shape: Sequence[int]) -> int:
+        return self.count * (4 * width(shape) + 24)
+
+
+@dataclass
+class _Waiting(Tally[RowsStat]):
+    """The few rows that a batch adds to a sample wait for more, since a merge copies the sample."""
+
+    observer: Rows
+    waiting: list[RowsStat] = field(default_factory=list[RowsStat])
+
+    def add(self, seen: Seen) -> None:
+        self.waiting.append(self.observer.observe(seen.arrays[0], seen.first, seen.samples, self.known))
+        if sum(len(part.keys) for part in self.waiting) >= _WAITING:
+            self.told()
+
+    def told(self) -> RowsStat:
+        self.known, self.waiting = self.known.merge_all(self.waiting), []
+        return self.known
+
 
 @dataclass(frozen=True, eq=False)
 class ExtremesStat(Stat):
@@ -104,6 +133,18 @@ class Extremes(Observer[ExtremesStat]):
             return self.empty()
         rows = array if array.ndim else array.reshape(1)
         return self.of_extremes(rows.min(-1), rows.max(-1), first_sample_index, samples)
+
+    def in_graph(self, rank: int) -> Reduction | None:
+        return Reduction(("ReduceMin", "ReduceMax"), (rank - 1,)) if rank > 1 else None
+
+    def from_batch(self, seen: Seen) -> ExtremesStat:
+        if not seen.reduced:
+            return self.observe(seen.arrays[0], seen.first, seen.samples)
+        low, high = seen.arrays
+        return self.of_extremes(low, high, seen.first, seen.samples)
+
+    def nbytes(self, shape: Sequence[int]) -> int:
+        return 24 * self.count
 
     def of_extremes(
         self, lo: NDArray[Any], hi: NDArray[Any], first_sample_index: int = 0, samples: int | None = None

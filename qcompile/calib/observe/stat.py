@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, Self
 
@@ -53,6 +54,13 @@ def other_axes(ndim: int, axis: int | None) -> tuple[int, ...]:
     if not -ndim <= axis < ndim:
         raise ValueError(f"axis {axis} does not exist in a tensor of rank {ndim}")
     return tuple(i for i in range(ndim) if i != axis % ndim)
+
+
+def width(shape: Sequence[int], axis: int | None = -1) -> int:
+    """The length of an axis; of the last one where there is no such axis, 1 for a single number."""
+    if not shape:
+        return 1
+    return shape[axis] if axis is not None and -len(shape) <= axis < len(shape) else shape[-1]
 
 
 def by_head(values: NDArray[Any], heads: int | None) -> NDArray[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -10,8 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.linalg import get_blas_funcs
 
 from qcompile.calib.observe.chunks import CHUNK, ChunkedSum, by_chunk
-from qcompile.calib.observe.observer import Observer
-from qcompile.calib.observe.stat import NotCarried, Stat, by_head, other_axes
+from qcompile.calib.observe.observer import Observer, Reduction, Seen, Tally
+from qcompile.calib.observe.stat import NotCarried, Stat, by_head, other_axes, width
 
 F64 = NDArray[np.float64]
 _COUNT, _SUM, _SQUARES = range(3)
@@ -108,6 +109,22 @@ class Moments(Observer[MomentsStat]):
             stat = stat.merge(self.of_sums(part.size, total, np.square(wide, out=wide).sum(axes), chunk * CHUNK))
         return stat
 
+    @property
+    def follows(self) -> bool:
+        return self.axis is not None and self.heads is None
+
+    def in_graph(self, rank: int) -> Reduction | None:
+        return Reduction(("ReduceSum", "ReduceSumSquare", "Size"), other_axes(rank, self.axis), sums=True)
+
+    def from_batch(self, seen: Seen) -> MomentsStat:
+        if not seen.reduced:
+            return self.observe(seen.arrays[0], seen.chunk_first, 1)
+        total, squares, size = seen.arrays
+        return self.of_sums(int(size), total, squares, seen.chunk_first)
+
+    def nbytes(self, shape: Sequence[int]) -> int:
+        return 64 * width(shape, self.axis)
+
     def of_sums(self, size: int, total: ArrayLike, squares: ArrayLike, first_sample_index: int) -> MomentsStat:
         """The statistic of `size` values in all from the sums of the tensor or of each channel."""
         first, second = np.asarray(total, np.float64), np.asarray(squares, np.float64)
@@ -183,6 +200,16 @@ class SecondMoment(Observer[SecondMomentStat]):
             stat = stat.merge(SecondMomentStat(count, ChunkedSum(parts={chunk: np.triu(left @ rows)})))
         return stat
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return () if self.weights is None else (self.weights,)
+
+    def tally(self, known: SecondMomentStat) -> Tally[SecondMomentStat]:
+        return _Updated(known, self)
+
+    def nbytes(self, shape: Sequence[int]) -> int:
+        return 12 * width(shape) ** 2  # float64, and the chunk at hand in float32
+
     def added(
         self, known: SecondMomentStat, array: NDArray[Any], chunk: int, weights: NDArray[Any] | None = None, reuse: bool = False
     ) -> SecondMomentStat:
@@ -203,6 +230,23 @@ class SecondMoment(Observer[SecondMomentStat]):
         parts: dict[int, NDArray[Any]] = dict(known.sums.parts)
         parts[chunk] = _syrk(np.ascontiguousarray(rows, np.float32), parts.get(chunk), reuse)
         return SecondMomentStat(known.count + count, replace(known.sums, parts=parts))
+
+
+@dataclass
+class _Updated(Tally[SecondMomentStat]):
+    """Adds to the sums in place, as long as nobody else holds them."""
+
+    observer: SecondMoment
+    own: bool = False
+
+    def add(self, seen: Seen) -> None:
+        array, *weights = seen.arrays
+        self.known = self.observer.added(self.known, array, seen.chunk, *weights, reuse=self.own).folded(seen.chunk)
+        self.own = True
+
+    def told(self) -> SecondMomentStat:
+        self.own = False
+        return self.known
 
 
 def _syrk(rows: NDArray[np.float32], into: NDArray[Any] | None, reuse: bool) -> NDArray[np.float32]:

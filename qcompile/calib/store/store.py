@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from qcompile.calib.observe import KINDS, Probe, Stat
+from qcompile.calib.observe import Observer, Probe, Stat
 from qcompile.errors import DataError
 from qcompile.ir.atomic import atomic_file
 
@@ -185,14 +185,12 @@ def parse(file: BinaryIO, source: str) -> Statistics:
 
 def probe_to_json(probe: Probe) -> dict[str, Any]:
     """Tensor, kind of observer and its fields."""
-    observer: Any = probe.observer
-    return {"tensor": probe.tensor, "kind": observer.kind, "fields": dataclasses.asdict(observer)}
+    return {"tensor": probe.tensor, **probe.observer.to_json()}
 
 
 def probe_from_json(document: dict[str, Any]) -> Probe:
     """What `probe_to_json` gave."""
-    observer, _ = KINDS[document["kind"]]
-    return Probe(str(document["tensor"]), observer(**document["fields"]))
+    return Probe(str(document["tensor"]), Observer.from_json(document))
 
 
 @dataclass
@@ -270,14 +268,10 @@ def _read_flat(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArray[Any]:
 
 
 def _parse_sweep(document: dict[str, Any], flat: Arrays) -> Gathered:
-    stats = {probe_from_json(p): _parse_stat(p, flat) for p in document["probes"]}
+    read = ((probe_from_json(p), _arrays(p["arrays"], flat)) for p in document["probes"])
+    stats: dict[Probe, Stat] = {probe: probe.observer.read(arrays) for probe, arrays in read}
     ranges = tuple((int(low), int(high)) for low, high in document["ranges"])
     return Gathered(str(document["graph"]), ranges, stats)
-
-
-def _parse_stat(document: dict[str, Any], flat: Arrays) -> Stat:
-    _, stat = KINDS[document["kind"]]
-    return stat.from_arrays(_arrays(document["arrays"], flat))
 
 
 def _arrays(index: dict[str, Any], flat: Arrays) -> Arrays:

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from qcompile.calib.data.dataset import Dataset, fixed_batch
 from qcompile.calib.data.readers import Arrays
-from qcompile.calib.observe import Observer, Probe, SecondMoment, Stat
+from qcompile.calib.observe import Observer, Probe, Stat
 from qcompile.calib.observe.chunks import chunk_samples, segments
+from qcompile.calib.sweep.instrument import tensors_of
 from qcompile.calib.sweep.memory import MemoryPlan, statistics_bytes, tensor_bytes, tiled, with_margin
 from qcompile.calib.sweep.sweep import batch_size, sweep
 from qcompile.errors import DataError
@@ -100,7 +101,7 @@ def blocked_sweep(
 def plan_blocks(
     model: Model, data: Dataset, probes: Sequence[Probe], batch: int, mem_limit: int | None = None, *, limit: int
 ) -> MemoryPlan:
-    """The memory of `blocked_sweep`: the sweeps of one block after the other.  Raises as `qcompile.calib.sweep.memory.plan`."""
+    """The memory of `blocked_sweep`: the sweeps of one block after the other.  Raises as `plan_memory`."""
     source, spool = typed(model), Spool(Path())
     sizes, held = functools.cache(functools.partial(tensor_bytes, source, data)), statistics_bytes(source, probes)
     parts = _parts(source, list(dict.fromkeys(probes)), limit)
@@ -140,8 +141,8 @@ class _Progress:
 
 
 def _parts(source: Model, probes: Sequence[Probe], limit: int) -> list[_Part]:
-    blocks = cut(source, [_group(p) for p in probes], limit)
-    return [_part(source, b, [p for p in probes if _group(p) in b.answers]) for b in blocks]
+    blocks = cut(source, [tensors_of(p) for p in probes], limit)
+    return [_part(source, b, [p for p in probes if tensors_of(p) in b.answers]) for b in blocks]
 
 
 def _part(source: Model, block: Block, probes: list[Probe]) -> _Part:
@@ -149,12 +150,6 @@ def _part(source: Model, block: Block, probes: list[Probe]) -> _Part:
     if is_large(source.graph):
         mark_large(made.graph)
     return _Part(block, made, probes)
-
-
-def _group(probe: Probe) -> tuple[str, ...]:
-    """The tensors that a probe's observer reads."""
-    weights = probe.observer.weights if isinstance(probe.observer, SecondMoment) else None
-    return (probe.tensor,) if weights is None else (probe.tensor, weights)
 
 
 def _segment(
@@ -248,8 +243,7 @@ class Kept(Stat):
 class Keep(Observer[Kept]):
     """Write every run's array to a spool."""
 
-    kind: ClassVar[str] = "keep"
-    unchecked: ClassVar[bool] = True  # a mask may hold -inf
+    infinities: ClassVar = "allowed"  # of a mask
     spool: Spool
 
     def empty(self) -> Kept:
@@ -258,6 +252,9 @@ class Keep(Observer[Kept]):
     def observe(self, array: NDArray[Any], first_sample_index: int = 0, samples: int | None = None) -> Kept:
         self.spool.append(array, first_sample_index, len(array) if samples is None else samples)
         return Kept()
+
+    def nbytes(self, shape: Sequence[int]) -> int:
+        return 0
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,8 @@
 """A copy of a model whose outputs are the probes' answers: reduced by ONNX Runtime's own kernels where they can be.
 
-MinMax, AbsMax     of an axis: ReduceMin, ReduceMax over the other axes
-Extremes           the same over the last axis, one number a row
-Moments            ReduceSum, ReduceSumSquare: float32 sums of one batch
-everything else    the tensor itself
-
-Extremes of a whole tensor, histograms and second moments take the tensor itself.  ReduceMin and ReduceMax over all axes are
-slower than NumPy's, which run on other threads while the next batch is inferred.  Mul, Floor and Cast to codes in the graph
-each walk through memory, while outside all passes run on blocks that stay in the cache.  A Gemm's product [C, C] is often
-larger than the rows it is made of, has to be stored and added up, and costs twice the multiplications of a symmetric update.
+Which observers are reduced in the graph, and how, they say themselves (`Observer.in_graph`); the others take the tensor
+itself.  Mul, Floor and Cast to codes in the graph each walk through memory, while outside all passes run on blocks that
+stay in the cache, on other threads while the next batch is inferred (ADR 003).
 """
 
 from __future__ import annotations
@@ -19,56 +13,53 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 
-from qcompile.calib.observe import Observer, Probe
-from qcompile.calib.observe.extrema import AbsMax, MinMax
-from qcompile.calib.observe.histogram import Histogram
-from qcompile.calib.observe.rows import Extremes
-from qcompile.calib.observe.stat import other_axes
-from qcompile.calib.observe.sums import Moments, SecondMoment
+from qcompile.calib.observe import Observer, Probe, Reduction
 from qcompile.calib.sweep import graphs
 from qcompile.calib.sweep.finite import blind_tensors
 from qcompile.errors import ModelError
 from qcompile.ir.model import Model
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
-_ROWS = "rows"
-
-Key = tuple[str, int | str | None]
-"""A tensor and what is kept of it: None nothing, an axis, or the rows of the last axis."""
 
 
 @dataclass(frozen=True)
-class ExtremeNames:
-    """Outputs that hold extremes, and the sum (the kernels skip NaN, a sum does not; None where NaN shows elsewhere)."""
+class Reduced:
+    """Outputs of a reduction, and the tensor's sum (the kernels of extremes skip NaN, a sum does not; None where NaN shows)."""
 
-    lo: str
-    hi: str
-    total: str | None
+    outputs: tuple[str, ...]
+    check: str | None = None
 
-
-@dataclass(frozen=True)
-class SumNames:
-    """Outputs that hold a batch's sum, sum of squares and number of values."""
-
-    total: str
-    squares: str
-    size: str
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All outputs."""
+        return self.outputs if self.check is None else (*self.outputs, self.check)
 
 
 @dataclass
 class Instrumented:
-    """The graph with its reductions, and which outputs answer what."""
+    """The graph with its reductions, and which outputs answer what; `searched` raw tensors are looked through for NaN."""
 
     model: Model
-    extremes: dict[Key, ExtremeNames] = field(default_factory=dict[Key, ExtremeNames])
-    sums: dict[Key, SumNames] = field(default_factory=dict[Key, SumNames])
+    reductions: dict[tuple[str, Reduction], Reduced] = field(default_factory=dict[tuple[str, Reduction], Reduced])
     raw: dict[str, str] = field(default_factory=dict[str, str])
-    unchecked: set[str] = field(default_factory=set[str])
+    reduced: dict[Probe, Reduced] = field(default_factory=dict[Probe, Reduced])
+    searched: set[str] = field(default_factory=set[str])
 
     def output(self, value: ir.Value) -> str:
         """Let the value leave the session."""
         self.model.graph.outputs.append(value)
         return str(value.name)
+
+    def outputs_of(self, probe: Probe) -> tuple[str, ...]:
+        """What a probe's observer gets."""
+        if probe in self.reduced:
+            return self.reduced[probe].outputs
+        return tuple(self.raw[tensor] for tensor in tensors_of(probe))
+
+
+def tensors_of(probe: Probe) -> tuple[str, ...]:
+    """The tensors that a probe's observer reads."""
+    return (probe.tensor, *probe.observer.reads)
 
 
 def instrument(model: Model, probes: Sequence[Probe]) -> Instrumented:
@@ -85,88 +76,72 @@ def instrument(model: Model, probes: Sequence[Probe]) -> Instrumented:
         values = graphs.named_values(copy)
     made = Instrumented(copy)
     copy.graph.outputs.clear()
-    whole = {p for p in probes if not reducible(values[p.tensor], p.observer)}
-    raw = dict.fromkeys(t for p in probes if p in whole for t in (p.tensor, *_companions(p.observer)))
-    checked = [p for p in probes if not getattr(p.observer, "unchecked", False)]
-    made.unchecked = raw.keys() - {t for p in checked for t in (p.tensor, *_companions(p.observer))}
-    made.unchecked |= {p.tensor for p in whole if isinstance(p.observer, Histogram | MinMax | AbsMax)}  # extremes show NaN
-    blind = blind_tensors({p.tensor for p in checked}, values) - set(raw)
-    for p in dict.fromkeys(probes):
-        if p not in whole:
-            _add(made, values, p, p.tensor in blind)
+    wanted = {p: _reduction(values[p.tensor], p.observer) for p in probes}
+    whole = [p for p, reduction in wanted.items() if reduction is None]
+    raw = dict.fromkeys(t for p in whole for t in tensors_of(p))
+    made.searched = _searched(raw, probes, whole)
+    blind = blind_tensors({p.tensor for p in probes if p.observer.infinities != "allowed"}, values) - set(raw)
+    for p, reduction in wanted.items():
+        if reduction is not None:
+            made.reduced[p] = _reduced(made, values[p.tensor], reduction, p.tensor in blind and not reduction.sums)
     made.raw.update({tensor: graphs.expose(copy, values[tensor]) for tensor in raw})
     RemoveUnusedNodesPass()(copy.ir)
     return made
 
 
-def reducible(value: ir.Value, observer: Observer) -> bool:
+def raw_tensor(model: Model, tensor: str) -> Model:
+    """A copy whose only output is a tensor, without the nodes that it does not need."""
+    copy = model.clone()
+    copy.graph.outputs.clear()
+    graphs.expose(copy, graphs.named_values(copy)[tensor])
+    RemoveUnusedNodesPass()(copy.ir)
+    return copy
+
+
+def _reduction(value: ir.Value, observer: Observer) -> Reduction | None:
     """In-graph reduction answers for floats of known rank; the rest needs the tensor itself."""
     if value.dtype not in _FLOATS or value.shape is None or len(value.shape) == 0 or 0 in value.shape:
-        return False
-    if isinstance(observer, Extremes):
-        return len(value.shape) > 1
-    return isinstance(observer, Moments) or (isinstance(observer, MinMax | AbsMax) and observer.axis is not None)
+        return None
+    return observer.in_graph(len(value.shape))
 
 
-def _companions(observer: Observer) -> tuple[str, ...]:
-    """Other tensors that an observer reads."""
-    return (observer.weights,) if isinstance(observer, SecondMoment) and observer.weights is not None else ()
+def _searched(raw: dict[str, None], probes: Sequence[Probe], whole: Sequence[Probe]) -> set[str]:
+    """The raw tensors that a probe wants finite, unless an observer of them refuses by itself what is not."""
+    wanted = {t for p in probes if p.observer.infinities != "allowed" for t in tensors_of(p)}
+    return (raw.keys() & wanted) - {p.tensor for p in whole if p.observer.infinities == "refused"}
 
 
 def _require_known(values: dict[str, ir.Value], probes: Sequence[Probe]) -> None:
-    for tensor in (t for p in probes for t in (p.tensor, *_companions(p.observer))):
+    for tensor in (t for p in probes for t in tensors_of(p)):
         if tensor not in values:
             raise ModelError(f"there is no tensor {tensor!r} in the main graph; list the tensors with: qcompile inspect")
 
 
-def _add(made: Instrumented, values: dict[str, ir.Value], probe: Probe, check: bool) -> None:
-    value = values[probe.tensor]
-    match probe.observer:
-        case MinMax(axis) | AbsMax(axis):
-            _add_extremes(made, value, axis, check)
-        case Extremes():
-            _add_extremes(made, value, _ROWS, check)
-        case Moments(axis):
-            _add_sums(made, value, axis)
-        case _:
-            raise AssertionError(f"{probe.observer} has no reduction in the graph")
-
-
-def _reduced_axes(value: ir.Value, keep: int | str | None) -> tuple[int, ...]:
-    assert value.shape is not None
-    rank = len(value.shape)
-    return (rank - 1,) if isinstance(keep, str) else other_axes(rank, keep)
-
-
-def _add_extremes(made: Instrumented, value: ir.Value, keep: int | str | None, check: bool) -> None:
-    key = (str(value.name), keep)
-    if key in made.extremes:
-        return
-    assert value.shape is not None
-    axes, tag = _reduced_axes(value, keep), len(made.extremes)
-    lo, hi = (graphs.reduce(made.model, f"Reduce{op}", value, axes, f"qcompile_{op}_{tag}") for op in ("Min", "Max"))
+def _reduced(made: Instrumented, value: ir.Value, reduction: Reduction, check: bool) -> Reduced:
+    """The outputs of a reduction of a tensor, made once."""
+    key, tag = (str(value.name), reduction), len(made.reductions)
+    if key in made.reductions:
+        return made.reductions[key]
+    source = _wide(made.model, value, tag) if reduction.sums else value
+    outputs = tuple(made.output(_apply(made.model, op, value, source, reduction, tag)) for op in reduction.operators)
     total = None
     if check:
+        assert value.shape is not None
         everything = range(len(value.shape))
         total = made.output(graphs.reduce(made.model, "ReduceSum", value, everything, f"qcompile_check_{tag}"))
-    made.extremes[key] = ExtremeNames(made.output(lo), made.output(hi), total)
+    made.reductions[key] = Reduced(outputs, total)
+    return made.reductions[key]
 
 
-def _add_sums(made: Instrumented, value: ir.Value, keep: int | None) -> None:
-    key, tag, model = (str(value.name), keep), len(made.sums), made.model
-    if key in made.sums:
-        return
-    axes = _reduced_axes(value, keep)
-    wide = _wide(made, value)
-    total = graphs.reduce(model, "ReduceSum", wide, axes, f"qcompile_sum_{tag}")
-    squares = graphs.reduce(model, "ReduceSumSquare", wide, axes, f"qcompile_squares_{tag}")
-    size = graphs.append(model, "Size", [value], f"qcompile_size_{tag}", ir.DataType.INT64)
-    made.sums[key] = SumNames(made.output(total), made.output(squares), made.output(size))
+def _apply(model: Model, op: str, value: ir.Value, source: ir.Value, reduction: Reduction, tag: int) -> ir.Value:
+    name = f"qcompile_{op}_{tag}"
+    if op == "Size":
+        return graphs.append(model, op, [value], name, ir.DataType.INT64)
+    return graphs.reduce(model, op, source, reduction.axes, name)
 
 
-def _wide(made: Instrumented, value: ir.Value) -> ir.Value:
+def _wide(model: Model, value: ir.Value, tag: int) -> ir.Value:
     """float16 as float32: the kernels' sums and scaled values would overflow."""
     if value.dtype != ir.DataType.FLOAT16:
         return value
-    tag = f"qcompile_wide_{len(made.sums)}"
-    return graphs.cast(made.model, value, ir.DataType.FLOAT, tag)
+    return graphs.cast(model, value, ir.DataType.FLOAT, f"qcompile_wide_{tag}")

@@ -19,17 +19,16 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from qcompile.calib.data.dataset import Dataset
 from qcompile.calib.data.readers import Arrays
-from qcompile.calib.observe import Observer, Probe
-from qcompile.calib.observe.histogram import ChannelHistograms, Histogram
-from qcompile.calib.observe.rows import Rows
-from qcompile.calib.observe.sums import SecondMoment
+from qcompile.calib.observe import Probe
 from qcompile.calib.sweep.graphs import named_values
-from qcompile.calib.sweep.instrument import instrument
+from qcompile.calib.sweep.instrument import Instrumented, instrument
 from qcompile.errors import UsageError
 from qcompile.ir.model import Model
 from qcompile.ir.spill import is_large
 
 _BASE = 48 << 20  # the interpreter's, ONNX Runtime's and the kernels' own working memory
+_UNKNOWN = 4096
+_NUMBER = 8
 _MARGIN = 1.25  # allocators round up and keep pieces
 
 
@@ -55,7 +54,7 @@ class MemoryPlan:
         return max((s.predicted_bytes for s in self.sweeps), default=0)
 
 
-def plan(model: Model, data: Dataset, probes: Sequence[Probe], batch: int, mem_limit: int | None = None) -> MemoryPlan:
+def plan_memory(model: Model, data: Dataset, probes: Sequence[Probe], batch: int, mem_limit: int | None = None) -> MemoryPlan:
     """As few sweeps as keep each below `mem_limit` bytes (one without a limit).
 
     The probes of one tensor stay together: they share its memory.
@@ -70,9 +69,9 @@ def plan(model: Model, data: Dataset, probes: Sequence[Probe], batch: int, mem_l
 def tiled(
     model: Model, sizes: Callable[[int], dict[str, int]], probes: Sequence[Probe], batch: int, mem_limit: int | None, held: int
 ) -> tuple[SweepPlan, ...]:
-    """The sweeps of `plan`; `sizes` gives the bytes of every tensor at a batch size, `held` those of all statistics.
+    """The sweeps of `plan_memory`; `sizes` gives the bytes of every tensor at a batch size, `held` those of all statistics.
 
-    Raises as `plan`.
+    Raises as `plan_memory`.
     """
     tensors = list(dict.fromkeys(p.tensor for p in probes))
 
@@ -101,7 +100,7 @@ def tiled(
 def statistics_bytes(model: Model, probes: Sequence[Probe]) -> int:
     """Bytes of all statistics, which stay from sweep to sweep."""
     values = named_values(model)
-    return sum(_statistic_bytes(p.observer, values[p.tensor]) for p in probes)
+    return sum(p.observer.nbytes(_shape(values[p.tensor])) for p in probes)
 
 
 def predict(model: Model, sizes: dict[str, int], probes: Sequence[Probe], held: int) -> int:
@@ -115,7 +114,7 @@ def predict(model: Model, sizes: dict[str, int], probes: Sequence[Probe], held: 
     graph = made.model.graph
     mapped = is_large(graph)
     weights = 0 if mapped else sum(v.const_value.nbytes for v in graph.initializers.values() if v.const_value is not None)
-    reduced = _with_reductions(graph, sizes)
+    reduced = sizes | _appended(made, sizes)
     outputs = sum(reduced.get(str(o.name), 0) for o in graph.outputs)
     running = 2 * weights + _alive(graph, reduced) + 3 * outputs + statistics_bytes(model, probes)
     return _BASE + with_margin(held + max(4 * weights, running))
@@ -189,26 +188,29 @@ def _bytes(value: ir.Value) -> int | None:
     return int(prod(d for d in value.shape if isinstance(d, int)) * value.dtype.itemsize)
 
 
-def _with_reductions(graph: ir.Graph, shapes: dict[str, int]) -> dict[str, int]:
+def _appended(made: Instrumented, sizes: dict[str, int]) -> dict[str, int]:
     """Sizes of the appended nodes' outputs: as large as their input, but for what reduces."""
-    sizes = dict(shapes)
-    for node in graph:
+    values = named_values(made.model)
+    found: dict[str, int] = {}
+    for (tensor, reduction), reduced in made.reductions.items():
+        found |= dict.fromkeys(reduced.names, _NUMBER)
+        found |= dict.fromkeys(reduced.outputs, _left(values[tensor], reduction.axes, sizes.get(tensor, 0)))
+    for node in made.model.graph:
         for out in node.outputs:
-            if str(out.name) not in sizes:
-                sizes[str(out.name)] = _appended_bytes(node, sizes)
-    return sizes
+            source = node.inputs[0] if node.inputs else None
+            if str(out.name) not in sizes and source is not None:
+                grows = node.op_type == "Cast" and source.dtype == ir.DataType.FLOAT16
+                found.setdefault(str(out.name), sizes.get(str(source.name), 0) * (2 if grows else 1))
+    return found
 
 
-def _appended_bytes(node: ir.Node, sizes: dict[str, int]) -> int:
-    source = node.inputs[0]
-    assert source is not None
-    size = sizes.get(str(source.name), 0)
-    if node.op_type == "Size":
-        return 16
-    if not node.op_type.startswith("Reduce"):
-        return size * (2 if node.op_type == "Cast" and source.dtype == ir.DataType.FLOAT16 else 1)
-    length = source.shape[-1] if source.shape is not None and len(source.shape) else 1
-    return size // length if "rows" in str(node.name) and isinstance(length, int) else min(size, 1 << 16)
+def _left(value: ir.Value, axes: Sequence[int], size: int) -> int:
+    """Bytes of a tensor of `size` bytes after a reduction over `axes`, at most."""
+    shape = list(value.shape or ())
+    kept = [d for i, d in enumerate(shape) if i not in axes]
+    if all(isinstance(d, int) for d in kept):
+        return _NUMBER * prod(d for d in kept if isinstance(d, int))
+    return size // prod(d for i in axes if isinstance(d := shape[i], int)) if size else 0
 
 
 def _alive(graph: ir.Graph, sizes: dict[str, int]) -> int:
@@ -229,17 +231,6 @@ def _alive(graph: ir.Graph, sizes: dict[str, int]) -> int:
     return peak
 
 
-def _statistic_bytes(observer: Observer, value: ir.Value) -> int:
-    width = value.shape[-1] if value.shape is not None and len(value.shape) else 1
-    channels = width if isinstance(width, int) else 4096
-    match observer:
-        case SecondMoment():
-            return 12 * channels * channels  # float64, and the chunk at hand in float32
-        case Rows(count):
-            return 4 * count * channels
-        case Histogram(bins):
-            return 8 * bins
-        case ChannelHistograms():
-            return 8 * observer.bins * channels
-        case _:
-            return 64 * channels
+def _shape(value: ir.Value) -> tuple[int, ...]:
+    """A dimension of unknown length counts 4096."""
+    return () if value.shape is None else tuple(d if isinstance(d, int) else _UNKNOWN for d in value.shape)

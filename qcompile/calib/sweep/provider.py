@@ -9,8 +9,7 @@ from functools import partial
 from qcompile.calib.data.dataset import Dataset
 from qcompile.calib.observe import Probe, Stat
 from qcompile.calib.sweep.blocks import block_bytes, plan_blocks, sweep_within
-from qcompile.calib.sweep.memory import MemoryPlan
-from qcompile.calib.sweep.memory import plan as plan_memory
+from qcompile.calib.sweep.memory import MemoryPlan, plan_memory
 from qcompile.calib.sweep.sweep import batch_size
 from qcompile.execute.emulate.runnable import runnable
 from qcompile.ir.model import Model
@@ -35,7 +34,7 @@ class SweepStatistics:
         return run(ready, self.data, probes, batch=self.batch, threads=self.threads, progress=self.progress)
 
     def plan(self, model: Model, probes: Sequence[Probe]) -> MemoryPlan:
-        """The memory that `collect` would take.  Raises as `qcompile.calib.sweep.memory.plan`."""
+        """The memory that `collect` would take.  Raises as `qcompile.calib.sweep.memory.plan_memory`."""
         ready = runnable(model)
         limit = block_bytes(ready, self.mem_limit)
         plan = plan_memory if limit is None else partial(plan_blocks, limit=limit)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from numpy.typing import NDArray
@@ -18,10 +18,9 @@ from threadpoolctl import threadpool_limits
 
 from qcompile.calib.data.dataset import Dataset, fixed_batch
 from qcompile.calib.observe import Probe, Stat
-from qcompile.calib.observe.chunks import CHUNK, chunk_samples, segments
-from qcompile.calib.observe.rows import Rows, RowsStat
-from qcompile.calib.sweep.instrument import Instrumented, instrument
-from qcompile.calib.sweep.memory import plan as plan_memory
+from qcompile.calib.observe.chunks import chunk_samples, segments
+from qcompile.calib.sweep.instrument import Instrumented, instrument, raw_tensor
+from qcompile.calib.sweep.memory import plan_memory
 from qcompile.calib.sweep.readout import Arrays, Batch
 from qcompile.errors import DataError
 from qcompile.execute.opening import open_model
@@ -29,7 +28,6 @@ from qcompile.execute.session import batch_length, run
 from qcompile.ir.model import Model
 
 DEFAULT_BATCH = 8
-_WAITING_ROWS = 128
 _MERGERS = os.cpu_count() or 1
 _SEGMENT_CHUNKS = 16
 
@@ -123,9 +121,8 @@ class _Counted:
 
 @dataclass
 class Sweep:
-    """One session that answers `probes` over ranges of samples; each probe's statistic is only touched by one thread at a time.
+    """One session that answers `probes` over ranges of samples; each probe's tally is only touched by one thread at a time.
 
-    `own` names the probes whose statistics nobody else holds, so that they may be changed in place.
     `arena` False gives memory back after every use (see `qcompile.execute.session.make_session`).
     """
 
@@ -135,9 +132,6 @@ class Sweep:
     size: int = DEFAULT_BATCH
     threads: int | None = None
     arena: bool = True
-    stats: dict[Probe, Stat] = field(default_factory=dict[Probe, Stat])
-    own: set[Probe] = field(default_factory=set[Probe])
-    waiting: dict[Probe, list[RowsStat]] = field(default_factory=dict[Probe, list[RowsStat]])
 
     def __post_init__(self) -> None:
         self.plan: Instrumented = instrument(self.model, self.probes)
@@ -154,11 +148,14 @@ class Sweep:
         on_batch: OnBatch | None = None,
     ) -> dict[Probe, Stat]:
         """`stats` with samples `start` to `end` merged in: the batches in order, each merged while the next one runs."""
-        self.stats = stats
-        self.own.clear()
-        shares = [list(stats)[i::_MERGERS] for i in range(_MERGERS)]
+        tallies = {p: p.observer.tally(s) for p, s in stats.items()}
+        shares = [list(tallies)[i::_MERGERS] for i in range(_MERGERS)]
         pending: list[Future[None]] = []
         done = start
+
+        def merge(batch: Batch, share: Sequence[Probe]) -> None:
+            for probe in share:
+                batch.add_to(tallies[probe], probe)
 
         def settle() -> None:
             if not pending:
@@ -168,9 +165,7 @@ class Sweep:
             if progress is not None:
                 progress(done - start, end - start)
             if on_batch is not None:
-                self._flush()
-                on_batch(self.stats, done)
-                self.own.clear()
+                on_batch({p: t.told() for p, t in tallies.items()}, done)
 
         # BLAS in one thread: its idle threads spin, and the cores belong to ONNX Runtime.
         with threadpool_limits(1, "blas"), ThreadPoolExecutor(_MERGERS) as workers:
@@ -178,11 +173,10 @@ class Sweep:
                 batch = self._answered(feeds, first, chunk)
                 settle()
                 done = first + batch.held
-                pending = [workers.submit(self._merge, batch, share) for share in shares]
+                pending = [workers.submit(merge, batch, share) for share in shares]
                 del batch
             settle()
-        self._flush()
-        return self.stats
+        return {p: t.told() for p, t in tallies.items()}
 
     def _batches(self, start: int, end: int) -> Iterator[tuple[Arrays, int, int]]:
         """(inputs, number of the first sample, chunk); no batch crosses a chunk boundary."""
@@ -202,41 +196,12 @@ class Sweep:
         """The outputs on a batch."""
         used = {k: v for k, v in feeds.items() if k in self.taken}
         found = dict(zip(self.outputs, run(self.session, used, self.outputs, first), strict=True))
-        batch = Batch(self.plan, found, first, batch_length(feeds), chunk * CHUNK)
+        batch = Batch(self.plan, found, first, batch_length(feeds), chunk)
         batch.require_finite(self.model, lambda tensor: self._fetch(tensor, feeds, first))
         return batch
 
     def _fetch(self, tensor: str, feeds: Arrays, first: int) -> NDArray[Any]:
         """The raw tensor of one batch, by a session of its own."""
-        plan = instrument(self.model, [Probe(tensor, Rows())])
-        session = open_model(plan.model)
+        session = open_model(raw_tensor(self.model, tensor))
         wanted = {i.name for i in session.get_inputs()}
         return run(session, {k: v for k, v in feeds.items() if k in wanted}, None, first)[0]
-
-    def _merge(self, batch: Batch, probes: Sequence[Probe]) -> None:
-        """Into what is known; the few rows that a batch adds to a sample wait for more, since a merge copies the sample."""
-        chunk = batch.chunk_first // CHUNK
-        for probe in probes:
-            known = self.stats[probe]
-            if (merged := batch.merged(probe, known, probe in self.own)) is not None:
-                self.stats[probe] = merged.folded(chunk)
-                self.own.add(probe)
-                continue
-            stat = batch.statistic(probe, known)
-            if not isinstance(stat, RowsStat):
-                self.stats[probe] = known.merge(stat).folded(chunk)
-                continue
-            parts = self.waiting.setdefault(probe, [])
-            parts.append(stat)
-            if sum(len(p.keys) for p in parts) >= _WAITING_ROWS:
-                self._flush_one(probe)
-
-    def _flush(self) -> None:
-        for probe in self.waiting:
-            self._flush_one(probe)
-
-    def _flush_one(self, probe: Probe) -> None:
-        known = self.stats[probe]
-        assert isinstance(known, RowsStat)
-        self.stats[probe] = known.merge_all(self.waiting[probe])
-        self.waiting[probe] = []

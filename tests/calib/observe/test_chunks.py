@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcompile.calib.observe import KINDS, ChannelHistograms, Extremes, MinMax, Moments, SecondMoment, counting
+from qcompile.calib.observe import ChannelHistograms, Extremes, MinMax, Moments, Observer, SecondMoment, counting
 from qcompile.calib.observe.chunks import CHUNK, ChunkedSum, by_chunk, chunk_samples
 
 OBSERVERS = [Moments(), Moments(-1), Moments(-1, heads=2), SecondMoment()]
@@ -57,11 +57,11 @@ def test_chunks_of_fixed_batches_are_multiples() -> None:
     assert [chunk_samples(b) for b in (None, 1, 8, 3, 50, 64, 100)] == [64, 64, 64, 63, 50, 64, 100]
 
 
-@pytest.mark.parametrize("observer", [*(o() for o, _ in KINDS.values()), Moments(-1), ChannelHistograms(-1, 16)], ids=str)
+@pytest.mark.parametrize("observer", [*(o() for o in Observer.kinds.values()), Moments(-1), ChannelHistograms(-1, 16)], ids=str)
 @pytest.mark.parametrize("samples", [0, 70])
 def test_arrays_round_trip(observer: Any, samples: int) -> None:
     stat = observer.observe(data(samples)) if samples else observer.empty()
-    again = KINDS[observer.kind][1].from_arrays(stat.to_arrays())
+    again = observer.read(stat.to_arrays())
     for name, array in stat.to_arrays().items():
         np.testing.assert_array_equal(again.to_arrays()[name], array)
         assert again.to_arrays()[name].dtype == array.dtype

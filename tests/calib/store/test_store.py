@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 
 from qcompile.calib.observe import (
     CHUNK,
-    KINDS,
     AbsMax,
     ChannelHistograms,
     Extremes,
     Histogram,
     MinMax,
     Moments,
+    Observer,
     Probe,
     Rows,
     SecondMoment,
@@ -87,9 +87,9 @@ def test_every_observer_comes_back_bit_for_bit(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["s.qstats"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", Observer.kinds)
 def test_every_kind_of_observer_has_a_name(kind: str) -> None:
-    observer = KINDS[kind][0]()
+    observer = Observer.kinds[kind]()
     assert probe_from_json(json.loads(json.dumps(probe_to_json(Probe("a/b", observer))))) == Probe("a/b", observer)
     empty = Statistics(KEY, (Gathered("g", (), {Probe("x", observer): observer.empty()}),))
     assert to_bytes(from_bytes(to_bytes(empty))) == to_bytes(empty)

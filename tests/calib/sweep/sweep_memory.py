@@ -16,8 +16,8 @@ from onnx import helper, numpy_helper
 
 from qcompile.calib.data.dataset import Dataset
 from qcompile.calib.data.readers import ArrayReader
-from qcompile.calib.observe import KINDS, Probe
-from qcompile.calib.sweep.memory import plan
+from qcompile.calib.observe import Observer, Probe
+from qcompile.calib.sweep.memory import plan_memory
 from qcompile.calib.sweep.sweep import sweep
 from qcompile.execute.session import providers
 from qcompile.ir.model import Model
@@ -46,8 +46,8 @@ def main(kind: str, batch: int, limit: int | None, samples: int) -> None:
     one = np.random.default_rng(0).standard_normal((1, TOKENS, DIM), np.float32)
     x = np.broadcast_to(one, (samples, TOKENS, DIM))
     data = Dataset(ArrayReader({"x": x}, {"x": x.dtype}, {}), tuple(range(samples)), ("x",), "memory")
-    probes = [Probe(t, KINDS[kind][0]()) for t in tensors]
-    planned = plan(model, data, probes, batch, limit)
+    probes = [Probe(t, Observer.kinds[kind]()) for t in tensors]
+    planned = plan_memory(model, data, probes, batch, limit)
     providers()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     sweep(model, data, probes, batch=batch, threads=1, mem_limit=limit)

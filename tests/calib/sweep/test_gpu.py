@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qcompile.calib.observe import KINDS, ChannelHistograms, Histogram, HistogramStat, Probe, RowsStat, Stat
+from qcompile.calib.observe import ChannelHistograms, Histogram, HistogramStat, Observer, Probe, RowsStat, Stat
 from qcompile.calib.sweep.sweep import sweep
 from qcompile.execute import session
 from qcompile.execute.session import Providers, providers
@@ -21,7 +21,7 @@ TOLERANCE = 1e-4
 
 def statistics(tensors: tuple[str, ...] = TENSORS) -> dict[Probe, Stat]:
     data = held({"ids": np.random.default_rng(0).integers(0, 50, (64, 5))})
-    return sweep(transformer(), data, [Probe(t, observer()) for t in tensors for observer, _ in KINDS.values()], batch=8)
+    return sweep(transformer(), data, [Probe(t, observer()) for t in tensors for observer in Observer.kinds.values()], batch=8)
 
 
 @pytest.mark.parametrize("tensor", TENSORS)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from qcompile.calib.observe import Histogram, MinMax, Probe, SecondMoment
-from qcompile.calib.sweep.memory import plan, statistics_bytes, with_margin
+from qcompile.calib.sweep.memory import plan_memory, statistics_bytes, with_margin
 from qcompile.errors import UsageError
 from tests.calib.sweep.graphs import transformer
 from tests.calib.sweep.test_reductions import held
@@ -70,20 +70,23 @@ def test_one_tensor_that_does_not_fit_is_refused_with_a_batch_that_does() -> Non
     model = transformer(dim=512)
     data = held({"ids": np.zeros((4096, 5), np.int64)})
     probes = [Probe("act", Histogram()), Probe("ln", MinMax())]
-    fits = plan(model, data, probes, 512).predicted_bytes
+    fits = plan_memory(model, data, probes, 512).predicted_bytes
     with pytest.raises(UsageError, match=r"'act' alone needs about \d+ MiB at batch 4096.*use --batch \d+, or give"):
-        plan(model, data, probes, 4096, fits)
+        plan_memory(model, data, probes, 4096, fits)
     with pytest.raises(UsageError, match="no batch size fits; give at least"):
-        plan(model, data, probes, 8, 1 << 20)
+        plan_memory(model, data, probes, 8, 1 << 20)
 
 
 def test_a_tensors_probes_stay_together_and_all_are_answered() -> None:
     model = transformer(dim=64)
     data = held({"ids": np.zeros((64, 5), np.int64)})
     probes = [Probe(t, o) for t in ("h", "ln", "act", "res") for o in (MinMax(), SecondMoment())]
-    one = max(plan(model, data, [p for p in probes if p.tensor == t], 64).predicted_bytes for t in ("h", "ln", "act", "res"))
+    tensors = ("h", "ln", "act", "res")
+    one = max(plan_memory(model, data, [p for p in probes if p.tensor == t], 64).predicted_bytes for t in tensors)
+        plan_memory(model, data, [p for p in probes if p.tensor == t], 64).predicted_bytes for t in ("h", "ln", "act", "res")
+    )
     one += with_margin(statistics_bytes(model, probes))
-    sweeps = plan(model, data, probes, 64, one).sweeps
+    sweeps = plan_memory(model, data, probes, 64, one).sweeps
     assert sorted(str(p) for s in sweeps for p in s.probes) == sorted(map(str, probes))
     assert all(s.predicted_bytes <= one for s in sweeps)
     assert not {p.tensor for p in sweeps[0].probes} & {p.tensor for p in sweeps[-1].probes}

@@ -180,11 +180,13 @@ def test_tiled_sweeps_give_the_same_bits() -> None:
     data = held({"ids": np.random.default_rng(0).integers(0, 50, (150, 5))})
     probes = [Probe(t, o) for t in ("ln", "res", "act") for o in ALL]
     whole = sweep(model, data, probes, threads=1)
-    least = memory.plan(model, data, probes[: len(ALL)], 8).predicted_bytes
-    limit = max(memory.plan(model, data, [p for p in probes if p.tensor == t], 8).predicted_bytes for t in ("ln", "res", "act"))
+    least = memory.plan_memory(model, data, probes[: len(ALL)], 8).predicted_bytes
+    limit = max(
+        memory.plan_memory(model, data, [p for p in probes if p.tensor == t], 8).predicted_bytes for t in ("ln", "res", "act")
+    )
     limit += memory.with_margin(memory.statistics_bytes(model, probes))
     assert limit >= least
-    assert len(memory.plan(model, data, probes, 8, limit).sweeps) > 1
+    assert len(memory.plan_memory(model, data, probes, 8, limit).sweeps) > 1
     calls: list[tuple[int, int]] = []
     tiled = sweep(model, data, probes, threads=1, mem_limit=limit, progress=lambda done, of: calls.append((done, of)))
     for probe in probes:
