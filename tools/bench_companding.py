@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from qcompile.calib.data.dataset import load_data  # noqa: E402
-from qcompile.calib.sweep.provider import SweepStatistics  # noqa: E402
+from qcompile.calib.sweep.provider import Sweeps  # noqa: E402
 from qcompile.execute.session import make_session  # noqa: E402
 from qcompile.ir.model import Model  # noqa: E402
 from qcompile.pipeline import registry  # noqa: E402
@@ -76,7 +76,7 @@ def table(name: str, options: argparse.Namespace) -> None:
     for row, text in pipelines(tuple(options.bits)).items():
         ctx = PassContext(SCHEMES["w8a8"], TARGETS["ort"])
         plan = complete(registry.parse(text), ctx.target, ctx.scheme)
-        made, _ = Runner(SweepStatistics(data, threads=1), verify="off").run(source, plan.passes, ctx)
+        made, _ = Runner(Sweeps(data, threads=1), verify="off").run(source, plan.passes, ctx)
         got = run(made, feeds)
         print(f"| {row} | {sqnr_db(reference, got):.1f} | {metric(got, labels, reference)} |", flush=True)
 

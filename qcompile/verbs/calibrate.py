@@ -25,11 +25,10 @@ from qcompile.calib.observe.chunks import chunk_samples
 from qcompile.calib.store.merge import merge, words
 from qcompile.calib.store.shards import DataSpec, ShardTask, merge_shards, run_shard, shard_range, split
 from qcompile.calib.store.store import Gathered, Key, Range, Statistics, from_bytes, joined, load, probe_to_json, save
-from qcompile.calib.sweep.blocks import sweep_within
+from qcompile.calib.sweep.provider import Sweeps
 from qcompile.calib.sweep.sweep import batch_size
 from qcompile.errors import DataError, QcompileError, UsageError
 from qcompile.execute.dask_executor import DaskExecutor
-from qcompile.execute.emulate.runnable import runnable
 from qcompile.execute.executor import Executor, ProcessExecutor
 from qcompile.ir.model import Model
 from qcompile.pipeline.base import Pass
@@ -93,9 +92,9 @@ class Gatherer:
         gaps = held.missing(*self.span)
         self.resumed += self.span[1] - self.span[0] - sum(b - a for a, b in gaps)
         if gaps and self.executor is not None:
-            held = self._spread(runnable(model), held, gaps, self.executor)
+            held = self._spread(model, held, gaps, self.executor)
         for gap in gaps if self.executor is None else ():
-            held = self._sweep(runnable(model), held, gap)
+            held = self._sweep(model, held, gap)
         self._keep(held, sync=True)
         if held.missing(0, len(self.data)):
             raise _Enough("the rest needs all shards")
@@ -119,10 +118,8 @@ class Gatherer:
             now = replace(held, ranges=tuple(joined([*held.ranges, (start, done)])), stats=dict(stats))
             self._keep(now, sync=time.monotonic() - self.synced > SYNC_SECONDS)
 
-        found = sweep_within(model, self.mem_limit)(
-            model, self.data, list(held.stats), batch=self.statistics.key.batch, threads=self.threads, start=start, stop=stop,
-            progress=self.progress.on_sweep, known=dict(held.stats), on_batch=on_batch,
-        )  # fmt: skip
+        sweeps = Sweeps(self.data, self.threads, self.statistics.key.batch, self.progress.on_sweep, self.mem_limit)
+        found = sweeps.part(model, list(held.stats), start, stop, held.stats, on_batch)
         return replace(held, ranges=tuple(joined([*held.ranges, gap])), stats=found)
 
     def _spread(self, model: Model, held: Gathered, gaps: Sequence[Range], executor: Executor) -> Gathered:

@@ -10,7 +10,7 @@ from typing import Any
 from qcompile.calib.data.dataset import Dataset
 from qcompile.calib.data.readers import ArrayReader
 from qcompile.calib.observe import Probe, Stat
-from qcompile.calib.sweep.provider import SweepStatistics
+from qcompile.calib.sweep.provider import Sweeps
 from qcompile.calib.sweep.sweep import sweep
 from qcompile.ir.model import Model
 from qcompile.ir.select import Selection
@@ -53,7 +53,7 @@ class Step:
 
 def run_passes(model: Model, passes: Sequence[Pass], arrays: Feeds, ctx: PassContext) -> tuple[Model, list[PassReport]]:
     """Run exactly these passes, with statistics and without verification."""
-    return Runner(SweepStatistics(dataset(arrays), threads=1), verify="off").run(model, passes, ctx)
+    return Runner(Sweeps(dataset(arrays), threads=1), verify="off").run(model, passes, ctx)
 
 
 def prefix(p: Pass, ctx: PassContext) -> tuple[Pass, ...]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from qcompile.calib.data.dataset import Dataset, load_data
 from qcompile.calib.store.merge import merge
 from qcompile.calib.store.store import Gathered, Key, Range, Statistics, from_bytes, probe_from_json, to_bytes
-from qcompile.calib.sweep.blocks import sweep_within
+from qcompile.calib.sweep.provider import Sweeps
 from qcompile.errors import DataError, ModelError
 from qcompile.ir.model import InputInfo, Model
 
@@ -64,8 +64,7 @@ def run_shard(task: ShardTask) -> bytes:
     model, key = _model(task.path, task.digest), _key(task.key)
     data = _data(task.data, task.path, task.digest, key.data)
     probes = [probe_from_json(p) for p in json.loads(task.probes)]
-    run = sweep_within(model, task.mem_limit)
-    found = run(model, data, probes, batch=key.batch, threads=task.threads, start=task.start, stop=task.stop)
+    found = Sweeps(data, task.threads, key.batch, mem_limit=task.mem_limit).part(model, probes, task.start, task.stop)
     return to_bytes(Statistics(key, (Gathered(task.graph, ((task.start, task.stop),), found),)))
 
 

@@ -4,23 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from qcompile.calib.data.dataset import Dataset
 from qcompile.calib.data.readers import FeedReader
 from qcompile.calib.observe import Probe, Stat
 from qcompile.calib.store.merge import words
 from qcompile.calib.store.store import Statistics, load
+from qcompile.calib.sweep.provider import Sweeps
 from qcompile.errors import DataError
 from qcompile.ir.model import Model
-
-
-class Sweeps(Protocol):
-    """Another source of statistics."""
-
-    def collect(self, model: Model, probes: Sequence[Probe]) -> dict[Probe, Stat]:
-        """The probes' statistics on `model`."""
-        ...
 
 
 @dataclass

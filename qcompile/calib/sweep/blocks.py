@@ -50,13 +50,6 @@ def block_bytes(model: Model, mem_limit: int | None = None) -> int | None:
     return mem_limit // 16 if mem_limit is not None and _LOADING * weights > mem_limit else None
 
 
-def sweep_within(model: Model, mem_limit: int | None) -> Callable[..., dict[Probe, Stat]]:
-    """`qcompile.calib.sweep.sweep.sweep` under `mem_limit`, in blocks where `model` should run so (see `block_bytes`)."""
-    limit = block_bytes(model, mem_limit)
-    run = sweep if limit is None else functools.partial(blocked_sweep, limit=limit)
-    return functools.partial(run, mem_limit=mem_limit)
-
-
 def blocked_sweep(
     model: Model,
     data: Dataset,
@@ -68,7 +61,7 @@ def blocked_sweep(
     progress: Callable[[int, int], None] | None = None,
     start: int = 0,
     stop: int | None = None,
-    known: dict[Probe, Stat] | None = None,
+    known: Mapping[Probe, Stat] | None = None,
     on_batch: Callable[[dict[Probe, Stat], int], None] | None = None,
     mem_limit: int | None = None,
 ) -> dict[Probe, Stat]:

@@ -8,7 +8,7 @@ batch while ONNX Runtime runs the next.  Statistics are merged batch by batch: m
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -45,7 +45,7 @@ def sweep(
     progress: Progress | None = None,
     start: int = 0,
     stop: int | None = None,
-    known: dict[Probe, Stat] | None = None,
+    known: Mapping[Probe, Stat] | None = None,
     on_batch: OnBatch | None = None,
     mem_limit: int | None = None,
 ) -> dict[Probe, Stat]:

@@ -8,13 +8,13 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from qcompile.calib.data.checks import check_data, check_ranges, shapes, with_extremes
+from qcompile.calib.data.checks import check_data, shapes
 from qcompile.calib.data.dataset import Dataset, fixed_batch
 from qcompile.calib.observe import Probe, Stat
 from qcompile.calib.store.shards import DataSpec
-from qcompile.calib.store.stored import StoredStatistics, Sweeps
+from qcompile.calib.store.stored import StoredStatistics
 from qcompile.calib.sweep.memory import MemoryPlan
-from qcompile.calib.sweep.provider import SweepStatistics
+from qcompile.calib.sweep.provider import Sweeps
 from qcompile.errors import DataError, QcompileError
 from qcompile.execute.compare import OrtComparator, comparator
 from qcompile.execute.session import batch_length, device_note
@@ -22,21 +22,6 @@ from qcompile.ir.model import Model
 from qcompile.verbs.compile.job import DEFAULT_SAMPLES, Job, Progress
 
 VERIFY_SAMPLES = 8
-
-
-@dataclass
-class RangeChecks:
-    """Statistics of `source`; also learns which samples set min-max ranges, and keeps the warnings."""
-
-    source: Sweeps
-    index: Sequence[int]
-    warnings: list[str] = field(default_factory=list[str])
-
-    def collect(self, model: Model, probes: Sequence[Probe]) -> dict[Probe, Stat]:
-        """The probes' statistics."""
-        found = self.source.collect(model, with_extremes(probes))
-        self.warnings += [w for w in check_ranges(found, self.index) if w not in self.warnings]
-        return {p: found[p] for p in probes}
 
 
 class Planned(QcompileError):
@@ -47,12 +32,12 @@ class Planned(QcompileError):
 class FirstSweep:
     """Stands in for the sweeps: plans the first one's memory and ends there."""
 
-    source: SweepStatistics
+    source: Sweeps
     plan: MemoryPlan | None = None
 
     def collect(self, model: Model, probes: Sequence[Probe]) -> dict[Probe, Stat]:
         """Raises Planned."""
-        self.plan = self.source.plan(model, with_extremes(probes))
+        self.plan = self.source.plan(model, probes)
         raise Planned("planned")
 
 
@@ -60,13 +45,13 @@ class FirstSweep:
 class Calibration:
     """Where statistics come from, what outputs are compared on, and what the output's metadata says about it."""
 
-    statistics: Sweeps
+    statistics: Sweeps | StoredStatistics
     source: str
     samples: int
     fingerprint: str
     random: bool
     shapes: dict[str, Any]
-    sweeper: SweepStatistics | None
+    sweeper: Sweeps | None
     compared: Dataset | None
     known: dict[Probe, Stat] = field(default_factory=dict[Probe, Stat])
     warnings: tuple[str, ...] = ()
@@ -79,7 +64,7 @@ class Calibration:
     @property
     def range_warnings(self) -> list[str]:
         """What the ranges of the sweeps so far show."""
-        return self.statistics.warnings if isinstance(self.statistics, RangeChecks) else []
+        return self.statistics.warnings if isinstance(self.statistics, Sweeps) else []
 
     def comparator(self, job: Job) -> OrtComparator | None:
         """On the first samples, unless verification is off or there are none."""
@@ -136,9 +121,8 @@ def _from_data(job: Job, data: Dataset, progress: Progress) -> Calibration:
     tell_data(data, progress)
     source = sweeper(job, data, progress)
     warnings = data_warnings(job, data)
-    checked = RangeChecks(source, data.index)
     described = (data.source, len(data), data.fingerprint(), data.random, shapes(data))
-    return Calibration(checked, *described, source, data, warnings=tuple(warnings))
+    return Calibration(source, *described, source, data, warnings=tuple(warnings))
 
 
 def data_warnings(job: Job, data: Dataset) -> list[str]:
@@ -166,9 +150,9 @@ def _from_file(job: Job, path: str, progress: Progress) -> Calibration:
     return Calibration(stored, *described, swept, compared, stored.known(), tuple(about.get("warnings", ())))
 
 
-def sweeper(job: Job, data: Dataset, progress: Progress) -> SweepStatistics:
+def sweeper(job: Job, data: Dataset, progress: Progress) -> Sweeps:
     """Sweeps over `data` as the job's options ask."""
-    return SweepStatistics(data, job.options.threads, job.options.batch, progress.on_sweep, mem_limit=job.options.mem_limit)
+    return Sweeps(data, job.options.threads, job.options.batch, progress.on_sweep, mem_limit=job.options.mem_limit)
 
 
 def _wants_data(job: Job) -> bool:

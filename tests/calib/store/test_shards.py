@@ -13,9 +13,9 @@ import pytest
 
 from qcompile.calib.observe import Histogram, MinMax, Probe, SecondMoment
 from qcompile.calib.observe.chunks import CHUNK
-from qcompile.calib.store import shards as shards_module
 from qcompile.calib.store.shards import DataSpec, ShardTask, merge_shards, run_shard, shard_range, split
 from qcompile.calib.store.store import Gathered, Key, Statistics, probe_to_json, to_bytes
+from qcompile.calib.sweep import provider
 from qcompile.calib.sweep.sweep import sweep
 from qcompile.errors import BackendError, DataError, ModelError, UsageError
 from qcompile.execute.dask_executor import DaskExecutor
@@ -61,7 +61,7 @@ def test_tasks_merge_to_the_bytes_of_one_sweep(folder: Path, whole: bytes) -> No
 
 def test_a_memory_limit_travels_with_the_task(folder: Path, monkeypatch: pytest.MonkeyPatch, whole: bytes) -> None:
     limits: list[int | None] = []
-    monkeypatch.setattr(shards_module, "block_bytes", lambda model, limit: limits.append(limit))
+    monkeypatch.setattr(provider, "block_bytes", lambda model, limit: limits.append(limit))
     parts = [run_shard(dataclasses.replace(t, mem_limit=1 << 28)) for t in tasks(folder, split([(0, SAMPLES)], CHUNK, 2))]
     assert limits == [1 << 28] * len(parts) and merge_shards(parts) == whole
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qcompile.calib.observe import Probe, Stat
-from qcompile.calib.sweep.provider import SweepStatistics
+from qcompile.calib.sweep.provider import Sweeps
 from qcompile.errors import QcompileError
 from qcompile.execute.session import providers
 from qcompile.ir.model import Model
@@ -27,7 +27,7 @@ class Enough(QcompileError):
     """The first sweep is over."""
 
 
-class Watched(SweepStatistics):
+class Watched(Sweeps):
     """Watches the process's anonymous memory during a sweep, then ends the compilation."""
 
     grown = 0
@@ -56,7 +56,7 @@ def main(model: str, data: str, limit: int | None) -> None:
     plan = planned_memory(job)
     assert plan is not None
     providers()
-    calibration.SweepStatistics = Watched
+    calibration.Sweeps = Watched
     try:
         run(job, Silent())
     except Enough:

@@ -83,8 +83,6 @@ def test_a_tensors_probes_stay_together_and_all_are_answered() -> None:
     probes = [Probe(t, o) for t in ("h", "ln", "act", "res") for o in (MinMax(), SecondMoment())]
     tensors = ("h", "ln", "act", "res")
     one = max(plan_memory(model, data, [p for p in probes if p.tensor == t], 64).predicted_bytes for t in tensors)
-        plan_memory(model, data, [p for p in probes if p.tensor == t], 64).predicted_bytes for t in ("h", "ln", "act", "res")
-    )
     one += with_margin(statistics_bytes(model, probes))
     sweeps = plan_memory(model, data, probes, 64, one).sweeps
     assert sorted(str(p) for s in sweeps for p in s.probes) == sorted(map(str, probes))
