@@ -7,8 +7,7 @@ import pytest
 from qcompile.errors import UsageError
 from qcompile.ir.select import ORIGIN, require_selector, selected, with_width
 from qcompile.quant.qtype import INT8, simulated_int
-from tests.passes.goldens import block
-from tests.passes.models import stem
+from tests.passes.models import block, stem
 
 BRANCH = {"erf", "add", "half_mul", "gelu"}
 FIRST_HALF = {"conv1", "bn1", "relu1", "pad1", "conv2"}

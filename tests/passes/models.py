@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,11 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import ShapeInferencePass
 
 from qcompile.ir.model import Model
+from tests.passes.text import read_model
 from tests.structure.exports import FOLDER, INDEX
 
 SAMPLES = 8
+GRAPHS = Path(__file__).parent / "graphs"
 
 
 Feeds = dict[str, NDArray[Any]]
@@ -22,14 +25,27 @@ Feeds = dict[str, NDArray[Any]]
 def fixture(name: str) -> Model:
     """A real exporter's file, or a small graph that no exporter file holds."""
     made = {"stem": stem, "joined": joined, "biased": biased}
+    if (GRAPHS / f"{name}.txt").exists():
+        return read_model((GRAPHS / f"{name}.txt").read_text(encoding="utf-8")).model
     return made[name]() if name in made else Model.load(FOLDER / INDEX[name]["file"])
+
+
+def block() -> Model:
+    """LayerNormalization -> packed qkv -> attention -> projection -> residual -> norm -> MLP with GELU."""
+    return fixture("block")
+
+
+def linear() -> Model:
+    """One MatMul + Add."""
+    return fixture("linear")
 
 
 def fixture_arrays(name: str, samples: int = SAMPLES, seed: int = 0) -> Feeds:
     """Random inputs [samples, ...] of a fixture; tokens are 0 or 1, and no row of a mask is empty."""
     rng = np.random.default_rng(seed)
-    if name in ("stem", "joined", "biased"):
-        return {"x": rng.standard_normal((samples, 3, 16, 16)).astype(np.float32)}
+    if name not in INDEX:
+        (x,) = fixture(name).inputs()
+        return {"x": rng.standard_normal((samples, *(int(d) for d in x.shape[1:]))).astype(np.float32)}
     made: Feeds = {}
     for info in INDEX[name]["inputs"]:
         shape = (samples, *info["shape"][1:])

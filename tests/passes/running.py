@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 from qcompile.calib.data.dataset import Dataset
@@ -44,11 +44,17 @@ class Step:
     before: Model
     after: Model
     report: PassReport
+    was: str = ""  # the digest of `before`, where it is known
+
+    @cached_property
+    def digests(self) -> tuple[str, str]:
+        """What identifies the two models: nodes, constants, decisions."""
+        return self.was or self.before.digest(), self.after.digest()
 
     @property
     def changed(self) -> bool:
         """Whether nodes, constants, or decisions differ."""
-        return self.before.digest() != self.after.digest()
+        return self.digests[0] != self.digests[1]
 
 
 def run_passes(model: Model, passes: Sequence[Pass], arrays: Feeds, ctx: PassContext) -> tuple[Model, list[PassReport]]:
@@ -74,18 +80,20 @@ def step(p: Pass, model: Model, arrays: Feeds, ctx: PassContext | None = None) -
 def fixture_step(name: str, spec: str, target: str = "ort", scheme: str = "w8a8") -> Step:
     """A pass on an exporter fixture; what stands in front of it is run once for all passes."""
     (p,), ctx = registry.parse(spec), context(target, scheme)
-    before = _prefixed(name, format_pipeline(prefix(p, ctx)), target, scheme)
+    before, digest = _prefixed(name, format_pipeline(prefix(p, ctx)), target, scheme)
     after, reports = run_passes(before, [p], fixture_arrays(name), ctx)
-    return Step(before, after, reports[0])
+    return Step(before, after, reports[0], digest)
 
 
 @cache
-def _prefixed(name: str, specs: str, target: str, scheme: str) -> Model:
+def _prefixed(name: str, specs: str, target: str, scheme: str) -> tuple[Model, str]:
+    """A model behind some passes, and its digest."""
     passes = registry.parse(specs)
     if not passes:
-        return fixture(name)
-    front = _prefixed(name, format_pipeline(passes[:-1]), target, scheme)
-    return run_passes(front, passes[-1:], fixture_arrays(name), context(target, scheme))[0]
+        return (model := fixture(name)), model.digest()
+    front, _ = _prefixed(name, format_pipeline(passes[:-1]), target, scheme)
+    model, _ = run_passes(front, passes[-1:], fixture_arrays(name), context(target, scheme))
+    return model, model.digest()
 
 
 def pipeline(text: str, model: Model, arrays: Feeds, ctx: PassContext) -> tuple[Model, list[PassReport]]:

@@ -23,9 +23,8 @@ from qcompile.pipeline import registry
 from qcompile.quant.affine import fake_quant, qparams_from_range
 from qcompile.quant.qtype import INT8
 from qcompile.quant.spec import PerAxis
-from tests.passes.goldens import linear
 from tests.passes.measures import op_types, outputs, relative_error, sqnr_db
-from tests.passes.models import Feeds, built, fixture, fixture_arrays, stem
+from tests.passes.models import Feeds, built, fixture, fixture_arrays, linear, stem
 from tests.passes.running import context, dataset, fixture_step, pipeline, run_passes
 
 node = helper.make_node

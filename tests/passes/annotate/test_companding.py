@@ -26,9 +26,8 @@ from qcompile.quant.spec import QParams, QuantSpec
 from qcompile.report import PassReport
 from qcompile.rewrite.companding import companded_activation
 from qcompile.target.check import check
-from tests.passes.goldens import block
 from tests.passes.measures import outputs, relative_error, sqnr_db
-from tests.passes.models import Feeds, built
+from tests.passes.models import Feeds, block, built
 from tests.passes.running import context, pipeline, run_passes, step
 from tools.transplant import transplant
 

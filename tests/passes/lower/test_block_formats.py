@@ -23,9 +23,8 @@ from qcompile.quant.spec import SCHEMES, PerBlock
 from qcompile.report import PassReport
 from qcompile.target.catalog import TARGETS
 from qcompile.target.check import check
-from tests.passes.goldens import block
 from tests.passes.measures import constants_of, outputs
-from tests.passes.models import built
+from tests.passes.models import block, built
 from tests.passes.running import context, pipeline, run_passes
 
 LOWER = "canonicalize,opset,annotate,rtn,insert-qdq"

@@ -14,8 +14,7 @@ from qcompile.decide.quantizer import Quantizer
 from qcompile.ir.model import Model
 from qcompile.pipeline import registry
 from qcompile.report import PassReport
-from tests.passes.goldens import block
-from tests.passes.models import built
+from tests.passes.models import block, built
 from tests.passes.running import context, pipeline, prefix, run_passes
 
 node = helper.make_node

@@ -23,9 +23,8 @@ from qcompile.passes.lower.integer.norm import square_root
 from qcompile.passes.lower.integer.requant import clip
 from qcompile.pipeline import registry
 from qcompile.pipeline.planner import complete
-from tests.passes.goldens import block
 from tests.passes.measures import outputs, sqnr_db
-from tests.passes.models import Feeds, built, fixture, fixture_arrays
+from tests.passes.models import Feeds, block, built, fixture, fixture_arrays
 from tests.passes.running import context, run_passes
 
 node = helper.make_node
