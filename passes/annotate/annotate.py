@@ -10,7 +10,7 @@ import numpy as np
 
 from qcompile.calib.observe import Probe
 from qcompile.decide.decisions import clear_decisions, decide, decision
-from qcompile.decide.placement import Placement, Site
+from qcompile.decide.placement import Placement, Point
 from qcompile.decide.quantizer import Quantizer
 from qcompile.decide.ranges import Readers, automatic
 from qcompile.ir.model import Model
@@ -60,78 +60,77 @@ class Annotate(Pass):
 
     def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:
         """One statistic for each activation."""
-        sites = self._place(model, ctx).sites
-        readers = Readers.of(sites)
-        return dict.fromkeys(p for s in sites if not s.is_weight for p in self._probes(s, ctx, readers))
+        points = self._place(model, ctx).points
+        readers = Readers.of(points)
+        return dict.fromkeys(p for s in points if not s.is_weight for p in self._probes(s, ctx, readers))
 
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
         """Write the decisions; earlier ones are replaced."""
         clear_decisions(model.graph)
         placement = self._place(model, ctx)
-        readers = Readers.of(placement.sites)
-        for site in placement.sites:
-            self._decide(site, ctx, readers)
+        readers = Readers.of(placement.points)
+        for point in placement.points:
+            self._decide(point, ctx, readers)
         for node, reason in placement.missed:
             ctx.remarks.missed(node, reason)
         for node, reason in placement.notes:
             ctx.remarks.note(node, reason)
         _remark_idle(model, placement, ctx)
-        return PassResult(bool(placement.sites))
+        return PassResult(bool(placement.points))
 
     def _place(self, model: Model, ctx: PassContext) -> Placement:
         choices = Choices(self.attention, self.probabilities, self.residual)
         return ctx.target.place(model, ctx.scheme, ctx.selection, choices)
 
-    def _method(self, site: Site, ctx: PassContext) -> str:
-        if site.spec.qtype.bits > 8:
+    def _method(self, point: Point, ctx: PassContext) -> str:
+        if point.spec.qtype.bits > 8:
             return "minmax"
-        return automatic(site.spec) if self.range_ == "auto" else self.range_
+        return automatic(point.spec) if self.range_ == "auto" else self.range_
 
-    def _probes(self, site: Site, ctx: PassContext, readers: Readers) -> list[Probe]:
+    def _probes(self, point: Point, ctx: PassContext, readers: Readers) -> list[Probe]:
         """Scales that are all found at run time need no statistics."""
-        if _dynamic(site.spec) or site.bounds is not None or site.follows is not None:
+        if _dynamic(point.spec) or point.bounds is not None or point.follows is not None:
             return []
-        return readers.probes(site, self._method(site, ctx))
+        return readers.asks(point, self._method(point, ctx)).probes
 
-    def _decide(self, site: Site, ctx: PassContext, readers: Readers) -> None:
-        name = str(site.value.name)
-        if site.follows is not None:
-            _follow(site, site.follows, ctx)
+    def _decide(self, point: Point, ctx: PassContext, readers: Readers) -> None:
+        name = str(point.value.name)
+        if point.follows is not None:
+            _follow(point, point.follows, ctx)
             return
-        if site.is_weight:
-            decide(site.node, site.slot, Quantizer(site.spec))
-            ctx.remarks.applied(str(site.node.name), f"weight {name} in {site.spec.qtype.name}")
+        if point.is_weight:
+            decide(point.node, point.slot, Quantizer(point.spec))
+            ctx.remarks.applied(str(point.node.name), f"weight {name} in {point.spec.qtype.name}")
             return
-        if (form := _dynamic(site.spec)) is not None:
-            decide(site.node, site.slot, Quantizer(site.spec, QParams(np.ones(()), np.zeros((), np.int64))))
-            ctx.remarks.applied(str(site.node.name), f"activation {name} in {form}, all scales found at run time")
+        if (form := _dynamic(point.spec)) is not None:
+            decide(point.node, point.slot, Quantizer(point.spec, QParams(np.ones(()), np.zeros((), np.int64))))
+            ctx.remarks.applied(str(point.node.name), f"activation {name} in {form}, all scales found at run time")
             return
-        lo, hi, method = self._range(site, ctx, readers)
-        decide(site.node, site.slot, Quantizer(site.spec, _params(site.spec, lo, hi)))
+        lo, hi, method = self._range(point, ctx, readers)
+        decide(point.node, point.slot, Quantizer(point.spec, _params(point.spec, lo, hi)))
         numbers = {"lo": float(np.min(lo)), "hi": float(np.max(hi)), "range": method}
-        ctx.remarks.applied(str(site.node.name), f"activation {name} in {site.spec.qtype.name}", **numbers)
+        ctx.remarks.applied(str(point.node.name), f"activation {name} in {point.spec.qtype.name}", **numbers)
 
-    def _range(self, site: Site, ctx: PassContext, readers: Readers) -> tuple[np.ndarray, np.ndarray, str]:
+    def _range(self, point: Point, ctx: PassContext, readers: Readers) -> tuple[np.ndarray, np.ndarray, str]:
         """(lo, hi, how it was found)."""
-        if site.bounds is not None:
-            return np.asarray(site.bounds[0]), np.asarray(site.bounds[1]), "known"
-        stats = [ctx.told[p] for p in self._probes(site, ctx, readers)]
-        found = readers.choose(site, self._method(site, ctx), stats)
-        room = _HEADROOM if site.spec.qtype.bits > 8 else 1.0
+        if point.bounds is not None:
+            return np.asarray(point.bounds[0]), np.asarray(point.bounds[1]), "known"
+        found = readers.choose(point, self._method(point, ctx), ctx.told)
+        room = _HEADROOM if point.spec.qtype.bits > 8 else 1.0
         return found.lo * room, found.hi * room, found.method
 
 
-def _follow(site: Site, leader: Site, ctx: PassContext) -> None:
+def _follow(point: Point, leader: Point, ctx: PassContext) -> None:
     """The same quantizer for another reader of the tensor."""
     led = decision(leader.node, leader.slot)
     assert led is not None
-    decide(site.node, site.slot, led)
-    ctx.remarks.applied(str(site.node.name), f"residual {site.value.name} shares the quantizer of {leader.node.name}")
+    decide(point.node, point.slot, led)
+    ctx.remarks.applied(str(point.node.name), f"residual {point.value.name} shares the quantizer of {leader.node.name}")
 
 
 def _remark_idle(model: Model, placement: Placement, ctx: PassContext) -> None:
     """Selectors that choose no node that could be quantized: misspelt, or folded away by an earlier pass."""
-    names = {str(s.node.name) for s in placement.sites} | {name for name, _ in placement.missed}
+    names = {str(s.node.name) for s in placement.points} | {name for name, _ in placement.missed}
     for selector in dict.fromkeys(ctx.selection.selectors):
         if not any(n.name in names for n in selected(selector, model.graph)):
             ctx.remarks.missed("", f"selector {selector!r} chooses no node that could be quantized here")

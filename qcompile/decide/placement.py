@@ -1,4 +1,4 @@
-"""What placements answer: the sites that annotate turns into decisions, and the refusals."""
+"""What placements answer: the points that annotate turns into decisions, and the refusals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qcompile.quant.spec import QuantSpec
 
 
 @dataclass(frozen=True)
-class Site:
+class Point:
     """One input (slot >= 0) or output (~i) to quantize; its range is that of the tensor `like` if given.
 
     `carried`: measured per channel and by sampled rows, which follow the folds of earlier passes.
@@ -24,12 +24,12 @@ class Site:
     like: ir.Value | None = None
     carried: bool = False
     bounds: tuple[float, float] | None = None
-    follows: Site | None = None
+    follows: Point | None = None
 
     @property
-    def measured(self) -> str:
-        """Name of the tensor whose statistics set the range."""
-        return str((self.like or self.value).name)
+    def measured(self) -> ir.Value:
+        """The tensor whose statistics set the range."""
+        return self.like or self.value
 
     @property
     def value(self) -> ir.Value:
@@ -44,24 +44,24 @@ class Site:
 
 @dataclass
 class Placement:
-    """Sites to quantize, (node, reason) for compute that stays in float, and (node, remark) for what differs from the scheme."""
+    """Points to quantize, (node, reason) for compute that stays in float, and (node, remark) for what differs from the scheme."""
 
-    sites: list[Site] = field(default_factory=list[Site])
+    points: list[Point] = field(default_factory=list[Point])
     missed: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
     notes: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
 
     def add(self, node: ir.Node, slot: int, spec: QuantSpec, like: ir.Value | None = None, *, carried: bool = False) -> None:
         """Quantize `slot` of `node`, once."""
-        if all(s.node is not node or s.slot != slot for s in self.sites[-64:]):
-            self.sites.append(Site(node, slot, spec, like, carried))
+        if all(s.node is not node or s.slot != slot for s in self.points[-64:]):
+            self.points.append(Point(node, slot, spec, like, carried))
 
     def known(self, node: ir.Node, slot: int, spec: QuantSpec, bounds: tuple[float, float]) -> None:
         """Quantize `slot` of `node` over a range that is known."""
-        self.sites.append(Site(node, slot, spec, bounds=bounds))
+        self.points.append(Point(node, slot, spec, bounds=bounds))
 
-    def follow(self, node: ir.Node, slot: int, leader: Site) -> None:
+    def follow(self, node: ir.Node, slot: int, leader: Point) -> None:
         """Let `slot` of `node` read what `leader` reads."""
-        self.sites.append(Site(node, slot, leader.spec, follows=leader))
+        self.points.append(Point(node, slot, leader.spec, follows=leader))
 
     def miss(self, node: ir.Node, reason: str) -> None:
         """Leave `node` in float."""

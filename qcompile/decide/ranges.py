@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qcompile.calib.observe import Histogram, HistogramStat, MinMax, MinMaxStat, Probe, Rows, RowsStat, Stat
+from qcompile.calib.observe import Histogram, HistogramStat, MinMax, MinMaxStat, Probe, Rows, RowsStat, Told
 from qcompile.calib.observe.change import FOLD_ROWS
-from qcompile.decide.placement import Site
+from qcompile.decide.placement import Point
 from qcompile.ir.notes import input_folded
 from qcompile.ir.ops import const_array, int_attr
 from qcompile.quant import ranges
@@ -42,55 +43,88 @@ def automatic(spec: QuantSpec) -> Method:
     return "minmax" if spec.qtype.bits > 8 or spec.qtype.family == "float" else "mse"
 
 
-def range_probes(site: Site, method: str, readers: Sequence[NDArray[np.float32]]) -> list[Probe]:
-    """What `choose` reads: a folded input's statistics followed the fold; anything else is observed."""
-    if site.carried or (input_folded(site.node) and site.slot >= 0):
-        return [Probe(site.measured, MinMax(-1)), Probe(site.measured, Rows(FOLD_ROWS))]
-    if method == "minmax":
-        return [Probe(site.measured, MinMax())]
-    rows = [Probe(site.measured, Rows(SEARCH_ROWS))] if method in ("weighted", "search") and readers else []
-    return [Probe(site.measured, Histogram()), *rows]
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What is known of a tensor's values: their extremes (by channel behind a fold) or how they spread, and a sample of rows."""
+
+    spread: HistogramStat | MinMaxStat
+    rows: RowsStat | None = None
+
+    def extremes(self) -> Range:
+        """The exact ends, of all channels."""
+        return np.asarray(self.spread.lo.min()), np.asarray(self.spread.hi.max())
+
+    def histogram(self) -> HistogramStat | None:
+        """How the values spread; behind a fold that of the sampled rows, between exact ends.  None: only the ends are known."""
+        if isinstance(self.spread, HistogramStat):
+            return self.spread
+        if self.rows is None:
+            return None
+        lo, hi = self.extremes()
+        return replace(Histogram().observe(self.rows.rows), lo=lo, hi=hi)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The statistics that set the range of one tensor: a folded input's followed the fold, anything else is observed."""
+
+    spread: Probe[HistogramStat] | Probe[MinMaxStat]
+    rows: Probe[RowsStat] | None = None
+
+    @property
+    def probes(self) -> list[Probe[Any]]:
+        """All of them."""
+        return [self.spread] if self.rows is None else [self.spread, self.rows]
+
+    def seen(self, told: Told) -> Seen:
+        """The answers."""
+        return Seen(told[self.spread], None if self.rows is None else told[self.rows])
 
 
 @dataclass
 class Readers:
     """The weights [K, N] of all linear layers that read each tensor (they share its range), and the ranges found so far."""
 
-    weights: dict[str, list[NDArray[np.float32]]] = field(default_factory=dict[str, list[NDArray[np.float32]]])
-    found: dict[tuple[str, QuantSpec, str, int], Chosen] = field(default_factory=dict[tuple[str, QuantSpec, str, int], Chosen])
+    weights: dict[ir.Value, list[NDArray[np.float32]]] = field(default_factory=dict[ir.Value, list[NDArray[np.float32]]])
+    found: dict[tuple[Asked, QuantSpec, str], Chosen] = field(default_factory=dict[tuple[Asked, QuantSpec, str], Chosen])
 
     @classmethod
-    def of(cls, sites: Iterable[Site]) -> Readers:
+    def of(cls, points: Iterable[Point]) -> Readers:
         """Of every tensor that is quantized."""
         readers = cls()
-        for site in sites:
-            if (weight := _weight(site)) is not None:
-                readers.weights.setdefault(site.measured, []).append(weight)
+        for point in points:
+            if (weight := _weight(point)) is not None:
+                readers.weights.setdefault(point.measured, []).append(weight)
         return readers
 
-    def probes(self, site: Site, method: str) -> list[Probe]:
+    def asks(self, point: Point, method: str) -> Asked:
         """What `choose` reads."""
-        return range_probes(site, method, self.weights.get(site.measured, ()))
+        value = point.measured
+        if point.carried or (input_folded(point.node) and point.slot >= 0):
+            return Asked(MinMax(-1).of(value), Rows(FOLD_ROWS).of(value))
+        if method == "minmax":
+            return Asked(MinMax().of(value))
+        sampled = method in ("weighted", "search") and value in self.weights
+        return Asked(Histogram().of(value), Rows(SEARCH_ROWS).of(value) if sampled else None)
 
-    def choose(self, site: Site, method: str, stats: Sequence[Stat]) -> Chosen:
-        """The range of a site's tensor."""
-        key = (site.measured, site.spec, method, id(stats[0]))
+    def choose(self, point: Point, method: str, told: Told) -> Chosen:
+        """The range of a point's tensor."""
+        asked = self.asks(point, method)
+        key = (asked, point.spec, method)
         if key not in self.found:
-            self.found[key] = choose(method, site.spec, stats, self.weights.get(site.measured, ()))
+            self.found[key] = choose(method, point.spec, asked.seen(told), self.weights.get(point.measured, ()))
         return self.found[key]
 
 
-def choose(method: str, spec: QuantSpec, stats: Sequence[Stat], readers: Sequence[NDArray[np.float32]]) -> Chosen:
+def choose(method: str, spec: QuantSpec, seen: Seen, readers: Sequence[NDArray[np.float32]]) -> Chosen:
     """The range of one tensor.  `entropy` is defined for integers only: small floats take the least squared error."""
-    if method == "minmax":
-        return Chosen(*_extremes(stats), method)
-    stat = _joined(stats)
-    assert isinstance(stat, HistogramStat)
+    hist, rows = None if method == "minmax" else seen.histogram(), None if seen.rows is None else seen.rows.rows
+    if hist is None:
+        return Chosen(*seen.extremes(), "minmax")
     if method in ("weighted", "search"):
-        rows = next((s.rows for s in stats if isinstance(s, RowsStat)), None)
-        return (_weighted if method == "weighted" else _searched)(stat, spec, rows, _joint_weight(rows, readers))
+        return (_weighted if method == "weighted" else _searched)(hist, spec, rows, _joint_weight(rows, readers))
     method = "mse" if method == "entropy" and spec.qtype.family != "int" else method
-    return Chosen(*_METHODS[method](stat, spec.qtype, spec.symmetric), method)
+    return Chosen(*_METHODS[method](hist, spec.qtype, spec.symmetric), method)
 
 
 def _joint_weight(rows: NDArray[np.float32] | None, readers: Sequence[NDArray[np.float32]]) -> NDArray[np.float32] | None:
@@ -149,31 +183,13 @@ _METHODS: dict[str, Callable[[HistogramStat, QType, bool], Range]] = {
 }
 
 
-def _weight(site: Site) -> NDArray[np.float32] | None:
-    """The constant matrix that multiplies this site's tensor, as [K, N]."""
-    node = site.node
-    if node.op_type not in ("MatMul", "Gemm") or site.slot != 0 or len(node.inputs) < 2 or node.inputs[1] is None:
+def _weight(point: Point) -> NDArray[np.float32] | None:
+    """The constant matrix that multiplies this point's tensor, as [K, N]."""
+    node = point.node
+    if node.op_type not in ("MatMul", "Gemm") or point.slot != 0 or len(node.inputs) < 2 or node.inputs[1] is None:
         return None
     constant = const_array(node.inputs[1])
-    if constant is None or constant.ndim != 2 or site.like is not None:
+    if constant is None or constant.ndim != 2 or point.like is not None:
         return None
     weight = np.asarray(constant, np.float32)
     return weight.T if node.op_type == "Gemm" and int_attr(node, "transB", 0) else weight
-
-
-def _extremes(stats: Sequence[Stat]) -> Range:
-    """The exact ends: of all channels, where a fold left them by channel."""
-    first = stats[0]
-    if isinstance(first, MinMaxStat) and len(stats) > 1:
-        return np.asarray(first.lo.min()), np.asarray(first.hi.max())
-    return ranges.minmax(first)  # type: ignore[arg-type]
-
-
-def _joined(stats: Sequence[Stat]) -> Stat:
-    """One statistic: exact extremes over a histogram of the sampled rows, where a fold left these two."""
-    first = stats[0]
-    if not isinstance(first, MinMaxStat) or len(stats) == 1:
-        return first
-    rows = stats[1]
-    assert isinstance(rows, RowsStat)
-    return replace(Histogram().observe(rows.rows), lo=np.asarray(first.lo.min()), hi=np.asarray(first.hi.max()))

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qcompile.calib.observe import MinMaxStat, RowsStat
-from qcompile.decide.ranges import automatic, choose
+from qcompile.decide.ranges import Seen, automatic, choose
 from qcompile.quant.affine import fake_quant, qparams_from_range
 from qcompile.quant.qtype import QType
 from qcompile.quant.ranges import weight_mse_scale
@@ -100,7 +100,7 @@ def _output_error(half: Half, w: F64, t: F64, r: F64, types: Types) -> float:
     method = _range_method(spec)
     rows_matter = method != "minmax" or _searches_scales(types.weight)
     fitted = half.fitted.mapped(t, r) if rows_matter else half.fitted
-    found = choose(method, spec, [half.extremes.mapped(t, r), fitted], ())
+    found = choose(method, spec, Seen(half.extremes.mapped(t, r), fitted), ())
     a, b = ((half.judged - t) / r).astype(np.float32), (w * r[:, None]).astype(np.float32)
     qa = fake_quant(a, qparams_from_range(found.lo, found.hi, spec.qtype, spec.symmetric), spec.qtype)
     qb = fake_quant(b, _weight_scales(b, fitted.rows, types.weight), types.weight, PerAxis(1))

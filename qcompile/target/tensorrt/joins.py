@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from qcompile.decide.placement import Placement, Site
+from qcompile.decide.placement import Placement, Point
 from qcompile.ir.ops import is_const, is_op
 from qcompile.quant.spec import PerTensor
 from qcompile.target.target import Request
@@ -46,14 +46,14 @@ def share_concat_ranges(out: Placement, graph: ir.Graph) -> None:
             if value is not None and value in read:
                 wider[value] = concat.outputs[0]
                 out.note(concat, f"{value.name} takes the range of {concat.outputs[0].name}, so that one scale serves both")
-    out.sites[:] = [replace(s, like=wider[s.value], carried=False) if s.value in wider else s for s in out.sites]
+    out.points[:] = [replace(s, like=wider[s.value], carried=False) if s.value in wider else s for s in out.points]
 
 
-def _activations(out: Placement, *op_types: str) -> dict[ir.Value, Site]:
+def _activations(out: Placement, *op_types: str) -> dict[ir.Value, Point]:
     """The first use of each tensor that is quantized per tensor over a measured range (by one of `op_types` if given)."""
-    found: dict[ir.Value, Site] = {}
-    for site in out.sites:
-        fits = not site.is_weight and site.slot >= 0 and isinstance(site.spec.granularity, PerTensor) and site.bounds is None
-        if fits and (not op_types or is_op(site.node, *op_types)):
-            found.setdefault(site.value, site)
+    found: dict[ir.Value, Point] = {}
+    for point in out.points:
+        fits = not point.is_weight and point.slot >= 0 and isinstance(point.spec.granularity, PerTensor) and point.bounds is None
+        if fits and (not op_types or is_op(point.node, *op_types)):
+            found.setdefault(point.value, point)
     return found
