@@ -15,11 +15,12 @@ from typing import Any, ClassVar
 
 import onnx_graphsurgeon as gs
 
+from qcompile.calib.observe.change import Changes
 from qcompile.errors import ModelError, UsageError, VerifyError
 from qcompile.ir.model import Model
 from qcompile.ir.surgeon import from_gs, import_graph, surgery_kind, to_gs
 from qcompile.ir.verify import verify_structure
-from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
+from qcompile.pipeline.base import Kind, Pass, PassContext, PassResult, Stage
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class GraphSurgery(Pass):
 
     name: ClassVar[str] = "surgery"
     kind: ClassVar[Kind] = Kind.EQUIVALENT
-    invalidates: ClassVar[frozenset[Fact]] = frozenset(Fact)
+    needs: ClassVar[Stage] = Stage.SOURCE
     file: str = field(default="", metadata={"option": False})
     function: str = field(default="", metadata={"option": False})
 
@@ -51,7 +52,7 @@ class GraphSurgery(Pass):
         """Whether the float function is meant to change (the default, unless declared `equivalent`)."""
         return surgery_kind(self._load()) != "equivalent"
 
-    def may_change(self, model: Model, ctx: PassContext) -> Iterable[str]:
+    def moves(self, model: Model, ctx: PassContext) -> Iterable[str]:
         """Every tensor: the function is free to do anything."""
         return _tensor_names(model)
 
@@ -66,11 +67,11 @@ class GraphSurgery(Pass):
         self._check(new)
         if new.digest() == from_gs(to_gs(model), model).digest():
             ctx.remarks.missed(self.spec_name(), "the function changed nothing")
-            return PassResult(modified=False)
+            return PassResult(False)
         old = frozenset(_tensor_names(model))
         self._report(ctx, model, new, remarks)
         model.ir = new.ir
-        return PassResult(modified=True, changed=old | frozenset(_tensor_names(model)))
+        return PassResult(True, Changes(moved={*old, *_tensor_names(model)}))
 
     def _load(self) -> Callable[[gs.Graph], object]:
         path = Path(self.file)

@@ -22,7 +22,7 @@ from qcompile.ir.model import Model  # noqa: E402
 from qcompile.pipeline import registry  # noqa: E402
 from qcompile.pipeline.base import PassContext  # noqa: E402
 from qcompile.pipeline.planner import complete  # noqa: E402
-from qcompile.pipeline.runner import Runner  # noqa: E402
+from qcompile.pipeline.runner import Runner, drive  # noqa: E402
 from qcompile.quant.spec import SCHEMES  # noqa: E402
 from qcompile.target.catalog import TARGETS  # noqa: E402
 from tools.transplant import transplant  # noqa: E402
@@ -73,10 +73,11 @@ def table(name: str, options: argparse.Namespace) -> None:
         labels = z["labels"][: options.evaluated] if "labels" in z else None
     reference = run(source, feeds)
     print(f"\n{name}{' (outliers)' if options.outliers else ''}: float {metric(reference, labels, reference)}")
+    sweeps = Sweeps(data, threads=1)
     for row, text in pipelines(tuple(options.bits)).items():
         ctx = PassContext(SCHEMES["w8a8"], TARGETS["ort"])
         plan = complete(registry.parse(text), ctx.target, ctx.scheme)
-        made, _ = Runner(Sweeps(data, threads=1), verify="off").run(source, plan.passes, ctx)
+        made, _ = drive(Runner(verify="off").steps(source, plan.passes, ctx), lambda n: sweeps.collect(n.model, n.probes))
         got = run(made, feeds)
         print(f"| {row} | {sqnr_db(reference, got):.1f} | {metric(got, labels, reference)} |", flush=True)
 

@@ -27,7 +27,8 @@ NOTE = "<!-- made by tools/make_docs.py from the pass's docstring: change it the
 def page(p: PassHelp) -> str:
     """The page of one pass."""
     facts = [f"* kind: {p.kind}"]
-    facts += [f"* {name}: {', '.join(held)}" for name, held in (("requires", p.requires), ("establishes", p.establishes)) if held]
+    facts += [f"* needs: a {p.needs} model" + (f", behind {', '.join(p.after)}" if p.after else "")]
+    facts += [f"* makes it: {p.reaches}"] if p.reaches is not None else []
     body = p.text.partition("\n")[2].strip()
     parts = [NOTE, f"# {p.name}\n", f"{p.help}\n", "\n".join(facts) + "\n"]
     if body:

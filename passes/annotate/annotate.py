@@ -15,11 +15,12 @@ from qcompile.decide.quantizer import Quantizer
 from qcompile.decide.ranges import Readers, automatic
 from qcompile.ir.model import Model
 from qcompile.ir.select import selected
-from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult, quantized_forms
+from qcompile.pipeline.base import Kind, Pass, PassContext, PassResult, Stage
 from qcompile.quant.affine import qparams_from_range
 from qcompile.quant.blockformats import block_format
-from qcompile.quant.spec import QParams, QuantSpec, Scheme
-from qcompile.target.target import Choices, Target
+from qcompile.quant.spec import QParams, QuantSpec
+from qcompile.structure.core import found_once
+from qcompile.target.target import Choices
 
 _HEADROOM = 2.0  # 16-bit codes have a bit to spare for what calibration did not see
 
@@ -37,8 +38,7 @@ class Annotate(Pass):
 
     name = "annotate"
     kind = Kind.ANNOTATE
-    requires = frozenset({Fact.CANONICAL, Fact.PADS_FOLDED, Fact.BN_FOLDED})
-    establishes = frozenset({Fact.DECIDED})
+    reaches = Stage.DECIDED
     range_: Annotated[
         Literal["auto", "minmax", "percentile", "entropy", "mse", "weighted", "search"], "how activation ranges are chosen"
     ] = "auto"
@@ -53,10 +53,6 @@ class Annotate(Pass):
         Literal["float", "shared"],
         "what the skip connections of convolutions read (TensorRT): float, or the DQ of the next convolution",
     ] = "float"
-
-    def required(self, target: Target, scheme: Scheme) -> frozenset[Fact]:
-        """The forms that quantization needs."""
-        return self.requires | quantized_forms(target, scheme)
 
     def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:
         """One statistic for each activation."""
@@ -80,7 +76,7 @@ class Annotate(Pass):
 
     def _place(self, model: Model, ctx: PassContext) -> Placement:
         choices = Choices(self.attention, self.probabilities, self.residual)
-        return ctx.target.place(model, ctx.scheme, ctx.selection, choices)
+        return found_once(model.graph, self, lambda: ctx.target.place(model, ctx.scheme, ctx.selection, choices))
 
     def _method(self, point: Point, ctx: PassContext) -> str:
         if point.spec.qtype.bits > 8:

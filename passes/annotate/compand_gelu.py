@@ -14,7 +14,7 @@ from qcompile.decide.decisions import decide, decision
 from qcompile.decide.quantizer import Quantizer
 from qcompile.ir.model import Model
 from qcompile.ir.ops import const_array
-from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
+from qcompile.pipeline.base import Kind, Pass, PassContext, PassResult, Stage
 from qcompile.quant.companding import GELU_MINIMUM, Error, codebook, companded_type, fit
 from qcompile.quant.qtype import QType
 from qcompile.quant.spec import QuantSpec
@@ -39,8 +39,7 @@ class CompandGelu(Pass):
 
     name = "compand-gelu"
     kind = Kind.ANNOTATE
-    requires = frozenset({Fact.DECIDED})
-    establishes = frozenset({Fact.GELU_CODES})
+    needs = Stage.DECIDED
     kind_: Annotated[Literal["adalog", "twin"], "how the levels are laid out"] = "adalog"
     bits: Annotated[int, "code width; 0 means the scheme's activation width"] = 0
     paper: Annotated[bool, "AdaLog's 2^b + 1 levels with rounded multipliers instead of 2^b exact ones"] = False

@@ -17,7 +17,7 @@ from qcompile.decide.quantizer import Quantizer, value_at
 from qcompile.errors import UsageError
 from qcompile.ir.model import Model
 from qcompile.ir.ops import is_op
-from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
+from qcompile.pipeline.base import Kind, Pass, PassContext, PassResult, Stage
 from qcompile.quant.affine import fake_quant, qparams_from_range
 from qcompile.quant.companding import Error, codebook, companded_type, fit, product_error, value_error
 from qcompile.quant.qtype import FLOAT8E4M3FN, QType, qtype
@@ -44,7 +44,7 @@ class Log2Softmax(Pass):
 
     name = "log2-softmax"
     kind = Kind.ANNOTATE
-    requires = frozenset({Fact.DECIDED})
+    needs = Stage.DECIDED
     kind_: Annotated[Literal["log2", "log-sqrt2", "sulq", "adalog", "tan", "twin", "uniform"], "how the levels are laid out"] = (
         "log2"
     )

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompile.calib.observe import MinMax, MinMaxStat, Probe
-from qcompile.calib.observe.change import AffineMap
-from qcompile.decide.quantizer import value_at
+from qcompile.calib.observe.change import AffineMap, Changes
 from qcompile.ir.edit import add_constant, erase, new_node, replace_value, set_constant
 from qcompile.ir.model import Model
 from qcompile.ir.notes import move_channel_stats
 from qcompile.ir.ops import const_array, const_scalar, is_op, pads_zeros
-from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
+from qcompile.pipeline.base import Kind, PassContext
+from qcompile.pipeline.site import Applied, Missed, SitePass
 from qcompile.rewrite.bias import (
     bias_at,
     bias_site,
@@ -30,7 +30,7 @@ from qcompile.rewrite.bias import (
     shift_bias,
     weight_array,
 )
-from qcompile.structure import ConvChain, find_conv_chains
+from qcompile.structure import ConvChain, Matches, find_conv_chains
 
 F64 = NDArray[np.float64]
 _HOMOGENEOUS = ("relu", "leaky-relu", "relu6")
@@ -39,7 +39,7 @@ _PAYS = 1.1  # ranges within 10 % of each other are left alone
 
 
 @dataclass(frozen=True)
-class CrossLayerEqualization(Pass):
+class CrossLayerEqualization(SitePass[ConvChain]):
     """Give the channels between two convolutions one range: Conv1 -> ReLU -> Conv2 becomes Conv1 / s -> ReLU -> Conv2 * s.
 
     before: Conv(W1, c1) -> ReLU(6) -> Conv(W2)
@@ -57,7 +57,6 @@ class CrossLayerEqualization(Pass):
 
     name = "equalize"
     kind = Kind.EQUIVALENT
-    requires = frozenset({Fact.CANONICAL, Fact.BN_FOLDED, Fact.PADS_FOLDED})
     by: Annotated[Literal["activations", "weights"], "which ranges are made equal"] = "activations"
     # SQNR on MobileNet's calibration data (w8a8, with bias-correct): 15.7, 16.7, 17.4, 17.3 dB at 0.3, 0.5, 0.7, 0.9.
     alpha: Annotated[float, "how much of a dense layer's range moves into its weights, in [0, 1]"] = 0.7
@@ -69,54 +68,48 @@ class CrossLayerEqualization(Pass):
         self.check_range("alpha", 0.0, 1.0)
         self.check_range("steps", 1, 1024)
 
-    def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:
-        """Per-channel extremes in front of each second convolution."""
-        return [_probe(c) for c in find_conv_chains(model.graph) if self.by == "activations" or self.center]
+    def sites(self, model: Model, ctx: PassContext) -> Matches[ConvChain]:
+        """Pairs of convolutions with nothing but an activation in between."""
+        return find_conv_chains(model.graph)
 
-    def may_change(self, model: Model, ctx: PassContext) -> Iterable[str]:
-        """Outputs of the first convolutions and of the activations."""
-        return (name for c in find_conv_chains(model.graph) for name in _names(c))
+    def node(self, site: ConvChain) -> ir.Node:
+        """The first convolution."""
+        return site.first
 
-    def apply(self, model: Model, ctx: PassContext) -> PassResult:
-        """Equalize every pair; remark on the others."""
-        maps: dict[str, AffineMap] = {}
-        changed: set[str] = set()
-        chains = list(_usable(model.graph, ctx))
-        equal = _equal_weights(chains) if self.by == "weights" else [np.ones(0)] * len(chains)
-        for chain, by_weights in zip(chains, equal, strict=True):
-            self._one(model.graph, chain, by_weights, ctx, maps, changed)
-        return PassResult(bool(maps), maps, frozenset(changed - set(maps)))
+    def nodes(self, site: ConvChain) -> Iterable[ir.Node]:
+        """Both convolutions."""
+        return (site.first, site.second)
 
-    def _one(
-        self,
-        graph: ir.Graph,
-        chain: ConvChain,
-        by_weights: F64,
-        ctx: PassContext,
-        maps: dict[str, AffineMap],
-        changed: set[str],
-    ) -> None:
+    def asks(self, site: ConvChain, ctx: PassContext) -> Iterable[Probe[Any]]:
+        """Per-channel extremes in front of the second convolution."""
+        return (_probe(site),) if self.by == "activations" or self.center else ()
+
+    def rewrites(
+        self, model: Model, sites: Sequence[ConvChain], ctx: PassContext, changes: Changes
+    ) -> Iterator[Applied | Missed]:
+        """Equalize every pair; by weights all together, since a convolution may stand in two."""
+        reasons = [_refusal(site) for site in sites]
+        usable = [site for site, reason in zip(sites, reasons, strict=True) if reason is None]
+        equal = iter(_equal_weights(usable) if self.by == "weights" else [np.ones(0)] * len(usable))
+        for site, reason in zip(sites, reasons, strict=True):
+            yield Missed(reason) if reason is not None else self._one(model.graph, site, next(equal), ctx, changes)
+
+    def _one(self, graph: ir.Graph, chain: ConvChain, by_weights: F64, ctx: PassContext, changes: Changes) -> Applied | Missed:
         channels = len(weight_array(chain.first))
         stat = ctx.told.get(_probe(chain))
         if stat is not None and stat.lo.shape != (channels,):
-            ctx.remarks.missed(str(chain.first.name), "the measured channels do not match its weight")
-            return
+            return Missed("the measured channels do not match its weight")
         s = _rounded(by_weights if by_weights.size else self._scales(chain, stat), self.steps)
         t = self._centre(chain, stat, s, ctx)
         spread = float(s.max() / s.min())
         if spread < _PAYS and not t.any():
-            ctx.remarks.missed(str(chain.first.name), "its channels have like ranges", spread=round(spread, 2))
-            return
+            return Missed("its channels have like ranges", {"spread": round(spread, 2)})
         moved = set(_names(chain))
         out = _fold(graph, chain, s, t)
-        maps[str(out.name)] = AffineMap(s, t * s)
-        changed |= moved
-        ctx.remarks.applied(
-            str(chain.first.name),
-            f"equalized into {chain.second.name}" + (", centred" if t.any() else ""),
-            s_min=float(s.min()),
-            s_max=float(s.max()),
-        )
+        changes.map([str(out.name)], AffineMap(s, t * s))
+        changes.move(moved)
+        reason = f"equalized into {chain.second.name}" + (", centred" if t.any() else "")
+        return Applied(reason, {"s_min": float(s.min()), "s_max": float(s.max())})
 
     def _scales(self, chain: ConvChain, stat: MinMaxStat | None) -> F64:
         assert stat is not None
@@ -134,19 +127,6 @@ class CrossLayerEqualization(Pass):
             ctx.remarks.note(str(chain.first.name), f"not centred: {chain.second.name} pads with zeros, its border would need -t")
             return np.zeros_like(s)
         return (stat.lo + stat.hi) / 2 / s
-
-
-def _usable(graph: ir.Graph, ctx: PassContext) -> Iterable[ConvChain]:
-    """Pairs that may be rescaled; remarks on the others."""
-    matches = find_conv_chains(graph)
-    for refusal in matches.refused:
-        ctx.remarks.missed(str(refusal.node.name), refusal.reason)
-    for chain in matches:
-        reason = _refusal(chain) or ctx.selection.excluded(chain.first) or ctx.selection.excluded(chain.second)
-        if reason:
-            ctx.remarks.missed(str(chain.first.name), reason)
-        else:
-            yield chain
 
 
 def _equal_weights(chains: list[ConvChain]) -> list[F64]:
@@ -186,7 +166,9 @@ def _rounded(s: F64, steps: int) -> F64:
 
 
 def _probe(chain: ConvChain) -> Probe[MinMaxStat]:
-    return MinMax(1).of(value_at(chain.second, 0))
+    value = chain.second.inputs[0]
+    assert value is not None
+    return MinMax(1).of(value)
 
 
 def _names(chain: ConvChain) -> Iterable[str]:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompile.calib.observe import MinMax, Probe, Rows
-from qcompile.calib.observe.change import FOLD_ROWS
+from qcompile.calib.observe.change import FOLD_ROWS, FOLDABLE, Changes
 from qcompile.ir.model import Model
-from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult, quantized_forms
-from qcompile.quant.spec import Scheme
-from qcompile.rewrite.fold import Folded, FoldSite, fold, norm_sites, usable
-from qcompile.target.target import Target
+from qcompile.pipeline.base import Kind, Pass, PassContext
+from qcompile.pipeline.site import Applied, Missed, SitePass
+from qcompile.rewrite.fold import FoldSite, fold, norm_sites
+from qcompile.structure import Matches
 
 F64 = NDArray[np.float64]
 # Other rows than those that set the range after the fold: a channel's own sampled extremes would hide its tails.
@@ -24,7 +25,7 @@ _PERCENTILES = (0.999, 0.9999, 0.99999)
 
 
 @dataclass(frozen=True)
-class RepQ(Pass):
+class RepQ(SitePass[FoldSite]):
     """Turn per-channel LayerNorm-output quantizers into one per-tensor quantizer, exactly (RepQ-ViT).
 
     before: LayerNorm(gamma, beta) -> MatMul(W) with scale s_j and zero point z_j a channel
@@ -37,64 +38,58 @@ class RepQ(Pass):
 
     name = "repq"
     kind = Kind.EQUIVALENT
-    requires = frozenset({Fact.CANONICAL, Fact.BN_FOLDED})
+    claims = True
     percentile: Annotated[
         Literal["search", "minmax"], "clip each channel at the best of 99.9, 99.99, 99.999 %, or not at all"
     ] = "search"
     softmax: Annotated[Literal["uniform", "log-sqrt2"], "log-sqrt2 appends log2-softmax to the pipeline"] = "uniform"
     override: Annotated[bool, "fold sites again that another pass has folded"] = False
 
-    def required(self, target: Target, scheme: Scheme) -> frozenset[Fact]:
-        """The graph's final form, so that this pass's sweep also serves `annotate`."""
-        return self.requires | quantized_forms(target, scheme)
-
     def sugar(self) -> tuple[Pass, str]:
         """`repq{softmax=log-sqrt2}` is `repq,...,log2-softmax{kind=log-sqrt2}`."""
         return replace(self, softmax="uniform"), "log2-softmax{kind=log-sqrt2}" if self.softmax == "log-sqrt2" else ""
 
-    def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:
+    def unfit(self, ctx: PassContext) -> str | None:
+        """Without activation codes there is no quantizer."""
+        return "the scheme leaves activations in float, nothing to reparameterize" if ctx.scheme.activation is None else None
+
+    def sites(self, model: Model, ctx: PassContext) -> Matches[FoldSite]:
+        """Norm -> linears."""
+        return norm_sites(model.graph)
+
+    def node(self, site: FoldSite) -> ir.Node:
+        """The norm."""
+        return site.anchor
+
+    def nodes(self, site: FoldSite) -> Iterable[ir.Node]:
+        """The linear layers."""
+        return (x.node for x in site.linears)
+
+    def asks(self, site: FoldSite, ctx: PassContext) -> Iterable[Probe[Any]]:
         """Per-channel ranges, and rows for the percentiles and the later ranges."""
-        for site in norm_sites(model.graph, ctx):
-            yield MinMax(-1).of(site.tensor)
-            yield Rows(FOLD_ROWS).of(site.tensor)
-            if self.percentile == "search":
-                yield _SEEN.of(site.tensor)
+        yield from (observer.of(site.tensor) for observer in FOLDABLE)
+        if self.percentile == "search":
+            yield _SEEN.of(site.tensor)
 
-    def may_change(self, model: Model, ctx: PassContext) -> Iterable[str]:
-        """Every tensor of every site."""
-        return (name for site in norm_sites(model.graph, ctx) for name in site.moved)
+    def sure(self, site: FoldSite, ctx: PassContext) -> Iterable[str]:
+        """Every tensor of the site."""
+        return site.moved
 
-    def apply(self, model: Model, ctx: PassContext) -> PassResult:
-        """Fold every norm -> linear site."""
-        if ctx.scheme.activation is None:
-            ctx.remarks.missed("", "the scheme leaves activations in float, nothing to reparameterize")
-            return PassResult(False)
-        out, done = Folded(), False
-        for site in norm_sites(model.graph, ctx, remark=True):
-            if usable(site, ctx, self.override):
-                self._one(model, site, ctx, out)
-                done = True
-        return out.result(done)
-
-    def _one(self, model: Model, site: FoldSite, ctx: PassContext, out: Folded) -> None:
+    def rewrite(self, model: Model, site: FoldSite, ctx: PassContext, changes: Changes) -> Applied | Missed:
+        """One scale for all channels."""
         assert ctx.scheme.activation is not None
         bits = ctx.scheme.activation.bits
         lo, hi = self._ranges(site, ctx, bits)
         r, t = reparameterize(lo, hi, bits, ctx.target.symmetric, shift=site.shift_refusal is None)
-        fold(model.graph, site, r, t, ctx, out)
-        reason = (
-            "norm site reparameterized"
-            if site.shift_refusal is None
-            else f"norm site reparameterized, scale only: {site.shift_refusal}"
-        )
-        ctx.remarks.applied(str(site.anchor.name), reason, r_min=float(r.min()), r_max=float(r.max()))
+        fold(model.graph, site, r, t, changes)
+        only = "" if site.shift_refusal is None else f", scale only: {site.shift_refusal}"
+        return Applied(f"norm site reparameterized{only}", {"r_min": float(r.min()), "r_max": float(r.max())})
 
     def _ranges(self, site: FoldSite, ctx: PassContext, bits: int) -> tuple[F64, F64]:
-        if self.percentile == "minmax":
-            stat = ctx.told[MinMax(-1).of(site.tensor)]
-            return stat.lo, stat.hi
-        rows = ctx.told[_SEEN.of(site.tensor)]
-        return best_percentile(rows.rows.astype(np.float64), bits)
+        if self.percentile == "search":
+            return best_percentile(ctx.told[_SEEN.of(site.tensor)].rows.astype(np.float64), bits)
+        stat = ctx.told[MinMax(-1).of(site.tensor)]
+        return stat.lo, stat.hi
 
 
 def best_percentile(x: F64, bits: int) -> tuple[F64, F64]:

@@ -15,7 +15,7 @@ from qcompile.decide.quantizer import value_at
 from qcompile.ir.edit import add_constant, erase, insert_after, new_node, replace_value
 from qcompile.ir.model import Model
 from qcompile.ir.ops import const_array, is_op
-from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
+from qcompile.pipeline.base import Kind, Pass, PassContext, PassResult
 from qcompile.quant.companding import companded_type, fit, twin_branches
 from qcompile.structure import Mlp, find_mlps
 from qcompile.structure.scores import Scores, Values, find_scores, find_values
@@ -39,7 +39,6 @@ class SplitRange(Pass):
 
     name = "split-range"
     kind = Kind.EQUIVALENT
-    requires = frozenset({Fact.CANONICAL})
     mlp: Annotated[bool, "split what the second linear of an MLP reads at 0"] = True
     softmax: Annotated[bool, "split probabilities at a searched threshold (leaves the fused attention kernel)"] = False
 

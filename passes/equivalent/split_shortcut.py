@@ -11,14 +11,16 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompile.calib.observe import MinMax, MinMaxStat, Probe
+from qcompile.calib.observe.change import Changes
 from qcompile.ir.edit import add_constant, erase, erase_dead, new_node, replace_value
 from qcompile.ir.model import Model
 from qcompile.ir.notes import copy_notes
 from qcompile.ir.ops import const_array, input_at, int_attr, is_op, weight_slot
 from qcompile.ir.shapes import dims, rank
-from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
-from qcompile.structure import Norm, find_activations, find_norms
-from qcompile.structure.core import Refusal, data_uses, label
+from qcompile.pipeline.base import Kind, PassContext
+from qcompile.pipeline.site import Applied, Missed, SitePass
+from qcompile.structure import Matches, Norm, find_activations, find_norms
+from qcompile.structure.core import data_uses, label, once
 
 _PASSES_CHANNELS = ("Relu", "LeakyRelu", "Sigmoid", "Tanh", "Clip", "Dropout", "Identity", "Gelu", "Elu", "HardSwish", "Mish")
 _MAX_DEPTH = 12
@@ -46,7 +48,7 @@ class Shortcut:
 
 
 @dataclass(frozen=True)
-class SplitShortcut(Pass):
+class SplitShortcut(SitePass[Shortcut]):
     """Split a layer that reads joined channels: one branch, and so one activation and weight scale, for each part.
 
     before: Concat(a, b) -> [norm, activation] -> Conv(W, c)
@@ -60,43 +62,44 @@ class SplitShortcut(Pass):
 
     name = "split-shortcut"
     kind = Kind.EQUIVALENT
-    requires = frozenset({Fact.CANONICAL})
     ratio: Annotated[float, "least ratio of the parts' ranges that is worth a split"] = 1.5
 
     def __post_init__(self) -> None:
         self.check_range("ratio", 1.0, 1e6)
 
-    def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:
+    def sites(self, model: Model, ctx: PassContext) -> Matches[Shortcut]:
+        """Layers behind channel Concats."""
+        return find_shortcuts(model.graph)
+
+    def node(self, site: Shortcut) -> ir.Node:
+        """The layer."""
+        return site.node
+
+    def asks(self, site: Shortcut, ctx: PassContext) -> Iterable[Probe[Any]]:
         """Per-channel extremes of what is split."""
-        return dict.fromkeys(_probe(s) for s in find_shortcuts(model.graph) if isinstance(s, Shortcut))
+        return (_probe(site),)
 
-    def apply(self, model: Model, ctx: PassContext) -> PassResult:
-        """Split every layer whose parts differ; remark on the others."""
-        changed = False
-        for site in list(find_shortcuts(model.graph)):
-            reason = site.reason if isinstance(site, Refusal) else ctx.selection.excluded(site.node) or _refusal(site)
-            if reason or isinstance(site, Refusal):
-                ctx.remarks.missed(str(site.node.name), str(reason))
-                continue
-            changed = self._one(model.graph, site, ctx) or changed
-        if changed:
-            erase_dead(model)
-        return PassResult(changed)
-
-    def _one(self, graph: ir.Graph, site: Shortcut, ctx: PassContext) -> bool:
+    def rewrite(self, model: Model, site: Shortcut, ctx: PassContext, changes: Changes) -> Applied | Missed:
+        """Split the layer if its parts differ."""
+        if reason := _refusal(site):
+            return Missed(reason)
         tops = _tops(site, ctx)
         unlike = max(tops) / max(min(tops), 1e-30) if tops else np.inf
         if tops and (unlike < self.ratio or not max(tops)):
-            ctx.remarks.missed(str(site.node.name), "the joined parts have like ranges", ratio=round(float(unlike), 2))
-            return False
-        split(graph, site)
-        numbers = {"ratio": round(float(min(unlike, 1e6)), 2)}
-        ctx.remarks.applied(str(site.node.name), f"split into branches of {' + '.join(map(str, site.sizes))} channels", **numbers)
-        return True
+            return Missed("the joined parts have like ranges", {"ratio": round(float(unlike), 2)})
+        split(model.graph, site)
+        sizes = " + ".join(map(str, site.sizes))
+        return Applied(f"split into branches of {sizes} channels", {"ratio": round(float(min(unlike, 1e6)), 2)})
+
+    def finish(self, model: Model) -> None:
+        """Drop the Concats that nothing reads any more."""
+        erase_dead(model)
 
 
-def find_shortcuts(graph: ir.Graph) -> Iterator[Shortcut | Refusal]:
-    """Every layer behind a channel Concat, and the Concats whose channels no layer reads."""
+@once
+def find_shortcuts(graph: ir.Graph) -> Matches[Shortcut]:
+    """Every layer behind a channel Concat."""
+    found: list[Shortcut] = []
     norms = {part: n for n in find_norms(graph) if n.kind == "group" for part in n.nodes}
     activations = {part: a.output for a in find_activations(graph) for part in a.nodes}
     seen: set[ir.Node] = set()
@@ -109,7 +112,8 @@ def find_shortcuts(graph: ir.Graph) -> Iterator[Shortcut | Refusal]:
             if node not in seen:
                 seen.add(node)
                 parts, counts = _parts(concat, axis)
-                yield Shortcut(node, concat, tuple(counts), axis, tuple(parts) if direct else None)
+                found.append(Shortcut(node, concat, tuple(counts), axis, tuple(parts) if direct else None))
+    return Matches(tuple(found))
 
 
 def _channel_axis(node: ir.Node) -> int | None:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompile.calib.observe import MinMax, MinMaxStat, Probe
+from qcompile.calib.observe.change import Changes
 from qcompile.ir.edit import add_constant, erase, insert_after, new_node, replace_value, set_constant
 from qcompile.ir.model import Model
 from qcompile.ir.notes import channel_stats, move_channel_stats
 from qcompile.ir.ops import const_array, const_scalar, input_at, is_op, output_activation_axis, pads_zeros, weight_slot
-from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
+from qcompile.pipeline.base import Kind, PassContext
+from qcompile.pipeline.site import Applied, Missed, SitePass
 from qcompile.rewrite.bias import bias_site, mean_output, shift_bias, weight_array
-from qcompile.structure.core import Refusal, label, only_user
+from qcompile.structure.core import Matches, Refusal, label, once, only_user
 
 F64 = NDArray[np.float64]
 _LAYERS = ("Conv", "Gemm", "MatMul")
@@ -25,8 +27,19 @@ _DEVIATIONS = 3.0
 _PAYS = 0.01  # a least value below 1 % of the largest would hardly shrink the range
 
 
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """first -> z -> activation (Relu, or Clip from 0) [-> cap (Min with a constant)] -> second."""
+
+    first: ir.Node
+    z: ir.Value
+    activation: ir.Node
+    cap: ir.Node | None
+    second: ir.Node
+
+
 @dataclass(frozen=True)
-class AbsorbBias(Pass):
+class AbsorbBias(SitePass[Pair]):
     """Take high biases out of ReLU outputs: max(z, 0) with z >= k becomes max(z - k, 0) + k, and + k the next bias.
 
     before: Conv(W1, c1) -> ReLU -> Conv(W2, c2)
@@ -41,51 +54,42 @@ class AbsorbBias(Pass):
 
     name = "absorb-bias"
     kind = Kind.FIT
-    requires = frozenset({Fact.CANONICAL, Fact.BN_FOLDED, Fact.PADS_FOLDED})
     by: Annotated[Literal["data", "bn"], "where the least value of a channel comes from"] = "data"
 
-    def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:
-        """Per-channel extremes in front of each activation."""
-        return [_probe(p) for p in _pairs(model.graph) if isinstance(p, _Pair) and self.by == "data"]
+    def sites(self, model: Model, ctx: PassContext) -> Matches[Pair]:
+        """Layers behind which a ReLU and another layer stand."""
+        return find_pairs(model.graph)
 
-    def may_change(self, model: Model, ctx: PassContext) -> Iterable[str]:
-        """From the first layers to the activations."""
-        return (name for p in _pairs(model.graph) if isinstance(p, _Pair) for name in _names(p))
+    def node(self, site: Pair) -> ir.Node:
+        """The first layer."""
+        return site.first
 
-    def apply(self, model: Model, ctx: PassContext) -> PassResult:
-        """Absorb every pair; remark on the others."""
-        changed: set[str] = set()
-        for pair in list(_pairs(model.graph)):
-            reason = pair.reason if isinstance(pair, Refusal) else ctx.selection.any_excluded((pair.first, pair.second))
-            if reason or isinstance(pair, Refusal):
-                ctx.remarks.missed(str(pair.node.name if isinstance(pair, Refusal) else pair.first.name), str(reason))
-                continue
-            self._one(model.graph, pair, ctx, changed)
-        return PassResult(bool(changed), changed=frozenset(changed))
+    def nodes(self, site: Pair) -> Iterable[ir.Node]:
+        """Both layers."""
+        return (site.first, site.second)
 
-    def _one(self, graph: ir.Graph, pair: _Pair, ctx: PassContext, changed: set[str]) -> None:
-        k = self._least(pair, ctx)
-        shift = mean_output(pair.second, weight_array(pair.second), k) if k is not None else None
+    def asks(self, site: Pair, ctx: PassContext) -> Iterable[Probe[Any]]:
+        """Per-channel extremes in front of the activation."""
+        return (_probe(site),) if self.by == "data" else ()
+
+    def rewrite(self, model: Model, site: Pair, ctx: PassContext, changes: Changes) -> Applied | Missed:
+        """Move k out of the first bias into the second."""
+        k = self._least(site, ctx)
+        shift = mean_output(site.second, weight_array(site.second), k) if k is not None else None
         if k is None or shift is None:
-            ctx.remarks.missed(
-                str(pair.first.name), "no BatchNormalization says how small it gets" if self.by == "bn" else "not measured"
-            )
-            return
+            return Missed("no BatchNormalization says how small it gets" if self.by == "bn" else "not measured")
         if not k.any():
-            ctx.remarks.missed(str(pair.first.name), "no channel stays above 0")
-            return
-        changed |= set(_names(pair))
-        first, second = bias_site(pair.first), bias_site(pair.second)
+            return Missed("no channel stays above 0")
+        changes.move(set(_names(site)))
+        first, second = bias_site(site.first), bias_site(site.second)
         assert first is not None and second is not None
-        shift_bias(graph, first, -k)
-        move_channel_stats(pair.z, shift=-k)
-        shift_bias(graph, second, shift)
-        _lower_cap(graph, pair, k)
-        ctx.remarks.applied(
-            str(pair.first.name), f"absorbed into {pair.second.name}", channels=int((k > 0).sum()), largest=float(k.max())
-        )
+        shift_bias(model.graph, first, -k)
+        move_channel_stats(site.z, shift=-k)
+        shift_bias(model.graph, second, shift)
+        _lower_cap(model.graph, site, k)
+        return Applied(f"absorbed into {site.second.name}", {"channels": int((k > 0).sum()), "largest": float(k.max())})
 
-    def _least(self, pair: _Pair, ctx: PassContext) -> F64 | None:
+    def _least(self, pair: Pair, ctx: PassContext) -> F64 | None:
         """k of each channel, 0 where it is nothing beside the channel's range; None where nothing is known."""
         if self.by == "bn":
             stats = channel_stats(pair.z)
@@ -98,24 +102,17 @@ def _worth(low: F64, high: F64) -> F64:
     return np.where(low > _PAYS * high, np.maximum(low, 0.0), 0.0)
 
 
-@dataclass(frozen=True, eq=False)
-class _Pair:
-    """first -> z -> activation (Relu, or Clip from 0) [-> cap (Min with a constant)] -> second."""
-
-    first: ir.Node
-    z: ir.Value
-    activation: ir.Node
-    cap: ir.Node | None
-    second: ir.Node
-
-
-def _pairs(graph: ir.Graph) -> Iterator[_Pair | Refusal]:
+@once
+def find_pairs(graph: ir.Graph) -> Matches[Pair]:
     """Every layer behind which a ReLU stands, or why its bias must stay."""
+    found: list[Pair | Refusal] = []
     for node in graph:
         z = input_at(node, 0)
         first = _layer_of(z) if z is not None and _is_relu(node) else None
         if z is not None and first is not None:
-            yield _pair(first, z, node)
+            found.append(_pair(first, z, node))
+    pairs = tuple(p for p in found if isinstance(p, Pair))
+    return Matches(pairs, tuple(p for p in found if isinstance(p, Refusal)))
 
 
 def _is_relu(node: ir.Node) -> bool:
@@ -132,7 +129,7 @@ def _layer_of(z: ir.Value) -> ir.Node | None:
     return next((n for n in layers if (site := bias_site(n)) is not None and site[0] is made), None)
 
 
-def _pair(first: ir.Node, z: ir.Value, activation: ir.Node) -> _Pair | Refusal:
+def _pair(first: ir.Node, z: ir.Value, activation: ir.Node) -> Pair | Refusal:
     if only_user(z, activation.op_type) is not activation:
         return Refusal(first, f"its output has other readers than {label(activation)}")
     y, cap = activation.outputs[0], only_user(activation.outputs[0], "Min")
@@ -145,19 +142,19 @@ def _pair(first: ir.Node, z: ir.Value, activation: ir.Node) -> _Pair | Refusal:
         return Refusal(first, "its activation does not feed one layer with a constant weight and bias alone")
     if pads_zeros(second):
         return Refusal(first, f"{label(second)} pads with zeros, which would have to be -k")
-    return _Pair(first, z, activation, cap, second)
+    return Pair(first, z, activation, cap, second)
 
 
-def _probe(pair: _Pair) -> Probe[MinMaxStat]:
+def _probe(pair: Pair) -> Probe[MinMaxStat]:
     return MinMax(output_activation_axis(pair.first)).of(pair.z)
 
 
-def _names(pair: _Pair) -> Iterator[str]:
+def _names(pair: Pair) -> Iterator[str]:
     nodes = (pair.first, pair.activation, *([pair.cap] if pair.cap is not None else []))
     yield from (str(v.name) for v in (pair.z, *(n.outputs[0] for n in nodes)))
 
 
-def _lower_cap(graph: ir.Graph, pair: _Pair, k: F64) -> None:
+def _lower_cap(graph: ir.Graph, pair: Pair, k: F64) -> None:
     """min(., b) becomes min(., b - k)."""
     shape = (1, -1, *(1,) * (weight_array(pair.first).ndim - 2)) if is_op(pair.first, "Conv") else (-1,)
     if pair.cap is not None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from qcompile.decide.decisions import Use, decide, decision, decisions
 from qcompile.ir.model import Model
 from qcompile.ir.ops import const_array
-from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
+from qcompile.pipeline.base import Kind, Pass, PassContext, PassResult, Stage
 from qcompile.quant.companding import kind_of
 from qcompile.rewrite.linear import add_to_bias
 from qcompile.structure import Linear, match_linear
@@ -30,7 +30,8 @@ class BiasReparam(Pass):
 
     name = "bias-reparam"
     kind = Kind.FIT
-    requires = frozenset({Fact.DECIDED, Fact.GELU_CODES, Fact.FITTED})
+    needs = Stage.FITTED
+    after = ("compand-gelu",)
 
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
         """Correct the bias of every layer that reads shifted codes."""

@@ -14,7 +14,7 @@ from qcompile.calib.observe import Moments, Probe, Rows
 from qcompile.decide.decisions import Use, decision, quantizers, replace
 from qcompile.ir.model import Model
 from qcompile.ir.ops import activation_channel_axis, const_array, input_channel_axis
-from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
+from qcompile.pipeline.base import Kind, Pass, PassContext, PassResult, Stage
 from qcompile.quant.affine import fake_quant, qparams_from_range
 from qcompile.quant.blockformats import block_format
 from qcompile.quant.ranges import weight_mse_scale
@@ -35,8 +35,8 @@ class RoundToNearest(Pass):
 
     name = "rtn"
     kind = Kind.FIT
-    requires = frozenset({Fact.DECIDED})
-    establishes = frozenset({Fact.FITTED})
+    needs = Stage.DECIDED
+    reaches = Stage.FITTED
     clip: Annotated[Literal["auto", "search", "none"], "clipping: search below 8 bit (auto), always or never"] = "auto"
 
     def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:

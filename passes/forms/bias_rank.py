@@ -9,7 +9,7 @@ import onnx_ir as ir
 from qcompile.ir.edit import set_constant
 from qcompile.ir.model import Model
 from qcompile.ir.ops import const_array, is_op
-from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
+from qcompile.pipeline.base import Kind, Pass, PassContext, PassResult, Stage
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class BiasRank(Pass):
 
     name = "bias-rank"
     kind = Kind.EQUIVALENT
-    establishes = frozenset({Fact.BIAS_RANK})
+    needs = Stage.CANONICAL
 
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
         """Reshape every such bias; shared ones are copied."""

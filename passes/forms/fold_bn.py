@@ -8,11 +8,12 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from qcompile.calib.observe.change import Changes
 from qcompile.ir.edit import erase_dead, replace_value, set_constant
 from qcompile.ir.model import Model
 from qcompile.ir.notes import ChannelStats, set_channel_stats
 from qcompile.ir.ops import CONV_OPS, const_array, float_attr, int_attr, is_op, pads_zeros, weight_slot
-from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
+from qcompile.pipeline.base import Kind, Pass, PassContext, PassResult, Stage
 from qcompile.rewrite.bias import bias_at, bias_site, by_input, by_output, mean_output, set_bias, shift_bias, weight_array
 from qcompile.rewrite.linear import absorb_shift, add_to_bias, fresh, scale_inputs, scale_outputs
 from qcompile.structure import Linear, find_linears, match_linear
@@ -40,8 +41,7 @@ class FoldBatchNorm(Pass):
 
     name = "fold-bn"
     kind = Kind.EQUIVALENT
-    requires = frozenset({Fact.CANONICAL})
-    establishes = frozenset({Fact.BN_FOLDED})
+    needs = Stage.CANONICAL
 
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
         """Fold every legal site; see the class."""
@@ -50,7 +50,7 @@ class FoldBatchNorm(Pass):
         changed: set[str] = set()
         done = [_fold(model.graph, bn, linears.get(bn), ctx, changed) for bn in norms]
         erase_dead(model)
-        return PassResult(any(done), changed=frozenset(changed))
+        return PassResult(any(done), Changes(moved=changed))
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from qcompile.ir.edit import add_constant, erase_dead, replace_value
 from qcompile.ir.model import Model
 from qcompile.ir.ops import is_const, is_op
 from qcompile.ir.shapes import int_vector, rank
-from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
+from qcompile.pipeline.base import Kind, Pass, PassContext, PassResult, Stage
 
 _SIZE_LIMIT = 1 << 31
 
@@ -28,8 +28,7 @@ class FoldDims(Pass):
 
     name = "fold-dims"
     kind = Kind.EQUIVALENT
-    requires = frozenset({Fact.CANONICAL})
-    establishes = frozenset({Fact.DIMS_FOLDED})
+    needs = Stage.CANONICAL
 
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
         """Fold every cast of known dimensions to floating point, and what follows from it."""

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from qcompile.calib.observe.change import Changes
 from qcompile.ir.edit import erase_dead
 from qcompile.ir.model import Model
 from qcompile.ir.ops import const_array, is_op
-from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
+from qcompile.pipeline.base import Kind, PassContext, Stage
+from qcompile.pipeline.site import Applied, Missed, SitePass
+from qcompile.structure import Matches
 
 
 @dataclass(frozen=True)
-class FoldPad(Pass):
+class FoldPad(SitePass[ir.Node]):
     """Fold a Pad with zeros into the `pads` of the convolutions that read it.
 
     before: Conv(Pad(x, zeros, [0, 0, 0, 0, 0, 0, 1, 1]), pads [0, 0, 0, 0])     after: Conv(x, pads [0, 0, 1, 1])
@@ -22,31 +26,33 @@ class FoldPad(Pass):
 
     name = "fold-pad"
     kind = Kind.EQUIVALENT
-    establishes = frozenset({Fact.PADS_FOLDED})
-    requires = frozenset({Fact.CANONICAL})
+    needs = Stage.CANONICAL
 
-    def apply(self, model: Model, ctx: PassContext) -> PassResult:
-        """Fold every legal site."""
-        folded = [_fold(node, ctx) for node in list(model.graph) if is_op(node, "Pad")]
+    def sites(self, model: Model, ctx: PassContext) -> Matches[ir.Node]:
+        """Every Pad."""
+        return Matches(tuple(node for node in model.graph if is_op(node, "Pad")))
+
+    def nodes(self, site: ir.Node) -> Iterable[ir.Node]:
+        """Selectors say what is quantized, which this does not touch."""
+        return ()
+
+    def rewrite(self, model: Model, site: ir.Node, ctx: PassContext, changes: Changes) -> Applied | Missed:
+        """Add the amounts to the `pads` of the readers."""
+        if reason := _refusal(site):
+            return Missed(reason)
+        amounts = _amounts(site)
+        assert amounts is not None
+        rank = len(amounts) // 2
+        spatial = [*amounts[2:rank], *amounts[rank + 2 :]]
+        for conv, _ in list(site.outputs[0].uses()):
+            old = list(conv.attributes["pads"].as_ints()) if "pads" in conv.attributes else [0] * len(spatial)
+            conv.attributes["pads"] = ir.AttrInt64s("pads", [a + b for a, b in zip(old, spatial, strict=True)])
+            conv.replace_input_with(0, site.inputs[0])
+        return Applied("folded into the convolution's pads")
+
+    def finish(self, model: Model) -> None:
+        """Drop the Pads that nothing reads any more."""
         erase_dead(model)
-        return PassResult(any(folded))
-
-
-def _fold(pad: ir.Node, ctx: PassContext) -> bool:
-    reason = _refusal(pad)
-    if reason:
-        ctx.remarks.missed(str(pad.name), reason)
-        return False
-    amounts = _amounts(pad)
-    assert amounts is not None
-    rank = len(amounts) // 2
-    spatial = [*amounts[2:rank], *amounts[rank + 2 :]]
-    for conv, _ in list(pad.outputs[0].uses()):
-        old = list(conv.attributes["pads"].as_ints()) if "pads" in conv.attributes else [0] * len(spatial)
-        conv.attributes["pads"] = ir.AttrInt64s("pads", [a + b for a, b in zip(old, spatial, strict=True)])
-        conv.replace_input_with(0, pad.inputs[0])
-    ctx.remarks.applied(str(pad.name), "folded into the convolution's pads")
-    return True
 
 
 def _refusal(pad: ir.Node) -> str | None:

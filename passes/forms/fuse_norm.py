@@ -12,11 +12,9 @@ from qcompile.ir import ops
 from qcompile.ir.edit import add_constant, erase_dead, fresh_name, insert_after, new_node, replace_value
 from qcompile.ir.model import Model
 from qcompile.ir.notes import copy_notes
-from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
-from qcompile.quant.spec import Scheme
+from qcompile.pipeline.base import Kind, Pass, PassContext, PassResult, Stage
 from qcompile.structure.core import Refusal
 from qcompile.structure.norm import Norm, match_norm
-from qcompile.target.target import Target
 
 _OPERATOR = {"layer": ("LayerNormalization", 17), "rms": ("RMSNormalization", 23)}
 
@@ -32,12 +30,8 @@ class FuseNorm(Pass):
 
     name = "fuse-norm"
     kind = Kind.EQUIVALENT
-    requires = frozenset({Fact.CANONICAL})
-    establishes = frozenset({Fact.NORMS_FUSED})
-
-    def required(self, target: Target, scheme: Scheme) -> frozenset[Fact]:
-        """Where the rest becomes half, the opset is raised first: LayerNormalization exists since 17."""
-        return self.requires | ({Fact.OPSET} if target.body(scheme) != "float32" else frozenset())
+    needs = Stage.CANONICAL
+    after = ("opset",)
 
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
         """Fuse every decomposed norm whose inner values nobody else reads."""

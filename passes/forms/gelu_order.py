@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from qcompile.calib.observe.change import Changes
 from qcompile.ir.edit import fresh_name
 from qcompile.ir.model import Model
 from qcompile.ir.ops import const_array, is_op
-from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
+from qcompile.pipeline.base import Kind, Pass, PassContext, PassResult, Stage
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,12 @@ class GeluOrder(Pass):
 
     name = "gelu-order"
     kind = Kind.EQUIVALENT
-    establishes = frozenset({Fact.GELU_ORDER})
-    requires = frozenset({Fact.CANONICAL})
+    needs = Stage.CANONICAL
 
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
         """Reorder every site; the inner product's value changes, the GELU's does not."""
         changed = [_reorder(model.graph, node, ctx) for node in list(model.graph) if is_op(node, "Erf")]
-        return PassResult(any(changed), changed=frozenset(name for name in changed if name))
+        return PassResult(any(changed), Changes(moved={name for name in changed if name}))
 
 
 def _reorder(graph: ir.Graph, erf: ir.Node, ctx: PassContext) -> str:

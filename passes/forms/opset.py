@@ -12,7 +12,7 @@ from onnx import version_converter
 from qcompile.errors import ModelError
 from qcompile.ir.model import Model
 from qcompile.ir.notes import carry_notes
-from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
+from qcompile.pipeline.base import Kind, Pass, PassContext, PassResult, Stage
 
 _SMALL = 1 << 16
 
@@ -27,8 +27,7 @@ class RaiseOpset(Pass):
 
     name = "opset"
     kind = Kind.EQUIVALENT
-    requires = frozenset({Fact.CANONICAL})
-    establishes = frozenset({Fact.OPSET})
+    needs = Stage.CANONICAL
     version: Annotated[int, "the opset to reach; 0 means the lowest that the scheme needs"] = 0
 
     def apply(self, model: Model, ctx: PassContext) -> PassResult:

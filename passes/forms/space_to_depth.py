@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,16 +10,19 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from qcompile.calib.observe.change import Changes
 from qcompile.ir.edit import insert_after, new_node, set_constant
 from qcompile.ir.model import Model
 from qcompile.ir.ops import const_array, is_op
-from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
+from qcompile.pipeline.base import Kind, PassContext, Stage
+from qcompile.pipeline.site import Applied, Missed, SitePass
+from qcompile.structure import Matches
 
 _FEW_CHANNELS = 4
 
 
 @dataclass(frozen=True)
-class SpaceToDepthStem(Pass):
+class SpaceToDepthStem(SitePass[ir.Node]):
     """Let the stride-2 convolution of a picture read 2x2 blocks of pixels as channels.
 
     before: Conv(x [N, 3, H, W], W [O, 3, 7, 7], strides 2)
@@ -29,37 +33,41 @@ class SpaceToDepthStem(Pass):
 
     name = "space-to-depth"
     kind = Kind.EQUIVALENT
-    establishes = frozenset({Fact.STEM})
-    requires = frozenset({Fact.CANONICAL, Fact.BN_FOLDED})
+    needs = Stage.CANONICAL
+    after = ("fold-bn",)
 
-    def apply(self, model: Model, ctx: PassContext) -> PassResult:
-        """Rewrite every convolution that reads a graph input."""
-        stems = [n for n in model.graph if is_op(n, "Conv") and n.inputs[0] is not None and n.inputs[0].is_graph_input()]
-        if not stems:
-            ctx.remarks.note("", "no convolution reads the model's input")
-        return PassResult(bool([True for node in stems if _rewrite(model.graph, node, ctx)]))
+    def sites(self, model: Model, ctx: PassContext) -> Matches[ir.Node]:
+        """Every convolution that reads a graph input."""
+        convs = (n for n in model.graph if is_op(n, "Conv") and n.inputs[0] is not None and n.inputs[0].is_graph_input())
+        return Matches(tuple(convs))
+
+    def nodes(self, site: ir.Node) -> Iterable[ir.Node]:
+        """Selectors say what is quantized, which this does not touch."""
+        return ()
+
+    def rewrite(self, model: Model, site: ir.Node, ctx: PassContext, changes: Changes) -> Applied | Missed:
+        """Put SpaceToDepth in front and reorder the weight."""
+        if reason := _refusal(site):
+            return Missed(reason)
+        x, weight, picture = site.inputs[0], const_array(site.inputs[1]), _picture(site)
+        assert x is not None and weight is not None and picture is not None
+        sizes, pads = _padding(site, weight, picture), _pads(site)
+        packed = _pack(weight, (pads[0] % 2, pads[1] % 2))
+        _read_blocks(model.graph, site, x, [picture[0], 4 * weight.shape[1], picture[1] // 2, picture[2] // 2])
+        set_constant(site, 1, packed)
+        _set(site, "strides", [1, 1])
+        _set(site, "kernel_shape", list(packed.shape[2:]))
+        _set(site, "pads", [begin for begin, _ in sizes] + [end for _, end in sizes])
+        return Applied(f"{weight.shape[1]} channels became {4 * weight.shape[1]}", {"kernel": int(packed.shape[2])})
 
 
-def _rewrite(graph: ir.Graph, conv: ir.Node, ctx: PassContext) -> bool:
-    reason = _refusal(conv)
-    if reason:
-        ctx.remarks.missed(str(conv.name), reason)
-        return False
-    x, weight, picture = conv.inputs[0], const_array(conv.inputs[1]), _picture(conv)
-    assert x is not None and weight is not None and picture is not None
-    sizes, pads = _padding(conv, weight, picture), _pads(conv)
-    packed = _pack(weight, (pads[0] % 2, pads[1] % 2))
+def _read_blocks(graph: ir.Graph, conv: ir.Node, x: ir.Value, shape: list[Any]) -> None:
+    """Let the convolution read SpaceToDepth(x), which has `shape`."""
     blocks = new_node(graph, "SpaceToDepth", [x], name=f"{conv.name}_blocks", attributes={"blocksize": 2})
     blocks.outputs[0].type = x.type
-    blocks.outputs[0].shape = ir.Shape([picture[0], 4 * weight.shape[1], picture[1] // 2, picture[2] // 2])
+    blocks.outputs[0].shape = ir.Shape(shape)
     insert_after(graph, x, blocks)
     conv.replace_input_with(0, blocks.outputs[0])
-    set_constant(conv, 1, packed)
-    _set(conv, "strides", [1, 1])
-    _set(conv, "kernel_shape", list(packed.shape[2:]))
-    _set(conv, "pads", [begin for begin, _ in sizes] + [end for _, end in sizes])
-    ctx.remarks.applied(str(conv.name), f"{weight.shape[1]} channels became {4 * weight.shape[1]}", kernel=int(packed.shape[2]))
-    return True
 
 
 def _refusal(conv: ir.Node) -> str | None:

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from qcompile.decide.decisions import Use, clear_decisions
 from qcompile.ir.model import Model
-from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
+from qcompile.pipeline.base import Kind, Pass, PassContext, PassResult, Stage
 from qcompile.quant.blockformats import block_format
 from qcompile.rewrite.qdq import grouped, materialise
 
@@ -27,8 +27,8 @@ class InsertQdq(Pass):
 
     name = "insert-qdq"
     kind = Kind.LOWER
-    requires = frozenset({Fact.DECIDED, Fact.FITTED})
-    establishes = frozenset({Fact.QUANTIZED})
+    needs = Stage.FITTED
+    reaches = Stage.LOWERED
 
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
         """Raises ModelError: uses of one tensor disagree on its quantizer, or a decision has no scale."""

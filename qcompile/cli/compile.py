@@ -14,9 +14,9 @@ from qcompile.cli.options import Size, batch_option, range_option
 from qcompile.cli.output import megabytes, number, print_json, print_table, print_text
 from qcompile.cli.progress import Reporter, reporter, tally
 from qcompile.errors import UsageError
-from qcompile.pipeline.describe import statistics_readers
 from qcompile.report import SCHEMA_VERSION, PassReport
 from qcompile.verbs.build import DEFAULT_GPU, EngineResult, gpu_list, make_engine, profiles_from, require_engine
+from qcompile.verbs.compile.rehearse import Rehearsal, rehearse
 from qcompile.verbs.compile.run import (
     DEFAULT_SAMPLES,
     SCHEMES,
@@ -26,7 +26,6 @@ from qcompile.verbs.compile.run import (
     Options,
     Result,
     describe_plan,
-    planned_memory,
     prepare,
     run,
     write_report,
@@ -144,33 +143,33 @@ def _run(
 
 
 def _plan_document(job: Job) -> dict[str, Any]:
+    rehearsal = rehearse(job)
     passes = [{"pass": spec, "help": text, "inserted": inserted} for spec, text, inserted in describe_plan(job)]
     return {
         "schema_version": SCHEMA_VERSION, "pipeline": job.pipeline, "target": job.target.name, "scheme": job.scheme.name,
-        "output": str(job.output), "calibration": calibration_line(job), "sweeps": sweeps_line(job),
-        "memory": memory_document(job), "passes": passes,
+        "output": str(job.output), "calibration": calibration_line(job), "sweeps": len(rehearsal.sweeps),
+        "memory": memory_document(job, rehearsal.memory), "passes": passes,
     }  # fmt: skip
 
 
 def show_plan(job: Job) -> None:
     """`--dry-run`: the pipeline, its passes, the data and the sweeps."""
-    memory = planned_memory(job)
+    rehearsal = rehearse(job)
     print_text(job.pipeline, "")
     plan = describe_plan(job)
     chosen = "default" if job.options.passes is None else "you"
     print_table(["pass", "from", "what"], [(spec, "inserted" if inserted else chosen, text) for spec, text, inserted in plan])
-    print_text("", f"output       {job.output}", f"calibration  {calibration_line(job)}", f"sweeps       {sweeps_line(job)}")
-    if memory is not None:
-        print_text(f"memory       {_memory_line(memory, job.options.mem_limit)}")
+    print_text("", f"output       {job.output}", f"calibration  {calibration_line(job)}")
+    print_text(f"sweeps       {sweeps_line(rehearsal)}")
+    if rehearsal.memory is not None:
+        print_text(f"memory       {_memory_line(rehearsal.memory, job.options.mem_limit)}")
 
 
-def sweeps_line(job: Job) -> str:
-    """Which passes read statistics: each needs a sweep at most, and shares one where nothing in between moves its tensors."""
-    readers = statistics_readers(job.plan.passes)
-    if not readers:
+def sweeps_line(rehearsal: Rehearsal) -> str:
+    """How often the data is gone over, and by which passes, which share a sweep with those behind them."""
+    if not rehearsal.sweeps:
         return "none"
-    shared = "passes share one where nothing between them moves their tensors"
-    return f"at most {len(readers)} ({', '.join(readers)}); {shared}"
+    return f"{len(rehearsal.sweeps)} ({', '.join(rehearsal.sweeps)}), rehearsed on {rehearsal.samples} samples"
 
 
 def _memory_line(plan: MemoryPlan, limit: int | None) -> str:
@@ -181,9 +180,8 @@ def _memory_line(plan: MemoryPlan, limit: int | None) -> str:
     return f"the first sweep grows the process by at most {megabytes(plan.predicted_bytes)} ({runs}{bound})"
 
 
-def memory_document(job: Job) -> dict[str, Any] | None:
+def memory_document(job: Job, plan: MemoryPlan | None) -> dict[str, Any] | None:
     """The same as JSON; None where nothing is swept."""
-    plan = planned_memory(job)
     if plan is None:
         return None
     sweeps = [{"probes": len(s.probes), "predicted_bytes": s.predicted_bytes} for s in plan.sweeps]

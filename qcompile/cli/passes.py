@@ -45,9 +45,9 @@ def show_passes(document: dict[str, Any]) -> None:
 def show_pass(p: PassHelp) -> None:
     """One pass in full."""
     print_text(f"{p.name} ({p.kind})", "", p.text)
-    if p.requires or p.establishes:
-        print_text("", f"requires     {', '.join(p.requires) or 'nothing'}")
-        print_text(f"establishes  {', '.join(p.establishes) or 'nothing'}")
+    print_text("", f"needs        a {p.needs} model" + (f", behind {', '.join(p.after)}" if p.after else ""))
+    if p.reaches is not None:
+        print_text(f"makes it     {p.reaches}")
     if p.options:
         print_text("")
         print_table(["option", "takes", "default", "what"], [_option_row(o) for o in p.options])

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 from qcompile.calib.observe import Probe, Stat, Told
-from qcompile.calib.observe.change import AffineMap
+from qcompile.calib.observe.change import Changes
 from qcompile.errors import UsageError
 from qcompile.ir.model import Model
 from qcompile.ir.select import Selection
@@ -17,8 +17,8 @@ from qcompile.report import Comparison, Remarks
 from qcompile.target.target import Target
 
 __all__ = [
-    "AffineMap", "Comparator", "Comparison", "Fact", "Kind", "Pass", "PassContext", "PassResult", "Probe", "Stat",
-    "StatisticsProvider", "option_name",
+    "Changes", "Comparator", "Comparison", "Kind", "Needs", "Pass", "PassContext", "PassResult", "Probe", "Rounds", "Stage",
+    "Stat", "option_name",
 ]  # fmt: skip
 
 
@@ -31,30 +31,24 @@ class Kind(enum.Enum):
     LOWER = "lower"
 
 
-class Fact(enum.Enum):
-    """What is known of a model; passes require, establish and invalidate facts."""
+class Stage(enum.IntEnum):
+    """How far a model is, in order: a pass needs one and may bring the model to a later one."""
 
-    CANONICAL = "canonical"
-    PADS_FOLDED = "pads-folded"
-    BN_FOLDED = "bn-folded"
-    DIMS_FOLDED = "dims-folded"
-    STEM = "stem"
-    GELU_ORDER = "gelu-order"
-    OPSET = "opset"
-    NORMS_FUSED = "norms-fused"
-    QKV_SPLIT = "qkv-split"
-    BIAS_RANK = "bias-rank"
-    DECIDED = "decided"
-    GELU_CODES = "gelu-codes"
-    FITTED = "fitted"
-    QUANTIZED = "quantized"
-    HALF = "half"
+    SOURCE = 0
+    CANONICAL = 1
+    FORMED = 2
+    DECIDED = 3
+    FITTED = 4
+    LOWERED = 5
 
 
-class StatisticsProvider(Protocol):
-    """Where the runner gets statistics from: one call, one sweep over the calibration data."""
+@dataclass(frozen=True)
+class Needs:
+    """The pass `by` has to know `probes` of `model`: one sweep over the calibration data."""
 
-    def collect(self, model: Model, probes: Sequence[Probe]) -> dict[Probe, Stat]: ...
+    model: Model
+    probes: tuple[Probe[Any], ...]
+    by: str
 
 
 class Comparator(Protocol):
@@ -71,61 +65,70 @@ class Comparator(Protocol):
 
 @dataclass
 class PassContext:
-    """What a pass is told: the scheme, the target, the user's selection, the answers to its probes; and where its remarks go.
-
-    `statistics` measures other models, for passes whose later steps depend on the first.
-    """
+    """What a pass is told: the scheme, the target, the user's selection, the answers to its probes; and where its remarks go."""
 
     scheme: Scheme
     target: Target
     selection: Selection = field(default_factory=Selection)
     told: Told = field(default_factory=Told)
     remarks: Remarks = field(default_factory=Remarks)
-    statistics: StatisticsProvider | None = None
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class PassResult:
-    """What a pass did: whether nodes, constants or decisions changed, and which tensors' values moved, how.
-
-    A tensor that an EQUIVALENT pass changed in another way is listed in `changed`; `derived` names new tensors that
-    are an affine map of an old one, which keeps its values.
-    """
+    """What a pass did: whether nodes, constants or decisions changed, and which tensors' values moved, how."""
 
     modified: bool
-    maps: Mapping[str, AffineMap] = field(default_factory=dict)
-    changed: frozenset[str] = frozenset()
-    derived: Mapping[str, tuple[str, AffineMap]] = field(default_factory=dict)
+    changes: Changes = field(default_factory=Changes)
+
+
+Rounds = Generator[Needs, Mapping[Probe[Any], Stat], PassResult]
+"""A pass at work: asks for statistics of models that it makes on the way, and returns what it did."""
 
 
 @dataclass(frozen=True)
 class Pass:
     """Base of all passes: a frozen dataclass whose fields are its options.
 
-    The first line of a subclass's docstring is its help.
+    The first line of a subclass's docstring is its help.  `needs` is the stage that the model must have reached, `reaches` the
+    one that this pass brings it to; `after` names passes that must have run before, and that the planner puts in front if they
+    have not.  `changes_function` tells that the float function is meant to change; `looks_first` that `apply` asks finders only
+    before it rewrites, and forgets their answers itself.
     """
 
     name: ClassVar[str] = ""
     kind: ClassVar[Kind] = Kind.EQUIVALENT
-    requires: ClassVar[frozenset[Fact]] = frozenset()
-    establishes: ClassVar[frozenset[Fact]] = frozenset()
-    invalidates: ClassVar[frozenset[Fact]] = frozenset()
+    needs: ClassVar[Stage] = Stage.FORMED
+    reaches: ClassVar[Stage] = Stage.SOURCE
+    after: ClassVar[tuple[str, ...]] = ()
+    changes_function: ClassVar[bool] = False
+    looks_first: ClassVar[bool] = False
+
+    @classmethod
+    def is_form(cls) -> bool:
+        """Whether it only brings the float graph into a form: forms are inserted where the target wants them."""
+        return cls.kind is Kind.EQUIVALENT and cls.needs < Stage.FORMED and not cls.changes_function
+
+    @classmethod
+    def wanted(cls, target: Target, scheme: Scheme) -> bool:
+        """Whether the planner inserts this form for `target` and `scheme`."""
+        return cls.name in target.forms(scheme)
 
     def sugar(self) -> tuple[Pass, str]:
         """This pass without options that stand for other passes, and the pipeline string of those."""
         return self, ""
 
-    def required(self, target: Target, scheme: Scheme) -> frozenset[Fact]:
-        """Facts that must hold before `apply`, on this target."""
-        return self.requires
+    def scheme_for(self, scheme: Scheme) -> Scheme:
+        """The scheme that the user means who writes this pass."""
+        return scheme
 
-    def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:
+    def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe[Any]]:
         """The statistics that `apply` will read, on `model` as it is now."""
         return ()
 
-    def may_change(self, model: Model, ctx: PassContext) -> Iterable[str]:
-        """Tensors whose values `apply` may move: statistics of them are not worth collecting early."""
+    def moves(self, model: Model, ctx: PassContext) -> Iterable[str]:
+        """Tensors whose values `apply` will surely move: their statistics are not worth collecting early."""
         return ()
 
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
@@ -136,6 +139,11 @@ class Pass:
         """
         raise NotImplementedError
 
+    def rounds(self, model: Model, ctx: PassContext) -> Rounds:
+        """`apply`, for passes whose later steps need statistics that depend on the first: each is a `yield Needs(...)`."""
+        return self.apply(model, ctx)
+        yield
+
     def check_range(self, option: str, low: float, high: float) -> None:
         """Guard for numeric options.
 
@@ -145,15 +153,6 @@ class Pass:
         value = getattr(self, option)
         if not low <= value <= high:
             raise UsageError(f"{self.name}: {option_name(option)}={value} is outside [{low}, {high}]; choose a value inside")
-
-
-def quantized_forms(target: Target, scheme: Scheme) -> frozenset[Fact]:
-    """The forms of the graph that quantization needs: scales need their opset, packed qkv weights are split, ONNX Runtime's
-    CPU kernels want theirs.  Passes that ask for statistics stand behind them, so that one sweep serves all."""
-    of_pass = {"fold-pad": Fact.PADS_FOLDED, "fold-bn": Fact.BN_FOLDED, "fold-dims": Fact.DIMS_FOLDED, "opset": Fact.OPSET,
-               "space-to-depth": Fact.STEM, "gelu-order": Fact.GELU_ORDER, "fuse-norm": Fact.NORMS_FUSED,
-               "split-qkv": Fact.QKV_SPLIT, "bias-rank": Fact.BIAS_RANK}  # fmt: skip
-    return frozenset({Fact.PADS_FOLDED, *(of_pass[name] for name in target.forms(scheme))} - {Fact.BN_FOLDED})
 
 
 def option_name(field_name: str) -> str:

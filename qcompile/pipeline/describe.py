@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import typing
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,15 +26,16 @@ class OptionHelp:
 
 @dataclass(frozen=True)
 class PassHelp:
-    """One pass: its first docstring line is `help`, the whole docstring `text`; facts by their names."""
+    """One pass: its first docstring line is `help`, the whole docstring `text`; stages by their names."""
 
     name: str
     kind: str
     help: str
     text: str
     options: tuple[OptionHelp, ...]
-    requires: tuple[str, ...]
-    establishes: tuple[str, ...]
+    needs: str
+    reaches: str | None
+    after: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Plain dict; options as dicts."""
@@ -57,13 +57,8 @@ def describe_pass(name: str) -> PassHelp:
     if cls is None:
         raise UsageError(f"unknown pass {name!r}{near(name, registry.names())} (all of them: qcompile passes)")
     text = inspect.cleandoc(cls.__doc__ or "")
-    facts = [tuple(sorted(f.value for f in held)) for held in (cls.requires, cls.establishes)]
-    return PassHelp(cls.name or name, cls.kind.value, text.partition("\n")[0], text, _options(cls), *facts)
-
-
-def statistics_readers(passes: Iterable[Pass]) -> list[str]:
-    """Names of the passes that declare probes: each may need a sweep over the calibration data."""
-    return [p.name for p in passes if type(p).probes is not Pass.probes]
+    stages = (cls.needs.name.lower(), cls.reaches.name.lower() if cls.reaches else None, cls.after)
+    return PassHelp(cls.name or name, cls.kind.value, text.partition("\n")[0], text, _options(cls), *stages)
 
 
 def _options(cls: type[Pass]) -> tuple[OptionHelp, ...]:

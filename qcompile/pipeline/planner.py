@@ -1,33 +1,15 @@
-"""Completion: insert the default provider of each fact that a pass or the target needs and nobody established."""
+"""Completion: put in front of each pass what it needs and nobody has done, and behind the last one what the target wants."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 
 from qcompile.errors import UsageError
 from qcompile.pipeline import registry
-from qcompile.pipeline.base import Fact, Kind, Pass
+from qcompile.pipeline.base import Kind, Pass, Stage
 from qcompile.quant.spec import Scheme
 from qcompile.target.target import Target
-
-PROVIDERS: dict[Fact, str] = {
-    Fact.CANONICAL: "canonicalize",
-    Fact.PADS_FOLDED: "fold-pad",
-    Fact.BN_FOLDED: "fold-bn",
-    Fact.DIMS_FOLDED: "fold-dims",
-    Fact.STEM: "space-to-depth",
-    Fact.GELU_ORDER: "gelu-order",
-    Fact.OPSET: "opset",
-    Fact.NORMS_FUSED: "fuse-norm",
-    Fact.QKV_SPLIT: "split-qkv",
-    Fact.BIAS_RANK: "bias-rank",
-    Fact.DECIDED: "annotate",
-    Fact.GELU_CODES: "compand-gelu",
-    Fact.FITTED: "rtn",
-    Fact.QUANTIZED: "insert-qdq",
-    Fact.HALF: "fp16",
-}
 
 
 @dataclass(frozen=True)
@@ -38,64 +20,69 @@ class Plan:
     inserted: tuple[bool, ...]
 
 
-def final_facts(target: Target, scheme: Scheme) -> list[Fact]:
-    """What must hold of the output, in the order in which it is established."""
-    facts: list[Fact] = []
-    if scheme.weight is not None:
-        facts.append(Fact.QUANTIZED)
-    if target.body(scheme) != "float32":
-        facts.append(Fact.HALF)
-    return facts
-
-
-def complete(
-    user: Sequence[Pass], target: Target, scheme: Scheme, *, exact: bool = False, held: frozenset[Fact] = frozenset()
-) -> Plan:
+def complete(user: Sequence[Pass], target: Target, scheme: Scheme, *, exact: bool = False, done: Collection[str] = ()) -> Plan:
     """Walk the user's passes and add what is missing; the user's passes never move.
 
-    `held` are facts that the input model already has (a half-run pipeline continues).
+    `done` names passes that the input model went through already (a half-run pipeline continues).
 
     Raises:
         UsageError: a pass stands where its work would be undone or too late.
     """
-    plan: list[tuple[Pass, bool]] = []
-    facts = set(held)
+    plan = _Planner(target, scheme)
+    for p in registry.known(done):
+        plan.note(p)
     for p in user:
         if not exact:
-            for fact in _ordered(p.required(target, scheme) - facts):
-                _provide(fact, facts, plan, target, scheme)
-        _append(p, facts, plan, inserted=False)
+            plan.prepare(p)
+        plan.append(p, inserted=False)
     if not exact:
-        for fact in final_facts(target, scheme):
-            if fact not in facts:
-                _provide(fact, facts, plan, target, scheme)
-    return Plan(tuple(p for p, _ in plan), tuple(i for _, i in plan))
+        plan.insert(target.lowering(scheme))
+    return Plan(tuple(p for p, _ in plan.made), tuple(i for _, i in plan.made))
 
 
-def _ordered(facts: frozenset[Fact] | set[Fact]) -> list[Fact]:
-    return [f for f in PROVIDERS if f in facts]
+@dataclass
+class _Planner:
+    """A plan in the making: which passes have run at its end, and how far the model is then."""
 
+    target: Target
+    scheme: Scheme
+    made: list[tuple[Pass, bool]] = field(default_factory=list[tuple[Pass, bool]])
+    ran: set[str] = field(default_factory=set[str])
+    stage: Stage = Stage.SOURCE
 
-def _provide(fact: Fact, facts: set[Fact], plan: list[tuple[Pass, bool]], target: Target, scheme: Scheme) -> None:
-    if fact in facts:
-        return
-    p = registry.provider(_provider(fact, target, scheme))
-    for needed in _ordered(p.required(target, scheme) - facts):
-        _provide(needed, facts, plan, target, scheme)
-    _append(p, facts, plan, inserted=True)
+    def prepare(self, p: Pass) -> None:
+        """Bring the model to where `p` can start: its stage, the passes it comes behind, the lowering in front of it."""
+        self._reach(p.needs)
+        self.insert(p.after)
+        lowering = self.target.lowering(self.scheme)
+        if p.name in lowering:
+            self.insert(lowering[: lowering.index(p.name)])
 
+    def insert(self, names: Iterable[str]) -> None:
+        """Those of the passes `names` that have not run."""
+        for name in names:
+            if name not in self.ran:
+                p = registry.pass_named(name)
+                self.prepare(p)
+                self.append(p, inserted=True)
 
-def _provider(fact: Fact, target: Target, scheme: Scheme) -> str:
-    if fact in (Fact.QUANTIZED, Fact.HALF):
-        return target.lowering(scheme)[0 if fact is Fact.QUANTIZED else -1]
-    return PROVIDERS[fact]
+    def append(self, p: Pass, *, inserted: bool) -> None:
+        """`p` at the end of the plan."""
+        if self.stage >= Stage.LOWERED and p.kind is not Kind.LOWER:
+            raise UsageError(f"pass {p.name!r} stands behind the insertion of Q/DQ nodes, too late to work; move it to the front")
+        if self.stage >= Stage.DECIDED and p.kind is Kind.EQUIVALENT:
+            raise UsageError(f"pass {p.name!r} rewrites the float graph and must stand before 'annotate'; move it to the front")
+        self.made.append((p, inserted))
+        self.note(p)
 
+    def note(self, p: Pass) -> None:
+        """`p` has run."""
+        self.ran.add(p.name)
+        self.stage = max(self.stage, p.reaches)
 
-def _append(p: Pass, facts: set[Fact], plan: list[tuple[Pass, bool]], *, inserted: bool) -> None:
-    if Fact.QUANTIZED in facts and p.kind is not Kind.LOWER:
-        raise UsageError(f"pass {p.name!r} stands behind the insertion of Q/DQ nodes, too late to work; move it to the front")
-    if Fact.DECIDED in facts and p.kind is Kind.EQUIVALENT:
-        raise UsageError(f"pass {p.name!r} rewrites the float graph and must stand before 'annotate'; move it to the front")
-    facts -= p.invalidates
-    facts |= p.establishes
-    plan.append((p, inserted))
+    def _reach(self, stage: Stage) -> None:
+        for step in range(Stage.CANONICAL, stage + 1):
+            if step == Stage.FORMED:
+                self.insert(registry.wanted_forms(self.target, self.scheme))
+            elif self.stage < step:
+                self.insert((registry.PROVIDERS[Stage(step)],))

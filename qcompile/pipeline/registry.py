@@ -3,47 +3,28 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
 
+from qcompile import passes
 from qcompile.errors import UsageError
+from qcompile.passes.forms import ORDER
 from qcompile.pipeline import spec
-from qcompile.pipeline.base import Pass
-from qcompile.quant.spec import SCHEMES
+from qcompile.pipeline.base import Pass, Stage
+from qcompile.quant.spec import SCHEMES, Scheme
 from qcompile.target.catalog import TARGETS
+from qcompile.target.target import Target
 
 ENTRY_POINT_GROUP = "qcompile.passes"
 
-BUILTIN: dict[str, str] = {
-    "canonicalize": "qcompile.passes.forms.canonicalize.canonicalize:Canonicalize",
-    "fold-pad": "qcompile.passes.forms.fold_pad:FoldPad",
-    "space-to-depth": "qcompile.passes.forms.space_to_depth:SpaceToDepthStem",
-    "gelu-order": "qcompile.passes.forms.gelu_order:GeluOrder",
-    "bias-rank": "qcompile.passes.forms.bias_rank:BiasRank",
-    "fold-bn": "qcompile.passes.forms.fold_bn:FoldBatchNorm",
-    "fold-dims": "qcompile.passes.forms.fold_dims:FoldDims",
-    "opset": "qcompile.passes.forms.opset:RaiseOpset",
-    "fuse-norm": "qcompile.passes.forms.fuse_norm:FuseNorm",
-    "split-qkv": "qcompile.passes.forms.split_qkv.split_qkv:SplitQkv",
-    "rotate": "qcompile.passes.equivalent.rotate.rotate:Rotate",
-    "center": "qcompile.passes.equivalent.center.center:Center",
-    "split-shortcut": "qcompile.passes.equivalent.split_shortcut:SplitShortcut",
-    "smooth": "qcompile.passes.equivalent.smooth.smooth:SmoothQuant",
-    "repq": "qcompile.passes.equivalent.repq:RepQ",
-    "equalize": "qcompile.passes.equivalent.equalize:CrossLayerEqualization",
-    "absorb-bias": "qcompile.passes.fit.absorb_bias:AbsorbBias",
-    "annotate": "qcompile.passes.annotate.annotate:Annotate",
-    "rtn": "qcompile.passes.fit.rtn:RoundToNearest",
-    "bias-correct": "qcompile.passes.fit.bias_correct.bias_correct:BiasCorrection",
-    "insert-qdq": "qcompile.passes.lower.insert_qdq:InsertQdq",
-    "integer": "qcompile.passes.lower.integer.integer:Integer",
-    "fp16": "qcompile.passes.lower.half.fp16:Half",
-    "bf16": "qcompile.passes.lower.half.bf16:BrainHalf",
-    "log2-softmax": "qcompile.passes.annotate.log2_softmax:Log2Softmax",
-    "compand-gelu": "qcompile.passes.annotate.compand_gelu:CompandGelu",
-    "bias-reparam": "qcompile.passes.fit.bias_reparam:BiasReparam",
-    "split-range": "qcompile.passes.equivalent.split_range:SplitRange",
-}
+FOLDERS = ("forms", "equivalent", "annotate", "fit", "lower")
+"""The folders of `passes/`, in the order of the pipeline; a pass is the file of its name there, or a folder with that file."""
+
+PROVIDERS: dict[Stage, str] = {Stage.CANONICAL: "canonicalize", Stage.DECIDED: "annotate", Stage.FITTED: "rtn"}
+"""Which pass brings a model to a stage, where the user has not named another."""
 
 PRESETS: dict[str, str] = {
     "repq-vit": "repq{softmax=log-sqrt2}",
@@ -61,7 +42,26 @@ PRESETS: dict[str, str] = {
 
 def names() -> list[str]:
     """All pass names that can be written in a pipeline, sorted."""
-    return sorted({*BUILTIN, *_entry_points()})
+    return sorted({*_builtin(), *_entry_points()})
+
+
+@cache
+def _builtin() -> dict[str, str]:
+    """Name -> module of our passes, read off the tree without importing them."""
+    root = Path(passes.__file__).parent
+    files = (path for folder in FOLDERS for path in sorted((root / folder).iterdir()))
+    return {_name(path.stem): f"{passes.__name__}.{path.parent.name}.{module}" for path in files if (module := _module(path))}
+
+
+def _module(path: Path) -> str | None:
+    """A pass's module below its folder; None for what is no pass."""
+    if path.suffix == ".py":
+        return path.stem if path.stem != "__init__" else None
+    return f"{path.name}.{path.name}" if (path / f"{path.name}.py").is_file() else None
+
+
+def _name(stem: str) -> str:
+    return stem.replace("_", "-")
 
 
 @cache
@@ -77,9 +77,14 @@ def lookup(name: str) -> type[Pass] | None:
     """
     if ".py:" in name:
         return _load("qcompile.passes.surgery:GraphSurgery")
-    if name in BUILTIN:
-        return _load(BUILTIN[name])
+    if name in _builtin():
+        return _of_module(name, importlib.import_module(_builtin()[name]))
     return _load(_entry_points()[name]) if name in _entry_points() else None
+
+
+def _of_module(name: str, module: ModuleType) -> type[Pass]:
+    made_here = (c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__)
+    return next(c for c in made_here if issubclass(c, Pass) and c.name == name)
 
 
 def _load(where: str) -> type[Pass]:
@@ -98,11 +103,33 @@ def parse(text: str) -> list[Pass]:
     return spec.parse(text, lookup, [*names(), *PRESETS], PRESETS.get)
 
 
-def provider(fact_value: str) -> Pass:
-    """A pass by name with default options, for the planner's completion."""
-    cls = lookup(fact_value)
-    assert cls is not None
+def pass_named(name: str) -> Pass:
+    """A pass by name with default options.
+
+    Raises:
+        UsageError: there is none.
+    """
+    cls = lookup(name)
+    if cls is None:
+        raise UsageError(f"unknown pass {name!r}{spec.near(name, names())} (all of them: qcompile passes)")
     return cls()
+
+
+def known(given: Iterable[str]) -> Iterator[Pass]:
+    """Those of the passes `given` that there are (a file may name some of other versions)."""
+    return (pass_named(name) for name in given if name in names())
+
+
+@cache
+def forms() -> tuple[str, ...]:
+    """Names of the passes that the planner may insert into the float graph: ours in their order, then other packages'."""
+    foreign = (name for name in sorted(_entry_points()) if type(pass_named(name)).is_form())
+    return (*ORDER, *foreign)
+
+
+def wanted_forms(target: Target, scheme: Scheme) -> list[str]:
+    """The forms in which `target` wants the float graph, in order."""
+    return [name for name in forms() if type(pass_named(name)).wanted(target, scheme)]
 
 
 def defaults() -> dict[str, str]:

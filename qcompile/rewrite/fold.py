@@ -9,18 +9,17 @@ linear: W' = diag(r) W,  c' = c + t W
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qcompile.calib.observe.change import AffineMap
+from qcompile.calib.observe.change import AffineMap, Changes
 from qcompile.ir.edit import add_constant, new_node, set_constant, splice_after
-from qcompile.ir.notes import claim, claimed_by, mark_folded
+from qcompile.ir.notes import mark_folded
 from qcompile.ir.ops import const_array
-from qcompile.pipeline.base import PassContext, PassResult
 from qcompile.rewrite.linear import absorb_shift, divide_outputs, like, scale_inputs, weight_of
 from qcompile.structure import (
     Linear,
@@ -35,7 +34,6 @@ from qcompile.structure import (
 from qcompile.structure.core import names_between
 
 F64 = NDArray[np.float64]
-T = TypeVar("T")
 SiteKind = Literal["norm", "value", "hidden"]
 
 
@@ -70,84 +68,51 @@ class FoldSite:
         return np.concatenate([weight_of(x).reshape(x.in_channels, -1) for x in self.linears], axis=1)
 
 
-@dataclass
-class Folded:
-    """What the folds of one pass changed."""
-
-    maps: dict[str, AffineMap] = field(default_factory=dict[str, AffineMap])
-    changed: set[str] = field(default_factory=set[str])
-    derived: dict[str, tuple[str, AffineMap]] = field(default_factory=dict[str, tuple[str, AffineMap]])
-
-    def result(self, modified: bool) -> PassResult:
-        """What the runner is told."""
-        return PassResult(modified, self.maps, frozenset(self.changed), self.derived)
+def norm_sites(graph: ir.Graph) -> Matches[FoldSite]:
+    """Norm -> linears."""
+    matches = find_norm_to_linears(graph)
+    found = (m for m in matches if m.linears and all(x.channel_axis == -1 for x in m.linears))
+    sites = tuple(FoldSite("norm", m.linears[0].input, m.linears, m.norm.node, m, m.shift_refusal) for m in found)
+    return Matches(sites, matches.refused)
 
 
-def _remarked(matches: Matches[T], ctx: PassContext, remark: bool) -> Matches[T]:
-    """The matches; their refusals become remarks if asked for."""
-    for refusal in matches.refused if remark else ():
-        ctx.remarks.missed(str(refusal.node.name), refusal.reason)
-    return matches
-
-
-def norm_sites(graph: ir.Graph, ctx: PassContext, remark: bool = False) -> list[FoldSite]:
-    """Norm -> linears; refusals become remarks."""
-    matches = _remarked(find_norm_to_linears(graph), ctx, remark)
-    return [
-        FoldSite("norm", m.linears[0].input, m.linears, m.norm.node, m, m.shift_refusal)
-        for m in matches
-        if all(x.channel_axis == -1 for x in m.linears) and m.linears
-    ]
-
-
-def value_sites(graph: ir.Graph, ctx: PassContext, remark: bool = False) -> list[FoldSite]:
+def value_sites(graph: ir.Graph) -> Matches[FoldSite]:
     """Value projection -> output projection, through attention."""
-    matches = _remarked(find_v_projections(graph), ctx, remark)
-    return [FoldSite("value", m.out.input, (m.out,), m.attention.pv, m, m.shift_refusal, channels=m.columns) for m in matches]
+    matches = find_v_projections(graph)
+    sites = (FoldSite("value", m.out.input, (m.out,), m.attention.pv, m, m.shift_refusal, channels=m.columns) for m in matches)
+    return Matches(tuple(sites), matches.refused)
 
 
-def hidden_sites(graph: ir.Graph, ctx: PassContext, remark: bool = False) -> list[FoldSite]:
+def hidden_sites(graph: ir.Graph) -> Matches[FoldSite]:
     """The hidden layer of an MLP -> fc2."""
-    matches = _remarked(find_mlps(graph), ctx, remark)
-    return [
+    matches = find_mlps(graph)
+    sites = (
         FoldSite("hidden", m.fc2.input, (m.fc2,), m.fc2.node, m, m.shift_refusal, free=_absorber(m) is not None)
         for m in matches
         if m.fc2.channel_axis == -1
-    ]
+    )
+    return Matches(tuple(sites), matches.refused)
 
 
-def usable(site: FoldSite, ctx: PassContext, override: bool) -> bool:
-    """Whether the site may be folded now; remarks why not."""
-    owner = claimed_by(site.anchor)
-    reason = ctx.selection.any_excluded(x.node for x in site.linears)
-    if owner and owner != ctx.remarks.pass_name and not override:
-        reason = f"claimed by {owner}"
-    if reason:
-        ctx.remarks.missed(str(site.anchor.name), reason)
-    return reason is None
-
-
-def fold(graph: ir.Graph, site: FoldSite, r: F64, t: F64, ctx: PassContext, out: Folded, *, claims: bool = True) -> None:
-    """Rewrite one site: r [C] nonzero, t [C] (zeros where the site refuses a shift); later folds leave a claimed site alone."""
+def fold(graph: ir.Graph, site: FoldSite, r: F64, t: F64, changes: Changes) -> None:
+    """Rewrite one site: r [C] nonzero, t [C] (zeros where the site refuses a shift)."""
     moved = set(_moved(site))
     match site.match:
         case NormToLinears():
             _fold_norm(graph, site.match, r, t)
             if not any(n.op_type == "Transpose" for n in site.match.path):
-                out.maps[str(site.match.norm.output.name)] = AffineMap(r, t)
+                changes.map([str(site.match.norm.output.name)], AffineMap(r, t))
         case VProjection():
-            _fold_value(site.match, r, out)
+            _fold_value(site.match, r, changes)
         case Mlp():
-            moved |= _fold_hidden(graph, site, site.match, r, t, out)
+            moved |= _fold_hidden(graph, site, site.match, r, t, changes)
     rows = r if site.channels is None else r[site.channels]
     for linear in site.linears:
         _fold_linear(graph, linear, rows, t)
         mark_folded(linear.node)
-    if claims:
-        claim(site.anchor, ctx.remarks.pass_name)
-    exact = set(site.readers) if site.kind != "hidden" or site.free else set[str]()
-    out.maps.update({name: AffineMap(rows, t) for name in exact})
-    out.changed |= moved - set(out.maps)
+    if site.kind != "hidden" or site.free:
+        changes.map(site.readers, AffineMap(rows, t))
+    changes.move(moved)
 
 
 def _fold_norm(graph: ir.Graph, m: NormToLinears, r: F64, t: F64) -> None:
@@ -191,11 +156,11 @@ def _append_affine(graph: ir.Graph, value: ir.Value, scale: F64, shift: F64) -> 
     return out
 
 
-def _fold_value(m: VProjection, s: F64, out: Folded) -> None:
+def _fold_value(m: VProjection, s: F64, changes: Changes) -> None:
     """Columns of the value projection (weight and bias) divided by s, which is indexed by its output channel."""
     divide_outputs(m.linear, s)
     made = {str(m.linear.node.outputs[0].name), str(m.linear.output.name)} if m.linear.channel_axis == -1 else set[str]()
-    out.maps.update({name: AffineMap(s, np.zeros_like(s)) for name in made})
+    changes.map(made, AffineMap(s, np.zeros_like(s)))
 
 
 def _absorber(m: Mlp) -> Linear | None:
@@ -205,13 +170,13 @@ def _absorber(m: Mlp) -> Linear | None:
     return m.fc1 if m.activation.kind == "relu" else None
 
 
-def _fold_hidden(graph: ir.Graph, site: FoldSite, m: Mlp, r: F64, t: F64, out: Folded) -> set[str]:
+def _fold_hidden(graph: ir.Graph, site: FoldSite, m: Mlp, r: F64, t: F64, changes: Changes) -> set[str]:
     absorber = _absorber(m)
     if absorber is not None:
         divide_outputs(absorber, r)
         return {str(absorber.output.name), str(absorber.node.outputs[0].name), str(m.hidden.name)}
     new = _append_affine(graph, site.tensor, 1 / r, -t / r)
-    out.derived[str(new.name)] = (str(site.tensor.name), AffineMap(r, t))
+    changes.derived[str(new.name)] = (str(site.tensor.name), AffineMap(r, t))
     return set()
 
 

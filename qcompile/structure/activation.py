@@ -12,7 +12,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompile.ir import ops
-from qcompile.structure.core import Matches, only_use
+from qcompile.structure.core import Matches, once, only_use
 
 ActivationKind = Literal[
     "gelu-erf",
@@ -104,6 +104,7 @@ class Activation:
         return self.nodes[-1]
 
 
+@once
 def find_activations(graph: ir.Graph) -> Matches[Activation]:
     """All activation functions of the main graph; a Sigmoid or Tanh inside a larger known function is not listed on its own."""
     return Matches(tuple(found for node in graph if (found := match_activation(node)) is not None))

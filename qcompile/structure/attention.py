@@ -14,7 +14,7 @@ from qcompile.ir.shapes import dims, rank
 from qcompile.structure.channels.heads import Projection, head_columns
 from qcompile.structure.channels.layout import Layout, token
 from qcompile.structure.channels.trace import Trace, start_layout, trace
-from qcompile.structure.core import Matches, Refusal, label
+from qcompile.structure.core import Matches, Refusal, label, once
 from qcompile.structure.linear import Linear, linears_by_output, match_linear
 from qcompile.structure.norm import Norm, find_norms
 from qcompile.structure.scores import Scores, Values, find_scores, find_values, scaling_nodes
@@ -79,6 +79,7 @@ def head_channel_columns(attention: Attention, part: Part, head: int) -> NDArray
     return None if columns is None else columns[head]
 
 
+@once
 def find_attentions(graph: ir.Graph) -> Matches[Attention]:
     """All attention blocks around a Softmax over the last axis; fused Attention operators are refused."""
     finder = _Finder(linears_by_output(graph), {norm.output: norm for norm in find_norms(graph)})

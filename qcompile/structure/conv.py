@@ -9,7 +9,7 @@ import onnx_ir as ir
 from qcompile.ir import ops
 from qcompile.ir.shapes import dims, rank
 from qcompile.structure.activation import Activation, find_activations
-from qcompile.structure.core import Matches, Refusal, data_uses, label, only_user
+from qcompile.structure.core import Matches, Refusal, data_uses, label, once, only_user
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class ConcatShortcut:
     convs: tuple[ir.Node, ...]
 
 
+@once
 def find_conv_chains(graph: ir.Graph) -> Matches[ConvChain]:
     """All pairs of adjacent convolutions with constant weights; a Conv without such a successor is refused with the reason."""
     activations = {a.input: a for a in find_activations(graph)}
@@ -70,6 +71,7 @@ def _batch_norm_behind(conv: ir.Node) -> ir.Node | None:
     return only_user(conv.outputs[0], "BatchNormalization")
 
 
+@once
 def find_concat_shortcuts(graph: ir.Graph) -> Matches[ConcatShortcut]:
     """All Concats on axis 1 that at least one convolution reads directly; other channel Concats are refused."""
     found: list[ConcatShortcut] = []

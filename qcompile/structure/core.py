@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+import functools
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar, cast
 
 import onnx_ir as ir
 
 from qcompile.ir import ops
 
 T = TypeVar("T")
+_FOUND = "qcompile.found"
 
 Site = tuple[ir.Node, int]
 """An input slot of a node: the place where a constant is edited."""
@@ -36,6 +38,63 @@ class Matches(Generic[T]):
 
     def __len__(self) -> int:
         return len(self.found)
+
+
+def joined(several: Iterable[Matches[T]]) -> Matches[T]:
+    """All structures in order, and all refusals."""
+    parts = tuple(several)
+    return Matches(tuple(m for part in parts for m in part.found), tuple(r for part in parts for r in part.refused))
+
+
+@dataclass
+class _Found:
+    """What was found in one version of `graph`; a clone of the graph carries it along and does not believe it."""
+
+    graph: ir.Graph
+    answers: dict[Hashable, Any] = field(default_factory=dict[Hashable, Any])
+
+
+def keep_found(graph: ir.Graph, found: _Found | None = None) -> None:
+    """From now on answers about `graph` are remembered, beside those of `found`, until `forget_found`."""
+    graph.meta[_FOUND] = _held(graph) or found or _Found(graph)
+
+
+def forget_found(graph: ir.Graph) -> _Found | None:
+    """`graph` may change: no answer counts any more; they are handed out, to be kept again should it not have changed."""
+    held = _held(graph)
+    graph.meta.pop(_FOUND, None)
+    return held
+
+
+def _held(graph: ir.Graph) -> _Found | None:
+    held = graph.meta.get(_FOUND)
+    return held if isinstance(held, _Found) and held.graph is graph else None
+
+
+def found_once(graph: ir.Graph, question: Hashable, answer: Callable[[], T]) -> T:
+    """`answer()`, or what it was when it was asked before in this version of the graph."""
+    held = _held(graph)
+    if held is None:
+        return answer()
+    if question not in held.answers:
+        held.answers[question] = answer()
+    return cast("T", held.answers[question])
+
+
+def once(find: Callable[[ir.Graph], T]) -> Callable[[ir.Graph], T]:
+    """A finder that looks once at a graph that is known to stay as it is, and else once for all finders that it calls."""
+
+    @functools.wraps(find)
+    def finder(graph: ir.Graph) -> T:
+        if _held(graph) is not None:
+            return found_once(graph, find, lambda: find(graph))
+        keep_found(graph)
+        try:
+            return found_once(graph, find, lambda: find(graph))
+        finally:
+            forget_found(graph)
+
+    return finder
 
 
 _SHAPE_READERS = frozenset({"Shape", "Size"})

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from qcompile.ir import ops
 from qcompile.structure.channels.trace import Arrival, Trace, start_layout, trace
-from qcompile.structure.core import Matches, Refusal, label
+from qcompile.structure.core import Matches, Refusal, label, once
 from qcompile.structure.linear import Linear, match_linear
 from qcompile.structure.norm import Norm, find_norms
 
@@ -41,9 +41,10 @@ class NormToLinears:
         return self.norm.gamma_site is None
 
 
-def find_norm_to_linears(graph: ir.Graph, norms: Matches[Norm] | None = None) -> Matches[NormToLinears]:
+@once
+def find_norm_to_linears(graph: ir.Graph) -> Matches[NormToLinears]:
     """All legal fold sites, and for every other norm the reason (norms that `find_norms` refused included)."""
-    norms = find_norms(graph) if norms is None else norms
+    norms = find_norms(graph)
     found: list[NormToLinears] = []
     refused = list(norms.refused)
     for norm in norms:

@@ -8,7 +8,7 @@ from typing import Literal
 import onnx_ir as ir
 
 from qcompile.ir import ops
-from qcompile.structure.core import Matches, Refusal, is_channel_vector, label, only_user, other_input
+from qcompile.structure.core import Matches, Refusal, is_channel_vector, label, once, only_user, other_input
 
 LinearKind = Literal["matmul", "gemm", "conv"]
 _FOLDABLE = ("Cast", "Transpose", "DequantizeLinear", "Reshape", "Mul")
@@ -137,6 +137,7 @@ def _conv(node: ir.Node) -> Linear | Refusal:
     return Linear("conv", node, weight, 1, 1, 0, node, bias, 2, x, node.outputs[0], padded=ops.pads_zeros(node))
 
 
+@once
 def find_linears(graph: ir.Graph) -> Matches[Linear]:
     """All linear layers of the main graph, in graph order."""
     found: list[Linear] = []
@@ -150,6 +151,7 @@ def find_linears(graph: ir.Graph) -> Matches[Linear]:
     return Matches(tuple(found), tuple(refused))
 
 
+@once
 def linears_by_output(graph: ir.Graph) -> dict[ir.Value, Linear]:
     """Every linear under its output value (behind the bias)."""
     return {linear.output: linear for linear in find_linears(graph)}

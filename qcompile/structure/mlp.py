@@ -10,7 +10,7 @@ import onnx_ir as ir
 from qcompile.ir import ops
 from qcompile.structure.activation import Activation, find_activations
 from qcompile.structure.channels.trace import Trace, start_layout, trace
-from qcompile.structure.core import Matches, Refusal, label, only_use
+from qcompile.structure.core import Matches, Refusal, label, once, only_use
 from qcompile.structure.folds import reads_in_order
 from qcompile.structure.linear import Linear, linears_by_output, match_linear
 
@@ -47,6 +47,7 @@ class Mlp:
         return self.shift_refusal is None
 
 
+@once
 def find_mlps(graph: ir.Graph) -> Matches[Mlp]:
     """All MLP blocks, and the activations behind a linear whose output cannot be folded, with the reason."""
     linears = linears_by_output(graph)

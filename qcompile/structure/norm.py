@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from qcompile.ir import ops
 from qcompile.ir.shapes import dims, rank
-from qcompile.structure.core import Matches, Refusal, Site, is_channel_vector, only_user, other_input
+from qcompile.structure.core import Matches, Refusal, Site, is_channel_vector, once, only_user, other_input
 from qcompile.structure.norm_groups import group_chain
 
 NormKind = Literal["layer", "rms", "group"]
@@ -59,6 +59,7 @@ class Norm:
         return size if isinstance(size, int) else None
 
 
+@once
 def find_norms(graph: ir.Graph) -> Matches[Norm]:
     """All LayerNorm, RMSNorm and GroupNorm layers of the main graph, in graph order of the node that divides."""
     found: list[Norm] = []

@@ -16,7 +16,7 @@ from qcompile.ir import ops
 from qcompile.ir.shapes import dims, rank
 from qcompile.structure.channels.move import can_step, step
 from qcompile.structure.channels.trace import is_scaling, start_layout
-from qcompile.structure.core import Matches, Refusal, Site, data_uses, label
+from qcompile.structure.core import Matches, Refusal, Site, data_uses, label, once
 from qcompile.structure.folds import NormToLinears, match_norm_to_linears
 from qcompile.structure.linear import Linear, linears_by_output, match_linear
 from qcompile.structure.norm import Norm, find_norms
@@ -87,6 +87,7 @@ class _Stop(Exception):
         self.refusal = Refusal(node, reason)
 
 
+@once
 def find_regions(graph: ir.Graph) -> Matches[Region]:
     """The region of every residual stream; a stream whose channels cannot be mapped is refused at the node that forbids it."""
     finder = _Finder(graph)

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from qcompile.ir import ops
 from qcompile.structure.channels.trace import is_scaling
-from qcompile.structure.core import Matches, Refusal, data_uses, is_channel_vector, only_use
+from qcompile.structure.core import Matches, Refusal, data_uses, is_channel_vector, once, only_use
 from qcompile.structure.linear import Linear, linears_by_output
 from qcompile.structure.norm import Norm, find_norms
 
@@ -38,6 +38,7 @@ class _Chain:
     writers: list[Linear] = field(default_factory=list[Linear])
 
 
+@once
 def find_residual_streams(graph: ir.Graph) -> Matches[ResidualStream]:
     """All chains of Adds of a stream value and a linear's output; Adds of two computed values without one are refused."""
     linears = linears_by_output(graph)

@@ -13,7 +13,7 @@ from qcompile.structure.attention import Attention, find_attentions, trace_linea
 from qcompile.structure.channels.heads import all_columns
 from qcompile.structure.channels.layout import Layout
 from qcompile.structure.channels.trace import Trace
-from qcompile.structure.core import Matches, Refusal, label
+from qcompile.structure.core import Matches, Refusal, label, once
 from qcompile.structure.linear import Linear
 
 
@@ -38,9 +38,10 @@ class VProjection:
         return self.shift_refusal is None
 
 
-def find_v_projections(graph: ir.Graph, attentions: Matches[Attention] | None = None) -> Matches[VProjection]:
+@once
+def find_v_projections(graph: ir.Graph) -> Matches[VProjection]:
     """The legal sites, and for every other attention the reason (those that `find_attentions` refused included)."""
-    attentions = find_attentions(graph) if attentions is None else attentions
+    attentions = find_attentions(graph)
     found: list[VProjection] = []
     refused = list(attentions.refused)
     for attention in attentions:

@@ -32,7 +32,7 @@ from qcompile.execute.dask_executor import DaskExecutor
 from qcompile.execute.executor import Executor, ProcessExecutor
 from qcompile.ir.model import Model
 from qcompile.pipeline.base import Pass
-from qcompile.pipeline.runner import Runner
+from qcompile.pipeline.runner import Ran, Runner, Starts, drive
 from qcompile.pipeline.spec import near
 from qcompile.verbs.compile.job import Job, Progress
 from qcompile.verbs.compile.statistics import data_spec, data_warnings, open_data, tell_data
@@ -252,7 +252,13 @@ def _gather(job: Job, gatherer: Gatherer, observers: Sequence[str], progress: Pr
             gatherer.collect(job.model, _probes_of_all(job.model, observers))
             return
         passes = _until_last_reader(job.plan.passes)
-        Runner(gatherer, None, "off", on_pass=progress.on_pass).run(job.model, passes, job.context())
+        steps = Runner(verify="off").steps(job.model, passes, job.context())
+        drive(steps, lambda needs: gatherer.collect(needs.model, needs.probes), lambda event: _tell(event, progress))
+
+
+def _tell(event: Starts | Ran, progress: Progress) -> None:
+    if isinstance(event, Starts):
+        progress.on_pass(event.spec, event.index, event.total)
 
 
 def _until_last_reader(passes: Sequence[Pass]) -> Sequence[Pass]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -17,12 +17,14 @@ from qcompile.ir.select import Selection
 from qcompile.pipeline import registry
 from qcompile.pipeline.base import Pass, PassContext
 from qcompile.pipeline.planner import complete
-from qcompile.pipeline.runner import Runner
+from qcompile.pipeline.runner import Runner, drive
 from qcompile.pipeline.spec import format_pipeline
 from qcompile.quant.spec import SCHEMES
 from qcompile.report import PassReport
 from qcompile.target.catalog import TARGETS
 from tests.passes.models import Feeds, fixture, fixture_arrays
+
+Measure = Callable[[Model, Sequence[Probe[Any]]], dict[Probe[Any], Stat]]
 
 
 def dataset(arrays: Feeds) -> Dataset:
@@ -59,7 +61,12 @@ class Step:
 
 def run_passes(model: Model, passes: Sequence[Pass], arrays: Feeds, ctx: PassContext) -> tuple[Model, list[PassReport]]:
     """Run exactly these passes, with statistics and without verification."""
-    return Runner(Sweeps(dataset(arrays), threads=1), verify="off").run(model, passes, ctx)
+    return run_with(Sweeps(dataset(arrays), threads=1).collect, model, passes, ctx)
+
+
+def run_with(measure: Measure, model: Model, passes: Sequence[Pass], ctx: PassContext) -> tuple[Model, list[PassReport]]:
+    """Run exactly these passes, without verification; `measure` makes the sweeps."""
+    return drive(Runner(verify="off").steps(model, passes, ctx), lambda needs: measure(needs.model, needs.probes))
 
 
 def prefix(p: Pass, ctx: PassContext) -> tuple[Pass, ...]:
@@ -116,4 +123,4 @@ class SweepOf:
 @cache
 def builtin_passes() -> tuple[Pass, ...]:
     """Every registered pass with its default options."""
-    return tuple(registry.provider(name) for name in registry.names())
+    return tuple(registry.pass_named(name) for name in registry.names())

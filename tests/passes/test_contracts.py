@@ -17,14 +17,13 @@ from qcompile.ir.model import Model
 from qcompile.ir.ops import const_array, is_op
 from qcompile.ir.text import print_model
 from qcompile.pipeline import registry
-from qcompile.pipeline.base import Fact, Kind, Pass
-from qcompile.pipeline.runner import Runner
+from qcompile.pipeline.base import Kind, Pass, Stage
 from qcompile.pipeline.spec import format_pass
 from qcompile.rewrite.bias import bias_site
 from qcompile.target.check import check
 from tests.passes.measures import constants_of, double_outputs, outputs, relative_error, sqnr_db, to_double
 from tests.passes.models import fixture, fixture_arrays
-from tests.passes.running import Step, SweepOf, builtin_passes, context, fixture_step, pipeline, run_passes
+from tests.passes.running import Step, SweepOf, builtin_passes, context, fixture_step, pipeline, run_passes, run_with
 
 MODELS = (
     "timm_vit_shared_ts17",
@@ -93,7 +92,7 @@ def test_equivalent_passes_are_exact_in_float64(spec: str, name: str) -> None:
     if not done.changed:
         return
     before = to_double(done.before)
-    after, _ = Runner(SweepOf(done.before, arrays), verify="off").run(before, registry.parse(spec), context("trt"))
+    after, _ = run_with(SweepOf(done.before, arrays).collect, before, registry.parse(spec), context("trt"))
     feeds = {n: a[:2] for n, a in arrays.items()}
     got = double_outputs(after, feeds)
     assert all(a.dtype == np.float64 for a in got if a.dtype.kind == "f")
@@ -182,7 +181,7 @@ def activation(source: Model, node: ir.Node, arrays: dict[str, NDArray[Any]]) ->
 @pytest.mark.parametrize("scheme", ["w4a8", "w8a8"])
 def test_fits_do_not_raise_a_layers_error(spec: str, name: str, scheme: str) -> None:
     arrays, ctx = fixture_arrays(name), context("trt", scheme)
-    if not {Fact.DECIDED, Fact.FITTED} & registry.parse(spec)[0].requires:
+    if registry.parse(spec)[0].needs < Stage.DECIDED:
         done = fixture_step(name, spec, "trt", scheme)
         assert relative_error(outputs(done.before, arrays), outputs(done.after, arrays)) <= FLOAT32, "on calibration data"
         return

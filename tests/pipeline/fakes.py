@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
 
 from qcompile.calib.observe import AbsMax, AbsMaxStat, MinMax, MinMaxStat, Observer, Probe, Stat
-from qcompile.calib.observe.change import AffineMap
+from qcompile.calib.observe.change import AffineMap, Changes
 from qcompile.ir.edit import set_constant
 from qcompile.ir.model import Model
-from qcompile.pipeline.base import Comparison, Fact, Kind, Pass, PassContext, PassResult
+from qcompile.pipeline.base import Comparison, Kind, Needs, Pass, PassContext, PassResult, Stage
 from qcompile.quant.spec import SCHEMES
 from qcompile.target.catalog import TARGETS
 
@@ -29,9 +29,9 @@ class CountingStatistics:
 
     calls: list[list[Probe]] = field(default_factory=list[list[Probe]])
 
-    def collect(self, model: Model, probes: Sequence[Probe]) -> dict[Probe, Stat]:
-        self.calls.append(list(probes))
-        return {p: _answer(p.observer) for p in probes}
+    def __call__(self, needs: Needs) -> dict[Probe, Stat]:
+        self.calls.append(list(needs.probes))
+        return {p: _answer(p.observer) for p in needs.probes}
 
 
 def _answer(observer: Observer) -> Stat:
@@ -83,13 +83,13 @@ class Fake(Pass):
     def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:
         return (Probe(t, self.observer) for t in self.asks)
 
-    def may_change(self, model: Model, ctx: PassContext) -> Iterable[str]:
+    def moves(self, model: Model, ctx: PassContext) -> Iterable[str]:
         return self.touches
 
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
         modified = self.act(model, ctx)
         change = AffineMap(np.full(4, 2.0), np.full(4, 1.0))
-        return PassResult(modified, dict.fromkeys(self.maps, change), frozenset(self.changed))
+        return PassResult(modified, Changes(dict.fromkeys(self.maps, change), set(self.changed)))
 
 
 @dataclass(frozen=True)
@@ -124,20 +124,20 @@ class FakeNote(Fake):
 
 
 @dataclass(frozen=True)
-class NeedsSplit(Fake):
-    """Requires a fact that has a provider."""
+class FakeForm(Fake):
+    """Brings the graph into a form."""
 
-    name: ClassVar[str] = "needs-split"
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.QKV_SPLIT})
+    name: ClassVar[str] = "fake-form"
+    needs: ClassVar[Stage] = Stage.CANONICAL
 
 
 @dataclass(frozen=True)
-class Forgets(Fake):
-    """Invalidates what canonicalize established."""
+class NeedsSplit(Fake):
+    """Comes behind another pass."""
 
-    name: ClassVar[str] = "forgets"
-    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.CANONICAL})
-    invalidates: ClassVar[frozenset[Fact]] = frozenset({Fact.CANONICAL})
+    name: ClassVar[str] = "needs-split"
+    needs: ClassVar[Stage] = Stage.CANONICAL
+    after: ClassVar[tuple[str, ...]] = ("split-qkv",)
 
 
 def ask_absmax(tensor: str) -> Fake:

@@ -6,15 +6,15 @@ from hypothesis import strategies as st
 
 from qcompile.errors import UsageError
 from qcompile.pipeline import registry
-from qcompile.pipeline.base import Fact, Kind, Pass
-from qcompile.pipeline.planner import PROVIDERS, Plan, complete, final_facts
+from qcompile.pipeline.base import Kind, Pass, Stage
+from qcompile.pipeline.planner import Plan, complete
 from qcompile.pipeline.spec import format_pipeline
 from qcompile.quant.spec import SCHEMES
 from qcompile.target.catalog import TARGETS
-from tests.pipeline.fakes import SCHEME, TARGET, Forgets, NeedsSplit
+from tests.pipeline.fakes import SCHEME, TARGET, FakeLower, NeedsSplit
 
 PAIRS = [(t.name, s) for t in TARGETS.values() for s in t.schemes]
-EQUIVALENT = [n for n in registry.names() if registry.provider(n).kind is Kind.EQUIVALENT]
+EQUIVALENT = [n for n in registry.names() if registry.pass_named(n).kind is Kind.EQUIVALENT]
 
 
 def plan(text: str, target: str = "ort", scheme: str = "w8a8", **options: object) -> Plan:
@@ -25,20 +25,23 @@ def names(made: Plan) -> list[str]:
     return [p.name for p in made.passes]
 
 
-def facts(passes: tuple[Pass, ...], target: str, scheme: str) -> set[Fact]:
-    """Walk the plan: what each pass requires must hold before it."""
-    held: set[Fact] = set()
+def walked(passes: tuple[Pass, ...], target: str, scheme: str) -> set[str]:
+    """Walk the plan: what each pass needs must have been reached, what it stands behind must have run."""
+    ran, stage = set[str](), Stage.SOURCE
+    wanted = set(registry.wanted_forms(TARGETS[target], SCHEMES[scheme]))
     for p in passes:
-        assert p.required(TARGETS[target], SCHEMES[scheme]) <= held, p.name
-        held = (held - p.invalidates) | p.establishes
-    return held
+        assert stage >= p.needs or (p.needs == Stage.FORMED and stage >= Stage.CANONICAL), p.name
+        assert set(p.after) <= ran and (p.needs < Stage.FORMED or wanted <= ran), p.name
+        ran.add(p.name)
+        stage = max(stage, p.reaches)
+    return ran
 
 
 @pytest.mark.parametrize(("target", "scheme"), PAIRS)
-def test_nothing_of_ones_own_is_completed_to_the_targets_final_facts(target: str, scheme: str) -> None:
+def test_nothing_of_ones_own_is_completed_to_what_the_target_runs(target: str, scheme: str) -> None:
     made = plan("", target, scheme)
     assert all(made.inserted)
-    assert set(final_facts(TARGETS[target], SCHEMES[scheme])) <= facts(made.passes, target, scheme)
+    assert set(TARGETS[target].lowering(SCHEMES[scheme])) <= walked(made.passes, target, scheme)
 
 
 @settings(max_examples=60, deadline=None)
@@ -46,7 +49,7 @@ def test_nothing_of_ones_own_is_completed_to_the_targets_final_facts(target: str
 def test_the_users_passes_never_move(wanted: list[str], pair: tuple[str, str]) -> None:
     made = plan(",".join(wanted), *pair)
     assert [p.name for p, i in zip(made.passes, made.inserted, strict=True) if not i] == wanted
-    facts(made.passes, *pair)
+    walked(made.passes, *pair)
 
 
 @settings(max_examples=60, deadline=None)
@@ -62,26 +65,36 @@ def test_a_completed_plan_is_a_fixed_point() -> None:
     assert again.passes == made.passes and not any(again.inserted)
 
 
-def test_a_provider_comes_directly_before_the_pass_that_needs_it() -> None:
-    made = complete([NeedsSplit()], TARGET, SCHEME)
-    order = names(made)
-    assert order[order.index("needs-split") - 1] == "split-qkv"
-    assert order.index("canonicalize") < order.index("split-qkv"), "providers have requirements too"
+def test_what_a_pass_stands_behind_comes_directly_before_it() -> None:
+    order = names(complete([NeedsSplit()], TARGET, SCHEME))
+    assert order[:3] == ["canonicalize", "split-qkv", "needs-split"], "what is put in front has needs too"
 
 
-def test_an_invalidated_fact_is_provided_again() -> None:
-    made = complete([Forgets(), NeedsSplit()], TARGET, SCHEME)
-    assert names(made)[:5] == ["canonicalize", "forgets", "canonicalize", "split-qkv", "needs-split"]
+def test_forms_come_in_the_registrys_order_and_once() -> None:
+    order = names(plan("fold-bn,smooth", "ort"))
+    forms = [n for n in order if n in registry.forms()]
+    assert forms[:2] == ["canonicalize", "fold-bn"]
+    rest = [n for n in registry.wanted_forms(TARGET, SCHEME) if n != "fold-bn"]
+    assert forms[2:] == rest and order[len(forms)] == "smooth"
 
 
-def test_facts_that_the_model_holds_are_not_provided() -> None:
-    held = frozenset({Fact.CANONICAL, Fact.BN_FOLDED})
-    assert not {"canonicalize", "fold-bn"} & set(names(plan("repq", held=held)))
+def test_what_the_model_went_through_is_not_done_again() -> None:
+    assert not {"canonicalize", "fold-bn"} & set(names(plan("repq", done=("canonicalize", "fold-bn"))))
     assert {"canonicalize", "fold-bn"} <= set(names(plan("repq")))
 
 
 def test_a_finished_model_needs_nothing() -> None:
-    assert plan("", "ort", held=frozenset(Fact)).passes == ()
+    for target, scheme in PAIRS:
+        assert plan("", target, scheme, done=names(plan("", target, scheme))).passes == ()
+
+
+def test_passes_of_another_version_are_passed_over() -> None:
+    assert plan("", done=("a-pass-of-tomorrow",)).passes == plan("").passes
+
+
+def test_the_lowering_stands_in_its_order_whoever_wrote_its_parts() -> None:
+    assert names(plan("fp16", "trt"))[-2:] == ["insert-qdq", "fp16"]
+    assert names(plan("fp16", "trt", "fp16")) == ["canonicalize", "opset", "fuse-norm", "fp16"]
 
 
 @pytest.mark.parametrize("late", [n for n in EQUIVALENT if n != "canonicalize"])
@@ -94,14 +107,21 @@ def test_float_rewrites_stand_before_the_decisions(late: str) -> None:
 def test_nothing_but_lowering_stands_behind_the_quantizers(late: str) -> None:
     with pytest.raises(UsageError, match=f"pass '{late}' stands behind the insertion of Q/DQ nodes"):
         plan(f"insert-qdq,{late}")
+    assert complete([*registry.parse("insert-qdq"), FakeLower()], TARGET, SCHEME).passes[-1] == FakeLower()
 
 
 def test_the_order_is_checked_on_half_run_models_too() -> None:
     with pytest.raises(UsageError, match="must stand before 'annotate'"):
-        plan("smooth", held=frozenset({Fact.CANONICAL, Fact.DECIDED}))
+        plan("smooth", done=("canonicalize", "annotate"))
 
 
-def test_every_fact_has_a_provider_that_establishes_it() -> None:
-    assert set(PROVIDERS) == set(Fact)
-    for fact, name in PROVIDERS.items():
-        assert fact in registry.provider(name).establishes
+def test_every_stage_has_a_pass_that_reaches_it() -> None:
+    for stage, name in registry.PROVIDERS.items():
+        assert registry.pass_named(name).reaches is stage
+    reached = {p.reaches for n in registry.names() if (p := registry.pass_named(n)).kind is Kind.LOWER}
+    assert set(Stage) == {Stage.SOURCE, Stage.FORMED, *registry.PROVIDERS, Stage.LOWERED} and Stage.LOWERED in reached
+
+
+def test_the_order_of_forms_names_all_of_them() -> None:
+    ours = {n for n in registry.names() if registry.pass_named(n).is_form()}
+    assert set(registry.forms()) == ours

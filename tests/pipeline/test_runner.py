@@ -1,22 +1,25 @@
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from qcompile.calib.observe import AbsMax, MinMax, MinMaxStat, Probe, Stat
 from qcompile.errors import GateError, ModelError, VerifyError
 from qcompile.ir.edit import new_node
 from qcompile.ir.model import Model
-from qcompile.pipeline.base import Pass, PassContext
-from qcompile.pipeline.runner import Failure, Runner
+from qcompile.pipeline.base import Comparison, Pass, PassContext
+from qcompile.pipeline.runner import Failure, Ran, Runner, Starts, drive, without_data
+from qcompile.structure.core import once
 from tests.ir import tiny
 from tests.pipeline.fakes import (
     CountingStatistics,
     Fake,
     FakeFit,
+    FakeForm,
     FakeLower,
     FakeNote,
     FixedComparator,
@@ -31,14 +34,17 @@ def model() -> Model:
     return Model.from_proto(tiny.linear())
 
 
-def run(passes: list[Pass], runner: Runner | None = None, **options: Any) -> tuple[Model, list[Any]]:
-    return (runner or Runner(CountingStatistics())).run(model(), passes, context(), **options)
+def run(
+    passes: list[Pass], runner: Runner | None = None, source: Model | None = None, answer: Any = None, **options: Any
+) -> tuple[Model, list[Any]]:
+    steps = (runner or Runner()).steps(source or model(), passes, context(), **options)
+    return drive(steps, answer or CountingStatistics())
 
 
 def sweeps(*passes: Pass) -> list[list[str]]:
     """Which tensors each sweep asked for."""
     statistics = CountingStatistics()
-    run(list(passes), Runner(statistics))
+    run(list(passes), answer=statistics)
     return [sorted(p.tensor for p in call) for call in statistics.calls]
 
 
@@ -90,13 +96,13 @@ def test_what_cannot_follow_a_map_is_measured_again() -> None:
 
 def test_equal_tensors_under_two_observers_are_two_probes() -> None:
     statistics = CountingStatistics()
-    run([Fake(asks=("a",)), ask_absmax("a")], Runner(statistics))
+    run([Fake(asks=("a",)), ask_absmax("a")], answer=statistics)
     assert [sorted(type(p.observer).__name__ for p in c) for c in statistics.calls] == [[AbsMax.__name__, MinMax.__name__]]
 
 
 def test_a_probe_without_data_says_what_to_give() -> None:
     with pytest.raises(GateError, match="pass 'fake' needs calibration data; give some with --calib"):
-        run([Fake(asks=("a",))], Runner(None))
+        run([Fake(asks=("a",))], answer=without_data)
 
 
 def test_a_pass_sees_only_what_it_asked_for() -> None:
@@ -136,13 +142,13 @@ def test_rounding_is_no_breach() -> None:
 
 def test_lowering_is_measured_against_the_source_and_not_gated() -> None:
     compare, source = FixedComparator(0.3), model()
-    Runner(comparator=compare, verify="each").run(source, [FakeFit(act=scale_weight), FakeLower(act=scale_weight)], context())
+    run([FakeFit(act=scale_weight), FakeLower(act=scale_weight)], Runner(comparator=compare, verify="each"), source)
     assert compare.seen[0][0].digest() == source.digest()
 
 
 def test_equivalence_is_measured_against_the_step_before() -> None:
     compare, source = FixedComparator(), model()
-    after, _ = Runner(comparator=compare).run(source, [Fake(act=scale_weight), Fake(act=scale_weight)], context())
+    after, _ = run([Fake(act=scale_weight), Fake(act=scale_weight)], Runner(comparator=compare), source)
     first, second = compare.seen
     assert first[0].digest() == source.digest() and first[1].digest() == second[0].digest()
     assert second[0].digest() != source.digest() and second[1].digest() == after.digest()
@@ -152,7 +158,7 @@ def test_equivalence_is_measured_against_the_step_before() -> None:
 def test_the_source_is_never_touched() -> None:
     source = model()
     digest = source.digest()
-    after, _ = Runner().run(source, [Fake(act=scale_weight)], context())
+    after, _ = run([Fake(act=scale_weight)], Runner(), source)
     assert source.digest() == digest and after.digest() != digest
 
 
@@ -189,7 +195,7 @@ def test_a_change_on_purpose_starts_a_new_baseline() -> None:
 
 def test_a_change_on_purpose_that_changed_nothing_keeps_the_baseline() -> None:
     source, compare = model(), FixedComparator()
-    Runner(comparator=compare).run(source, [Changes(act=lambda m, c: False), FakeLower()], context())
+    run([Changes(act=lambda m, c: False), FakeLower()], Runner(comparator=compare), source)
     assert compare.seen[0][0].digest() == source.digest()
 
 
@@ -251,7 +257,7 @@ def test_a_verify_failure_is_reproducible_too() -> None:
     source = model()
     runner = Runner(comparator=FixedComparator(1.0), on_failure=lambda f: seen.append(f) or "\n  reproduce: it")
     with pytest.raises(VerifyError, match="reproduce: it"):
-        runner.run(source, [Fake(act=scale_weight)], context())
+        run([Fake(act=scale_weight)], runner, source)
     assert seen[0].model.digest() == source.digest() and seen[0].spec == "fake"
 
 
@@ -268,7 +274,7 @@ def test_strict_fails_for_a_users_pass_that_changed_nothing() -> None:
         GateError, match=r"--strict: pass 'fake' changed nothing \(its weight is shared\); remove it, or drop --strict"
     ):
         run([Fake(act=skip)], Runner(strict=True))
-    run([Fake(act=skip)], Runner(strict=True), strict_for=[False])
+    run([Fake(act=skip)], Runner(strict=True), user=[False])
     run([Fake(act=skip)], Runner())
 
 
@@ -289,12 +295,80 @@ def test_each_pass_has_its_own_remarks() -> None:
     ]
 
 
-def test_instruments_are_told_in_order() -> None:
+def test_news_come_in_order() -> None:
     told: list[str] = []
-    runner = Runner(
-        on_pass=lambda spec, i, n: told.append(f"{spec} {i}/{n}"),
-        on_done=lambda report, m: told.append(f"done {report.spec} {len(m.graph)}"),
-    )
-    _, reports = run([Fake(), Other()], runner)
-    assert told == ["fake 0/2", "done fake 4", "other 1/2", "done other 4"]
+
+    def hear(event: Starts | Ran) -> None:
+        told.append(f"{event.spec} {event.index}/{event.total}" if isinstance(event, Starts) else f"done {event.report.spec}")
+
+    _, reports = drive(Runner().steps(model(), [Fake(), Other()], context()), news=hear)
+    assert told == ["fake 0/2", "done fake", "other 1/2", "done other"]
     assert all(r.seconds >= 0 and r.peak_rss_mb > 0 for r in reports)
+
+
+# forms
+
+
+def test_forms_that_stand_together_are_compared_once() -> None:
+    compare, source = FixedComparator(1e-7), model()
+    after, reports = run([FakeForm(act=scale_weight)] * 3 + [Fake(act=scale_weight)], Runner(compare), source)
+    assert len(compare.seen) == 2 and compare.seen[0][0].digest() == source.digest()
+    assert [r.relative_error for r in reports] == [1e-7] * 4
+    assert compare.seen[1][1].digest() == after.digest() and len(compare.ran) == 3, "no model runs twice"
+
+
+def test_forms_at_the_end_are_compared_too() -> None:
+    with pytest.raises(VerifyError, match="pass 'fake-form' moved the outputs"):
+        run([FakeForm(act=scale_weight)], Runner(FixedComparator(1.0)))
+
+
+@dataclass
+class MovedFrom(FixedComparator):
+    """Outputs are those of the weight; they differ once it has been scaled `limit` times."""
+
+    limit: int = 0
+
+    def compare(self, reference: Model, candidate: Model) -> Comparison:
+        self.seen.append((reference, candidate))
+        ratio = _weight(candidate) / _weight(reference)
+        return Comparison(1.0 if ratio > 1.5 ** (self.limit - 0.5) else 0.0, 40.0, 9)
+
+
+def _weight(m: Model) -> float:
+    tensor = next(n for n in m.graph if n.op_type == "MatMul").inputs[1].const_value  # type: ignore[union-attr]
+    return float(np.abs(tensor.numpy()).max())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("culprit", range(1, 8))
+def test_the_form_that_moves_the_outputs_is_found_by_bisection(culprit: int) -> None:
+    failures: list[Failure] = []
+    forms = [FakeForm(asks=(), touches=(str(i),), act=scale_weight) for i in range(7)]
+    compare = MovedFrom(limit=culprit)
+    runner = Runner(compare, on_failure=lambda f: failures.append(f) or "\n  reproduce: it")
+    with pytest.raises(VerifyError, match="pass 'fake-form' moved the outputs"):
+        run([*forms, Fake()], runner)
+    (failure,) = failures
+    assert round(np.log(_weight(failure.model) / _weight(model())) / np.log(1.5)) == culprit - 1
+    assert len(compare.seen) <= 4, "one comparison and log2(7) more"
+
+
+# what finders know
+
+
+def test_finders_look_once_at_a_version_of_the_graph() -> None:
+    looked: list[int] = []
+
+    @once
+    def find(graph: ir.Graph) -> int:
+        looked.append(len(graph))
+        return len(looked)
+
+    def look(m: Model, ctx: PassContext) -> bool:
+        return find(m.graph) < 0
+
+    def change(m: Model, ctx: PassContext) -> bool:
+        find(m.graph)
+        return scale_weight(m, ctx)
+
+    run([FakeNote(act=look), FakeNote(act=look), Fake(act=change), FakeNote(act=look), FakeNote(act=look)])
+    assert len(looked) == 3, "before the change, inside the pass that changes, behind it"

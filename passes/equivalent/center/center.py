@@ -11,22 +11,20 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompile.calib.observe import MinMax, MinMaxStat, Probe
-from qcompile.calib.observe.change import AffineMap
+from qcompile.calib.observe.change import AffineMap, Changes
 from qcompile.ir.model import Model
 from qcompile.ir.ops import const_array
 from qcompile.passes.equivalent.center.softmax import centre_probabilities, probabilities
-from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult, quantized_forms
-from qcompile.quant.spec import Scheme
-from qcompile.rewrite.fold import Folded, FoldSite, fold, hidden_sites, norm_sites
+from qcompile.pipeline.base import Kind, Pass, PassContext, PassResult
+from qcompile.rewrite.fold import FoldSite, fold, hidden_sites, norm_sites
 from qcompile.rewrite.linear import absorb_shift, divide_outputs, fresh, scale_inputs, scale_outputs, shift_outputs
-from qcompile.structure import Attention, Linear, VProjection, find_attentions, find_v_projections
+from qcompile.structure import Attention, Linear, Matches, VProjection, find_attentions, find_v_projections
 from qcompile.structure.attention import trace_linear
 from qcompile.structure.channels.heads import Projection
 from qcompile.structure.channels.trace import is_scaling
-from qcompile.structure.core import label, names_between
+from qcompile.structure.core import joined, label, names_between
 from qcompile.structure.scores import Scores, find_scores
 from qcompile.structure.values import overlaps
-from qcompile.target.target import Target
 
 F64 = NDArray[np.float64]
 _MASKED = -1e3  # a score that a Where puts in place of masked ones: its probability is 0 with and without the shift
@@ -56,7 +54,6 @@ class Center(Pass):
 
     name = "center"
     kind = Kind.EQUIVALENT
-    requires = frozenset({Fact.CANONICAL})
     k: Annotated[bool, "centre the keys"] = True
     v: Annotated[bool, "centre the values"] = True
     norm: Annotated[bool, "centre the outputs of LayerNorms"] = True
@@ -66,55 +63,41 @@ class Center(Pass):
     gelu: Annotated[bool, "centre the hidden layer of MLPs by a Sub"] = False
     softmax: Annotated[bool, "centre the probabilities (leaves the fused attention kernel)"] = False
 
-    def required(self, target: Target, scheme: Scheme) -> frozenset[Fact]:
-        """The graph's final form, so that this pass's sweep also serves others."""
-        return self.requires | quantized_forms(target, scheme)
-
     def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:
         """Per-channel extremes of everything that may be shifted."""
-        shifted = [site.tensor for site in self._sites(model, ctx)]
-        shifted += [p.linear.output for a in self._attentions(model) for p in (a.q, a.k) if p.linear.channel_axis == -1]
-        shifted += [m.linear.output for m in self._values(model)]
-        return [*(MinMax(-1).of(v) for v in dict.fromkeys(shifted)), *(_probability_probe(a) for a in self._softmaxes(model))]
-
-    def may_change(self, model: Model, ctx: PassContext) -> Iterable[str]:
-        """Superset of the tensors that move."""
-        for site in self._sites(model, ctx):
-            yield from site.moved
-        for a in self._attentions(model):
-            yield from _attention_names(a)
-        for m in self._values(model):
-            yield from names_between([m.linear.node], m.out.node, *_BARRIERS)
-        for a in self._softmaxes(model):
-            yield str(a.pv.outputs[0].name)
+        values = [site.tensor for site in self._sites(model)]
+        values += [p.linear.output for a in self._attentions(model) for p in (a.q, a.k) if p.linear.channel_axis == -1]
+        values += [m.linear.output for m in self._values(model)]
+        yield from (MinMax(-1).of(value) for value in dict.fromkeys(values))
+        yield from (_probability_probe(a) for a in self._softmaxes(model))
 
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
         """Shift every site that is free; remark on the others."""
         if ctx.scheme.activation is None:
             ctx.remarks.missed("", "the scheme leaves activations in float, nothing to centre")
             return PassResult(False)
-        out = Folded()
+        changes = Changes()
         self._remark_refused(model, ctx)
-        for site in self._sites(model, ctx, remark=True):
-            self._shift_site(model.graph, site, ctx, out)
-        for a in self._attentions(model):
-            self._keys(model.graph, a, ctx, out)
-        for m in self._values(model):
-            self._value(model.graph, m, ctx, out)
-        for a in list(self._softmaxes(model)):
-            _softmax(model.graph, a, ctx, out)
-        return out.result(any(r.kind == "applied" for r in ctx.remarks.all))
+        sites = self._sites(model)
+        for refusal in sites.refused:
+            ctx.remarks.missed(str(refusal.node.name), refusal.reason)
+        done = [self._shift_site(model.graph, site, ctx, changes) for site in sites]
+        done += [self._keys(model.graph, a, ctx, changes) for a in self._attentions(model)]
+        done += [self._value(model.graph, m, ctx, changes) for m in self._values(model)]
+        done += [_softmax(model.graph, a, ctx, changes) for a in list(self._softmaxes(model))]
+        return PassResult(any(done), changes)
 
-    def _sites(self, model: Model, ctx: PassContext, remark: bool = False) -> list[FoldSite]:
-        sites = norm_sites(model.graph, ctx, remark) if self.norm else []
-        return sites + [s for s in (hidden_sites(model.graph, ctx, remark) if self.gelu else []) if not s.free]
+    def _sites(self, model: Model) -> Matches[FoldSite]:
+        norms = norm_sites(model.graph) if self.norm else Matches[FoldSite](())
+        hidden = hidden_sites(model.graph) if self.gelu else Matches[FoldSite](())
+        return joined((norms, Matches(tuple(s for s in hidden if not s.free), hidden.refused)))
 
     def _remark_refused(self, model: Model, ctx: PassContext) -> None:
         """Attention and values that no rewrite can follow."""
         attentions = find_attentions(model.graph)
         for refusal in attentions.refused if self._wants_attention() else ():
             ctx.remarks.missed(str(refusal.node.name), f"attention not centred: {refusal.reason}")
-        for refusal in find_v_projections(model.graph, attentions).refused if self.v or self.heads else ():
+        for refusal in find_v_projections(model.graph).refused if self.v or self.heads else ():
             if refusal not in attentions.refused:
                 ctx.remarks.missed(str(refusal.node.name), f"values not centred: {refusal.reason}")
 
@@ -132,44 +115,46 @@ class Center(Pass):
 
     # ---- norm outputs and GELU ------------------------------------------------------------------------------------
 
-    def _shift_site(self, graph: ir.Graph, site: FoldSite, ctx: PassContext, out: Folded) -> None:
+    def _shift_site(self, graph: ir.Graph, site: FoldSite, ctx: PassContext, changes: Changes) -> bool:
         reason = site.shift_refusal or ctx.selection.any_excluded(x.node for x in site.linears)
         stat = ctx.told[MinMax(-1).of(site.tensor)]
         if reason or stat.lo.shape != (site.linears[0].in_channels,):
             ctx.remarks.missed(str(site.anchor.name), reason or "the measured channels do not match the weight's rows")
-            return
+            return False
         t, before, after = _centre(stat.lo, stat.hi)
         if after > _PAYS * before:
             ctx.remarks.missed(
                 str(site.anchor.name), "already centred: the range would hardly shrink", largest=before, centred=after
             )
-            return
-        fold(graph, site, np.ones_like(t), t, ctx, out, claims=False)
+            return False
+        fold(graph, site, np.ones_like(t), t, changes)
         ctx.remarks.applied(str(site.anchor.name), f"{site.kind} output centred", largest=before, centred=after)
+        return True
 
     # ---- attention ------------------------------------------------------------------------------------------------
 
-    def _keys(self, graph: ir.Graph, a: Attention, ctx: PassContext, out: Folded) -> None:
+    def _keys(self, graph: ir.Graph, a: Attention, ctx: PassContext, changes: Changes) -> bool:
         reason = _key_refusal(a) or ctx.selection.any_excluded((a.q.linear.node, a.k.linear.node))
         if reason:
             ctx.remarks.missed(str(a.scores.name), f"keys not centred: {reason}")
-            return
+            return False
         shift = self._key_shift(a, ctx)
         if shift.refusal and not self.balance:
             why = f"keys not centred: {shift.refusal}"
             ctx.remarks.missed(str(a.scores.name), why, largest=shift.before, centred=shift.after)
-            return
+            return False
         moved = set(_attention_names(a))
         if not shift.refusal:
             shift_outputs(graph, a.k.linear, -shift.t)
         if self.balance:
             self._balance(a, shift.top, ctx)
-            out.changed |= moved
+            changes.move(moved)
         else:
-            _note_map(out, a.k.linear, np.ones_like(shift.t), shift.t, moved)
+            _note_map(changes, a.k.linear, np.ones_like(shift.t), shift.t, moved)
         done = "bias of the keys dropped" if self.drop else "keys centred"
         what = [done] * (not shift.refusal) + ["q and k balanced"] * self.balance
         ctx.remarks.applied(str(a.scores.name), ", ".join(what), largest=shift.before, centred=shift.after)
+        return True
 
     def _key_shift(self, a: Attention, ctx: PassContext) -> _Shift:
         """k0 of each output channel of the keys' projection, or why it stays 0."""
@@ -202,26 +187,27 @@ class Center(Pass):
         scale_outputs(a.k.linear, up)
         scale_outputs(a.q.linear, down)
 
-    def _value(self, graph: ir.Graph, m: VProjection, ctx: PassContext, out: Folded) -> None:
+    def _value(self, graph: ir.Graph, m: VProjection, ctx: PassContext, changes: Changes) -> bool:
         reason = m.shift_refusal or ctx.selection.any_excluded((m.linear.node, m.out.node)) or _layout_refusal(m.linear, m.out)
         if reason:
             ctx.remarks.missed(str(m.attention.pv.name), f"values not centred: {reason}")
-            return
+            return False
         shift = self._value_shift(m, ctx)
         s = _head_scales(m, shift.top) if self.heads else np.ones_like(shift.t)
         if shift.refusal and np.all(s == 1):
             what = "of like ranges" if self.heads else "centred"
             ctx.remarks.missed(str(m.attention.pv.name), f"values are {what} already", largest=shift.before, centred=shift.after)
-            return
+            return False
         moved = set(names_between([m.linear.node], m.out.node, *_BARRIERS))
         if not shift.refusal:
             shift_outputs(graph, m.linear, -shift.t)
             absorb_shift(graph, m.out, shift.t[m.columns])
         divide_outputs(m.linear, s)
         scale_inputs(m.out, s[m.columns])
-        _note_map(out, m.linear, s, shift.t, moved)
+        _note_map(changes, m.linear, s, shift.t, moved)
         what = ["values centred"] * (not shift.refusal) + ["heads scaled alike"] * bool(np.any(s != 1))
         ctx.remarks.applied(str(m.attention.pv.name), ", ".join(what), largest=shift.before, centred=shift.after)
+        return True
 
     def _value_shift(self, m: VProjection, ctx: PassContext) -> _Shift:
         """v0 of each output channel of the values' projection, or why it stays 0."""
@@ -242,15 +228,16 @@ def _head_scales(m: VProjection, top: F64) -> F64:
     return s
 
 
-def _softmax(graph: ir.Graph, a: Attention, ctx: PassContext, out: Folded) -> None:
+def _softmax(graph: ir.Graph, a: Attention, ctx: PassContext, changes: Changes) -> bool:
     reason, stat = ctx.selection.any_excluded((a.softmax, a.pv)), ctx.told[_probability_probe(a)]
     t, before, after = _centre(stat.lo, stat.hi)
     if reason or after > _PAYS * before:
         ctx.remarks.missed(str(a.softmax.name), reason or "probabilities are centred already", largest=before, centred=after)
-        return
-    out.changed |= {str(a.pv.outputs[0].name)}
+        return False
+    changes.move([str(a.pv.outputs[0].name)])
     centre_probabilities(graph, a.values, float(t))
     ctx.remarks.applied(str(a.softmax.name), "probabilities centred", largest=before, centred=after)
+    return True
 
 
 def _probability_probe(a: Attention) -> Probe[MinMaxStat]:
@@ -294,12 +281,12 @@ def _bias(linear: Linear) -> F64:
     return np.broadcast_to(np.zeros(1) if bias is None else bias.astype(np.float64).reshape(-1), (linear.out_channels,))
 
 
-def _note_map(out: Folded, linear: Linear, r: F64, t: F64, moved: set[str]) -> None:
+def _note_map(changes: Changes, linear: Linear, r: F64, t: F64, moved: set[str]) -> None:
     """The linear's output becomes (y - t) / r (on top of an earlier map of other channels), what stands behind it somehow."""
-    for name in _outputs(fresh(linear)) - out.changed:
-        earlier = out.maps.get(name, AffineMap(np.ones_like(t), np.zeros_like(t)))
-        out.maps[name] = AffineMap(earlier.r * r, earlier.t + earlier.r * t)
-    out.changed |= moved - set(out.maps)
+    for name in _outputs(fresh(linear)) - changes.moved:
+        earlier = changes.maps.get(name, AffineMap(np.ones_like(t), np.zeros_like(t)))
+        changes.maps[name] = AffineMap(earlier.r * r, earlier.t + earlier.r * t)
+    changes.move(moved)
 
 
 def _key_refusal(a: Attention) -> str | None:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompile.calib.observe import Probe, Rows, RowsStat
-from qcompile.calib.observe.change import FOLD_ROWS
+from qcompile.calib.observe.change import FOLD_ROWS, Changes
 from qcompile.ir.edit import add_constant, insert_after, new_node, redirect, set_constant
 from qcompile.ir.model import Model
 from qcompile.ir.notes import keep_float
@@ -19,7 +19,7 @@ from qcompile.ir.ops import const_array
 from qcompile.passes.equivalent.rotate.branch_scale import fold_branch_scales
 from qcompile.passes.equivalent.rotate.rms_norm import to_rms
 from qcompile.passes.equivalent.rotate.rotation import Reading, proxy_error, stream_rotation
-from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
+from qcompile.pipeline.base import Kind, Pass, PassContext, PassResult
 from qcompile.quant.hadamard import block_order, klt_rotation, rotation
 from qcompile.rewrite.linear import absorb_shift, like, map_constant, map_inputs, map_outputs, scale_inputs, weight_of
 from qcompile.structure import Linear, Mlp, Norm, VProjection, find_mlps, find_v_projections
@@ -53,7 +53,6 @@ class Rotate(Pass):
 
     name = "rotate"
     kind = Kind.EQUIVALENT
-    requires = frozenset({Fact.CANONICAL})
     r1: Annotated[bool, "rotate the residual stream (free)"] = True
     r2: Annotated[bool, "rotate the values of each attention head (free)"] = True
     r4: Annotated[Literal["none", "block"], "rotate the MLP's hidden layer while it runs, in blocks of 128 channels"] = "none"
@@ -75,7 +74,7 @@ class Rotate(Pass):
             yield from (_probe(linear.output) for linear in values if linear.channel_axis == -1)
             yield from (_probe(mlp.fc2.input) for mlp in find_mlps(model.graph) if self.r4 == "block")
 
-    def may_change(self, model: Model, ctx: PassContext) -> Iterable[str]:
+    def moves(self, model: Model, ctx: PassContext) -> Iterable[str]:
         """The stream, what its norms make, the values, and what stands in front of a branch's scale."""
         for region in find_regions(model.graph) if self.r1 else ():
             yield from _names(region)
@@ -86,24 +85,21 @@ class Rotate(Pass):
 
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
         """Rotate every stream, head and hidden layer that allows it; remark on the others."""
-        changed: set[str] = set()
-        rng = np.random.default_rng([ctx.seed, self.seed])
-        if self.r1:
-            self._streams(model, ctx, rng, changed)
-        if self.r2:
-            self._values(model, ctx, rng, changed)
-        if self.r4 == "block":
-            self._hidden(model, ctx, rng)
-        return PassResult(any(r.kind == "applied" for r in ctx.remarks.all), changed=frozenset(changed))
+        changes, rng = Changes(), np.random.default_rng([ctx.seed, self.seed])
+        done = self.r1 and self._streams(model, ctx, rng, changes)
+        done = (self.r2 and self._values(model, ctx, rng, changes)) or done
+        done = (self.r4 == "block" and self._hidden(model, ctx, rng)) or done
+        return PassResult(done, changes)
 
     def _measures(self) -> bool:
         return self.kind_ == "klt" or self.search > 1
 
     # ---- r1 -------------------------------------------------------------------------------------------------------
 
-    def _streams(self, model: Model, ctx: PassContext, rng: np.random.Generator, changed: set[str]) -> None:
-        changed |= fold_branch_scales(model.graph, ctx)
-        matches = find_regions(model.graph)
+    def _streams(self, model: Model, ctx: PassContext, rng: np.random.Generator, changes: Changes) -> bool:
+        scaled = fold_branch_scales(model.graph, ctx.selection, ctx.remarks)
+        changes.move(scaled)
+        matches, done = find_regions(model.graph), bool(scaled)
         for refusal in matches.refused:
             ctx.remarks.missed(str(refusal.node.name), refusal.reason)
         for region in matches:
@@ -111,8 +107,10 @@ class Rotate(Pass):
             if reason:
                 ctx.remarks.missed(str(region.anchor.name), f"{reason}; a stream is rotated whole or not at all")
                 continue
-            changed |= set(_names(region))
+            changes.move(list(_names(region)))
             self._rotate(model.graph, region, ctx, rng)
+            done = True
+        return done
 
     def _rotate(self, graph: ir.Graph, region: Region, ctx: PassContext, rng: np.random.Generator) -> None:
         readings = _readings(region, ctx) if self._measures() else []
@@ -153,8 +151,8 @@ class Rotate(Pass):
 
     # ---- r2 and r4 ------------------------------------------------------------------------------------------------
 
-    def _values(self, model: Model, ctx: PassContext, rng: np.random.Generator, changed: set[str]) -> None:
-        matches = find_v_projections(model.graph)
+    def _values(self, model: Model, ctx: PassContext, rng: np.random.Generator, changes: Changes) -> bool:
+        matches, done = find_v_projections(model.graph), False
         for refusal in matches.refused:
             ctx.remarks.missed(str(refusal.node.name), f"values not rotated: {refusal.reason}")
         for site in matches:
@@ -166,15 +164,17 @@ class Rotate(Pass):
             if heads is None or reason:
                 ctx.remarks.missed(str(site.attention.pv.name), str(reason))
                 continue
-            changed |= set(names_between([site.linear.node], site.out.node))
+            changes.move(list(names_between([site.linear.node], site.out.node)))
             unique = np.unique(heads, axis=0)
             _rotate_heads(site, unique, rng, self._rows(site.linear.output, ctx))
             ctx.remarks.applied(
                 str(site.attention.pv.name), f"values of {len(unique)} heads of {heads.shape[1]} channels rotated"
             )
+            done = True
+        return done
 
-    def _hidden(self, model: Model, ctx: PassContext, rng: np.random.Generator) -> None:
-        matches = find_mlps(model.graph)
+    def _hidden(self, model: Model, ctx: PassContext, rng: np.random.Generator) -> bool:
+        matches, done = find_mlps(model.graph), False
         for refusal in matches.refused:
             ctx.remarks.missed(str(refusal.node.name), f"hidden layer not rotated: {refusal.reason}")
         for mlp in matches:
@@ -187,6 +187,8 @@ class Rotate(Pass):
             r = rotation(block, rng, block) if rows is None else klt_rotation(_moment(rows.reshape(-1, block)), rng)
             _rotate_online(model.graph, mlp.fc2, r)
             ctx.remarks.applied(str(mlp.fc2.node.name), f"hidden layer rotated in blocks of {block}", block=block)
+            done = True
+        return done
 
     def _rows(self, value: ir.Value, ctx: PassContext) -> F64 | None:
         """Sampled rows of a tensor for kind=klt; None for a random Hadamard."""

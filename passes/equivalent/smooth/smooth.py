@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompile.calib.observe import MinMax, MinMaxStat, Probe, Rows
-from qcompile.calib.observe.change import FOLD_ROWS
+from qcompile.calib.observe.change import FOLD_ROWS, FOLDABLE, Changes
 from qcompile.ir.model import Model
 from qcompile.passes.equivalent.smooth.search import Types, best_alpha, halves
-from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult, quantized_forms
+from qcompile.pipeline.base import Kind, PassContext
+from qcompile.pipeline.site import Applied, Missed, SitePass
 from qcompile.quant.qtype import INT8
-from qcompile.quant.spec import PerTensor, QuantSpec, Scheme
-from qcompile.rewrite.fold import Folded, FoldSite, fold, hidden_sites, norm_sites, usable, value_sites
-from qcompile.structure import VProjection
+from qcompile.quant.spec import PerTensor, QuantSpec
+from qcompile.rewrite.fold import FoldSite, fold, hidden_sites, norm_sites, value_sites
+from qcompile.structure import Matches, VProjection
+from qcompile.structure.core import joined
 from qcompile.target.target import Target
 
 F64 = NDArray[np.float64]
@@ -29,7 +32,7 @@ _PAYS_DB_CPU = 6.0
 
 
 @dataclass(frozen=True)
-class SmoothQuant(Pass):
+class SmoothQuant(SitePass[FoldSite]):
     """Move activation outliers into weights: Norm -> Linear becomes Norm / r -> Linear * r.
 
     before: LayerNorm(gamma, beta) -> MatMul(W) -> Add(c)
@@ -44,73 +47,61 @@ class SmoothQuant(Pass):
 
     name = "smooth"
     kind = Kind.EQUIVALENT
-    requires = frozenset({Fact.CANONICAL, Fact.BN_FOLDED})
+    claims = True
     alpha: Annotated[float, "migration strength in [0, 1]: 0 leaves activations, 1 equalizes them"] = 0.5
     shift: Annotated[bool, "centre each channel first (SQ-b)"] = False
     search: Annotated[bool, "choose alpha for each site by the layer's output error on held-out calibration rows"] = False
-    sites: Annotated[Literal["all", "norm"], "fold all sites, or only norm -> linear"] = "all"
+    sites_: Annotated[Literal["all", "norm"], "fold all sites, or only norm -> linear"] = "all"
     override: Annotated[bool, "fold sites again that another pass has folded"] = False
 
     def __post_init__(self) -> None:
         self.check_range("alpha", 0.0, 1.0)
 
-    def _sites(self, model: Model, ctx: PassContext, remark: bool = False) -> list[FoldSite]:
-        found = norm_sites(model.graph, ctx, remark)
-        if self.sites == "all":
-            found += value_sites(model.graph, ctx, remark) + hidden_sites(model.graph, ctx, remark)
-        return found
+    def unfit(self, ctx: PassContext) -> str | None:
+        """Without activation codes there is nothing to smooth."""
+        return "the scheme leaves activations in float, nothing to smooth" if ctx.scheme.activation is None else None
 
-    def required(self, target: Target, scheme: Scheme) -> frozenset[Fact]:
-        """The graph's final form, so that this pass's sweep also serves `annotate`."""
-        return self.requires | quantized_forms(target, scheme)
+    def sites(self, model: Model, ctx: PassContext) -> Matches[FoldSite]:
+        """Norm -> linears; value -> output projection; hidden layers."""
+        finders = (norm_sites, value_sites, hidden_sites) if self.sites_ == "all" else (norm_sites,)
+        return joined(find(model.graph) for find in finders)
 
-    def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:
+    def node(self, site: FoldSite) -> ir.Node:
+        """The norm, the product with V, or fc2."""
+        return site.anchor
+
+    def nodes(self, site: FoldSite) -> Iterable[ir.Node]:
+        """The linear layers."""
+        return (x.node for x in site.linears)
+
+    def asks(self, site: FoldSite, ctx: PassContext) -> Iterable[Probe[Any]]:
         """Per-channel ranges of the input, and a sample of rows for the errors and the later ranges."""
-        for site in self._sites(model, ctx):
-            yield MinMax(-1).of(site.tensor)
-            yield Rows(FOLD_ROWS).of(site.tensor)
+        return (observer.of(site.tensor) for observer in FOLDABLE)
 
-    def may_change(self, model: Model, ctx: PassContext) -> Iterable[str]:
-        """Every tensor of every site."""
-        return (name for site in self._sites(model, ctx) for name in site.moved)
+    def sure(self, site: FoldSite, ctx: PassContext) -> Iterable[str]:
+        """Every tensor of the site, where nothing is searched."""
+        return site.moved if site.free and not self.search and self.alpha else ()
 
-    def apply(self, model: Model, ctx: PassContext) -> PassResult:
-        """Fold every free site, remark on every other one."""
-        if ctx.scheme.activation is None:
-            ctx.remarks.missed("", "the scheme leaves activations in float, nothing to smooth")
-            return PassResult(False)
-        out, done = Folded(), False
-        for site in self._sites(model, ctx, remark=True):
-            done = (usable(site, ctx, self.override) and self._one(model, site, ctx, out)) or done
-        return out.result(done)
-
-    def _one(self, model: Model, site: FoldSite, ctx: PassContext, out: Folded) -> bool:
-        stat = ctx.told[MinMax(-1).of(site.tensor)]
-        weight = site.weight_rows()
+    def rewrite(self, model: Model, site: FoldSite, ctx: PassContext, changes: Changes) -> Applied | Missed:
+        """Fold the site if it pays."""
+        stat, weight = ctx.told[MinMax(-1).of(site.tensor)], site.weight_rows()
         if stat.lo.shape != (weight.shape[0],):
-            ctx.remarks.missed(str(site.anchor.name), "the measured channels do not match the weight's rows")
-            return False
+            return Missed("the measured channels do not match the weight's rows")
         shift = self._shift(site, stat)
         alpha, gain = self.alpha, None
         if self.search or not site.free:
             alpha, gain = self._best(site, stat, weight, ctx)
         if alpha == 0.0 or (gain is not None and gain < _needed_db(site, ctx.target)):
             reason = "does not pay: the layer's output error on held-out rows would hardly fall"
-            ctx.remarks.missed(str(site.anchor.name), reason, gain_db=round(gain or 0.0, 2))
-            return False
+            return Missed(reason, {"gain_db": round(gain or 0.0, 2)})
         r = ratios(stat, shift, largest_of_rows(weight), alpha)
         if site.channels is not None:
             r = _by_channel(r, site)
-        fold(model.graph, site, r, shift, ctx, out)
-        numbers = {"alpha": alpha, "r_min": float(r.min()), "r_max": float(r.max())} | (
-            {} if gain is None else {"gain_db": round(gain, 2)}
-        )
-        ctx.remarks.applied(
-            str(site.anchor.name),
-            f"{site.kind} site smoothed into {', '.join(str(x.node.name) for x in site.linears)}",
-            **numbers,
-        )
-        return True
+        fold(model.graph, site, r, shift, changes)
+        gained = {} if gain is None else {"gain_db": round(gain, 2)}
+        layers = ", ".join(str(x.node.name) for x in site.linears)
+        numbers = {"alpha": alpha, "r_min": float(r.min()), "r_max": float(r.max())}
+        return Applied(f"{site.kind} site smoothed into {layers}", numbers | gained)
 
     def _shift(self, site: FoldSite, stat: MinMaxStat) -> F64:
         if not self.shift or site.shift_refusal is not None or site.kind == "value" or (site.kind == "hidden" and site.free):

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qcompile.calib.observe import Moments, MomentsStat, Probe, Told
+from qcompile.calib.observe import Moments, MomentsStat, Probe, Stat, Told
 from qcompile.decide.decisions import Use, clear_decisions, decisions
 from qcompile.decide.quantizer import value_at
 from qcompile.ir.model import Model
 from qcompile.ir.ops import activation_channel_axis, const_array, is_compute, is_op, output_activation_axis, weight_slot
 from qcompile.passes.fit.bias_correct.bn_means import expected
-from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult, StatisticsProvider
+from qcompile.pipeline.base import Kind, Needs, Pass, PassContext, PassResult, Rounds, Stage
 from qcompile.rewrite.bias import bias_site, mean_output, shift_bias
 from qcompile.rewrite.qdq import grouped, materialise
 
@@ -41,7 +41,7 @@ class BiasCorrection(Pass):
 
     name = "bias-correct"
     kind = Kind.FIT
-    requires = frozenset({Fact.DECIDED, Fact.FITTED})
+    needs = Stage.FITTED
     mode: Annotated[Literal["empirical", "sequential", "bn"], "where the means come from"] = "empirical"
 
     def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:
@@ -53,11 +53,15 @@ class BiasCorrection(Pass):
             return dict.fromkeys(probe(node) for node, _, _ in _layers(model.graph))
         return dict.fromkeys(probe(node) for node in model.graph if is_compute(node) and weight_slot(node) == 1)
 
+    def rounds(self, model: Model, ctx: PassContext) -> Rounds:
+        """One after the other in mode=sequential: each level is measured behind the corrected ones in front of it."""
+        if self.mode == "sequential":
+            return PassResult((yield from _Sequence(model, ctx).correct(list(_layers(model.graph)))))
+        return self.apply(model, ctx)
+
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
         """Correct every layer that has a bias."""
         layers = list(_layers(model.graph))
-        if self.mode == "sequential":
-            return PassResult(_Sequence(model, ctx).correct(layers))
         done = [_correct(model.graph, layer, self._mean(layer[0], ctx), ctx) for layer in layers]
         return PassResult(any(done))
 
@@ -67,7 +71,7 @@ class BiasCorrection(Pass):
             stats = expected(value_at(node, 0))
             return "no BatchNormalization says what its input is like" if stats is None else stats.mean
         stat = ctx.told.get(_input_probe(node))
-        return stat.mean if stat is not None else "its input was not measured"
+        return "its input was not measured" if stat is None else stat.mean
 
 
 def _layers(graph: ir.Graph) -> Iterator[Use]:
@@ -111,31 +115,34 @@ class _Sequence:
     twin: Model = field(init=False)
     twins: dict[str | None, ir.Node] = field(init=False)
 
-    def correct(self, layers: list[Use]) -> bool:
+    def correct(self, layers: list[Use]) -> Generator[Needs, Mapping[Probe[Any], Stat], bool]:
         """All layers in order of depth; those of one depth do not feed each other and share a sweep."""
-        if not layers or self.ctx.statistics is None:
-            self.ctx.remarks.missed("", "no calibration data to measure quantized layers on")
+        if not layers:
+            self.ctx.remarks.missed("", "no layer with a constant weight is quantized")
             return False
         self.twin = _quantized(self.model, self.ctx)
         self.twins = {n.name: n for n in self.twin.graph}
         depths = _depths(self.model.graph, {node for node, _, _ in layers})
         ordered = sorted((node for node, _, _ in layers), key=depths.__getitem__)
-        done = [self._level(list(level), self.ctx.statistics) for _, level in groupby(ordered, key=depths.__getitem__)]
-        return any(done)
+        done = False
+        for _, level in groupby(ordered, key=depths.__getitem__):
+            done = (yield from self._level(list(level))) or done
+        return done
 
-    def _level(self, nodes: list[ir.Node], statistics: StatisticsProvider) -> bool:
+    def _level(self, nodes: list[ir.Node]) -> Generator[Needs, Mapping[Probe[Any], Stat], bool]:
         sites = {node: bias_site(node) for node in nodes}
         fit = [(node, site) for node, site in sites.items() if site is not None]
         for node in (node for node, site in sites.items() if site is None):
             self.ctx.remarks.missed(str(node.name), "the layer has no constant bias to correct")
-        measured = Told(statistics.collect(self.twin, [self._twin_probe(node) for node, _ in fit]) if fit else {})
+        if not fit:
+            return False
+        measured = Told((yield Needs(self.twin, tuple(self._twin_probe(node) for node, _ in fit), BiasCorrection.name)))
         for node, site in fit:
-            stat, reference = measured[self._twin_probe(node)], self.ctx.told[_output_probe(node)]
-            shift = reference.mean - stat.mean
+            shift = self.ctx.told[_output_probe(node)].mean - measured[self._twin_probe(node)].mean
             shift_bias(self.model.graph, site, shift)
             shift_bias(self.twin.graph, (self.twins[site[0].name], site[1]), shift)
             self.ctx.remarks.applied(str(node.name), "bias corrected in order", largest_shift=float(np.abs(shift).max()))
-        return bool(fit)
+        return True
 
     def _twin_probe(self, node: ir.Node) -> Probe[MomentsStat]:
         return Moments(output_activation_axis(node)).of(self.twins[node.name].outputs[0])

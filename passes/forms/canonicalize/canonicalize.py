@@ -21,7 +21,7 @@ from qcompile.ir.model import Model
 from qcompile.ir.ops import const_array
 from qcompile.ir.shape_fold import fold_shapes
 from qcompile.passes.forms.canonicalize.attention_op import decompose_attention
-from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
+from qcompile.pipeline.base import Kind, Pass, PassContext, PassResult, Stage
 
 _SIZE_LIMIT = 1 << 31
 _SHAPE_ROUNDS = 8
@@ -47,7 +47,8 @@ class Canonicalize(Pass):
 
     name = "canonicalize"
     kind = Kind.EQUIVALENT
-    establishes = frozenset({Fact.CANONICAL})
+    needs = Stage.SOURCE
+    reaches = Stage.CANONICAL
 
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
         """Raises ModelError: the model is already quantized."""

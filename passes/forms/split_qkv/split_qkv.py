@@ -14,7 +14,7 @@ from qcompile.ir.model import Model
 from qcompile.ir.notes import copy_notes
 from qcompile.ir.ops import const_array, int_attr, ints_attr, is_op
 from qcompile.passes.forms.split_qkv.packed_linear import join_thirds
-from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
+from qcompile.pipeline.base import Kind, Pass, PassContext, PassResult, Stage
 
 _PARTS = 3
 
@@ -45,8 +45,7 @@ class SplitQkv(Pass):
 
     name = "split-qkv"
     kind = Kind.EQUIVALENT
-    requires = frozenset({Fact.CANONICAL})
-    establishes = frozenset({Fact.QKV_SPLIT})
+    needs = Stage.CANONICAL
 
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
         """Split every packed projection that is found."""

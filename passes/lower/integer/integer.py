@@ -24,7 +24,7 @@ from qcompile.passes.lower.integer.context import Scene
 from qcompile.passes.lower.integer.cost import note_cost
 from qcompile.passes.lower.integer.emit import Emitter, Fixed
 from qcompile.passes.lower.integer.fused import ROUNDING, fused
-from qcompile.pipeline.base import Fact, Kind, Pass, PassContext, PassResult
+from qcompile.pipeline.base import Kind, Pass, PassContext, PassResult, Stage
 from qcompile.target.integer.plan import Plan, Step, is_float, plan
 
 _IR_VERSION = 10
@@ -55,8 +55,8 @@ class Integer(Pass):
 
     name = "integer"
     kind = Kind.LOWER
-    requires = frozenset({Fact.DECIDED, Fact.FITTED})
-    establishes = frozenset({Fact.QUANTIZED})
+    needs = Stage.FITTED
+    reaches = Stage.LOWERED
     profile: Annotated[
         Literal["strict", "ort-fused"], "no float at all, or QLinearConv and QLinearMatMul with float scales inside"
     ] = "strict"

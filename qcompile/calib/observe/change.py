@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,3 +22,24 @@ class AffineMap:
 
     r: NDArray[np.float64]
     t: NDArray[np.float64]
+
+
+@dataclass
+class Changes:
+    """Which tensors' values a pass moved, by name.
+
+    `maps`: by an affine map, which statistics may follow.  `moved`: in another way.  `derived`: new tensors that are an affine
+    map of an old one, which keeps its values.  Every other tensor that is still there must hold what it held.
+    """
+
+    maps: dict[str, AffineMap] = field(default_factory=dict[str, AffineMap])
+    moved: set[str] = field(default_factory=set[str])
+    derived: dict[str, tuple[str, AffineMap]] = field(default_factory=dict[str, tuple[str, AffineMap]])
+
+    def map(self, names: Iterable[str], change: AffineMap) -> None:
+        """The tensors `names` moved by `change`."""
+        self.maps.update(dict.fromkeys(names, change))
+
+    def move(self, names: Iterable[str]) -> None:
+        """The tensors `names` moved, those with a map by that."""
+        self.moved.update(name for name in names if name not in self.maps)

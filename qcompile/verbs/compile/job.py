@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,10 +12,10 @@ from qcompile.errors import ModelError, UsageError
 from qcompile.ir.model import Model
 from qcompile.ir.select import Selection
 from qcompile.pipeline import registry
-from qcompile.pipeline.base import Fact, Pass, PassContext
+from qcompile.pipeline.base import Pass, PassContext
 from qcompile.pipeline.planner import Plan, complete
 from qcompile.pipeline.runner import VerifyMode
-from qcompile.pipeline.spec import format_pipeline, near
+from qcompile.pipeline.spec import format_pipeline, near, parse_items
 from qcompile.quant.spec import SCHEMES, Scheme
 from qcompile.report import PassReport
 from qcompile.target.catalog import DEFAULT, TARGETS
@@ -117,9 +116,9 @@ def prepare(path: str | Path, options: Options) -> Job:
         raise UsageError(f"--bits sets widths of integer-only models; use --target {able}, or --scheme for all of {target.name}")
     text = options.passes if options.passes is not None else target.default(scheme)
     user = registry.parse(text)
-    if any(p.name == "bf16" for p in user):
-        scheme = replace(scheme, body="bfloat16")
-    plan = _with_range(complete(user, target, scheme, exact=options.exact, held=held_facts(model)), options.range)
+    for p in user:
+        scheme = p.scheme_for(scheme)
+    plan = _with_range(complete(user, target, scheme, exact=options.exact, done=done_passes(model)), options.range)
     if not plan.passes and not options.exact:
         raise ModelError(
             f"{path} already went through the whole pipeline for {target.name} and {scheme.name}; start from the float model"
@@ -192,16 +191,16 @@ def _scheme(name: str) -> Scheme:
     return SCHEMES[name]
 
 
-def held_facts(model: Model) -> frozenset[Fact]:
-    """Facts that a half-run pipeline left in the file."""
-    text = model.metadata.get("qcompile.facts", "[]")
+def done_passes(model: Model) -> tuple[str, ...]:
+    """Names of the passes that an earlier run left its mark of in the file."""
+    text = model.metadata.get("qcompile.pipeline", "")
     try:
-        held = json.loads(text)
-    except json.JSONDecodeError as e:
+        return tuple(item.name for item in parse_items(text))
+    except UsageError as e:
         raise ModelError(
-            f"the model's metadata entry qcompile.facts is not JSON ({text[:40]!r}); remove it or start from the float model"
+            f"the model's metadata entry qcompile.pipeline is no pipeline ({text[:40]!r});"
+            " remove it or start from the float model"
         ) from e
-    return frozenset(fact for fact in Fact if isinstance(held, list) and fact.value in held)
 
 
 def describe_plan(job: Job) -> list[tuple[str, str, bool]]:

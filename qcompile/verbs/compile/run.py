@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import shlex
@@ -18,7 +17,7 @@ from qcompile.errors import GateError, InputError, ModelError, UsageError
 from qcompile.ir.atomic import write_atomic
 from qcompile.ir.model import Model
 from qcompile.ir.text import print_model
-from qcompile.pipeline.runner import Failure, Runner
+from qcompile.pipeline.runner import Failure, Ran, Runner, Starts, drive, without_data
 from qcompile.quant.spec import SCHEMES
 from qcompile.report import SCHEMA_VERSION, PassReport, Remark, json_text
 from qcompile.target.catalog import TARGETS
@@ -30,15 +29,14 @@ from qcompile.verbs.compile.job import (
     Silent,
     describe_plan,
     first_line,
-    held_facts,
     prepare,
 )
-from qcompile.verbs.compile.statistics import Calibration, FirstSweep, Planned, open_calibration, open_data, sweeper
+from qcompile.verbs.compile.statistics import Calibration, open_calibration
 from qcompile.verbs.guards import unmatched
 
 __all__ = [
     "DEFAULT_SAMPLES", "SCHEMES", "TARGETS", "Job", "MemoryPlan", "Options", "Progress", "Result", "Silent", "compile",
-    "describe_plan", "first_line", "planned_memory", "prepare", "run", "write_report",
+    "describe_plan", "first_line", "prepare", "run", "write_report",
 ]  # fmt: skip
 
 
@@ -107,18 +105,16 @@ def run(job: Job, progress: Progress) -> Result:
     calibration = open_calibration(job, progress)
     notes += _warned(calibration.warnings if calibration is not None else (), progress)
     runner = Runner(
-        None if calibration is None else calibration.statistics,
         None if calibration is None else calibration.comparator(job),
         job.options.verify,
         job.options.strict,
-        on_pass=progress.on_pass,
-        on_done=lambda report, model: _done(report, model, job, progress),
         on_failure=lambda f: _reproduce(f, job),
         known={} if calibration is None else calibration.known,
     )
-    ctx = job.context()
     digest = job.model.digest()
-    model, reports = runner.run(job.model, job.plan.passes, ctx, strict_for=[not i for i in job.plan.inserted])
+    steps = runner.steps(job.model, job.plan.passes, job.context(), user=[not i for i in job.plan.inserted])
+    answer = without_data if calibration is None else calibration.collect
+    model, reports = drive(steps, answer, lambda event: _tell(event, job, progress))
     notes += _warned(calibration.range_warnings if calibration is not None else (), progress)
     _describe(model, job, calibration, digest)
     _check_matched(job, reports, model)
@@ -154,40 +150,25 @@ def _gate(result: Result, minimum: float | None) -> None:
         )
 
 
-def _done(report: PassReport, model: Model, job: Job, progress: Progress) -> None:
-    progress.on_done(report)
+def _tell(event: Starts | Ran, job: Job, progress: Progress) -> None:
+    if isinstance(event, Starts):
+        progress.on_pass(event.spec, event.index, event.total)
+        return
+    progress.on_done(event.report)
     if job.options.print_after:
-        progress.note(f"after {report.spec}:\n{print_model(model, lines)}")
-
-
-def planned_memory(job: Job) -> MemoryPlan | None:
-    """The first sweep's memory plan; None without data and where no pass reads statistics.
-
-    Raises:
-        UsageError: `mem_limit` is below what a single probe needs.
-    """
-    data = open_data(job) if job.data_source is not None and job.options.stats is None else None
-    if data is None:
-        return None
-    first = FirstSweep(sweeper(job, data, Silent()))
-    with contextlib.suppress(Planned):
-        Runner(first, None, "off").run(job.model, job.plan.passes, job.context())
-    return first.plan
+        progress.note(f"after {event.report.spec}:\n{print_model(event.model, lines)}")
 
 
 def _describe(model: Model, job: Job, calibration: Calibration | None, digest: str) -> None:
-    facts = set(held_facts(job.model))
-    for p in job.plan.passes:
-        facts = (facts - p.invalidates) | p.establishes
+    earlier = job.model.metadata.get("qcompile.pipeline", "")
     model.metadata.update(
         {
             "qcompile.version": __version__,
-            "qcompile.pipeline": job.pipeline,
+            "qcompile.pipeline": ",".join(filter(None, (earlier, job.pipeline))),
             "qcompile.target": job.target.name,
             "qcompile.scheme": job.scheme.name,
             "qcompile.seed": str(job.options.seed),
             "qcompile.source": digest,
-            "qcompile.facts": json.dumps(sorted(f.value for f in facts)),
         }
     )
     if calibration is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,32 +13,15 @@ from qcompile.calib.data.dataset import Dataset, fixed_batch
 from qcompile.calib.observe import Probe, Stat
 from qcompile.calib.store.shards import DataSpec
 from qcompile.calib.store.stored import StoredStatistics
-from qcompile.calib.sweep.memory import MemoryPlan
 from qcompile.calib.sweep.provider import Sweeps
-from qcompile.errors import DataError, QcompileError
+from qcompile.errors import DataError
 from qcompile.execute.compare import OrtComparator, comparator
 from qcompile.execute.session import batch_length, device_note
 from qcompile.ir.model import Model
+from qcompile.pipeline.base import Needs
 from qcompile.verbs.compile.job import DEFAULT_SAMPLES, Job, Progress
 
 VERIFY_SAMPLES = 8
-
-
-class Planned(QcompileError):
-    """The first sweep is planned: nothing has to run."""
-
-
-@dataclass
-class FirstSweep:
-    """Stands in for the sweeps: plans the first one's memory and ends there."""
-
-    source: Sweeps
-    plan: MemoryPlan | None = None
-
-    def collect(self, model: Model, probes: Sequence[Probe]) -> dict[Probe, Stat]:
-        """Raises Planned."""
-        self.plan = self.source.plan(model, probes)
-        raise Planned("planned")
 
 
 @dataclass(frozen=True)
@@ -55,6 +38,10 @@ class Calibration:
     compared: Dataset | None
     known: dict[Probe, Stat] = field(default_factory=dict[Probe, Stat])
     warnings: tuple[str, ...] = ()
+
+    def collect(self, needs: Needs) -> Mapping[Probe[Any], Stat]:
+        """One sweep, or what the file holds."""
+        return self.statistics.collect(needs.model, needs.probes)
 
     @property
     def sweeps(self) -> int:

@@ -9,11 +9,10 @@ import pytest
 from qcompile.ir.model import Model
 from qcompile.passes.equivalent.rotate.rotation import stream_rotation
 from qcompile.pipeline import registry
-from qcompile.pipeline.runner import Runner
 from qcompile.structure.region import find_regions
 from tests.passes.equivalent import streams
 from tests.passes.measures import constants_of, double_outputs, op_types, outputs, relative_error, sqnr_db, to_double
-from tests.passes.running import SweepOf, context, fixture_step, pipeline, run_passes
+from tests.passes.running import SweepOf, context, fixture_step, pipeline, run_passes, run_with
 
 ROOT = Path(__file__).parents[3]
 FORMS = ("rotate", "rotate{r2=false}", "rotate{r1=false}", "rotate{r1=false r2=false r4=block}", "rotate{r4=block mean=fold}",
@@ -42,7 +41,7 @@ def test_folds_are_exact_with_biases(spec: str, kind: str, kv: int) -> None:
     narrow, _ = run_passes(model, registry.parse(spec), streams.feeds(), context())
     assert relative_error(outputs(model, streams.feeds(6, 1)), outputs(narrow, streams.feeds(6, 1))) <= 5e-6
     wide = to_double(model)
-    after, (report,) = Runner(SweepOf(model, streams.feeds()), verify="off").run(wide, registry.parse(spec), context())
+    after, (report,) = run_with(SweepOf(model, streams.feeds()).collect, wide, registry.parse(spec), context())
     assert report.modified
     assert relative_error(double_outputs(wide, streams.feeds(2, 1)), double_outputs(after, streams.feeds(2, 1))) <= 1e-10
 

@@ -7,15 +7,14 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
+from qcompile.target.rules import check
 
 from qcompile.decide.decisions import decisions
 from qcompile.ir.model import Model
 from qcompile.pipeline import registry
-from qcompile.pipeline.runner import Runner
-from qcompile.target.check import check
 from tests.passes.equivalent.joined import SHAPE, joined, nested, tokens
 from tests.passes.measures import constants_of, double_outputs, op_types, outputs, relative_error, sqnr_db, to_double
-from tests.passes.running import SweepOf, context, pipeline, run_passes
+from tests.passes.running import SweepOf, context, pipeline, run_passes, run_with
 
 
 def arrays(samples: int = 8, seed: int = 0) -> dict[str, NDArray[Any]]:
@@ -43,7 +42,7 @@ def test_branches_add_up_to_the_layer(make: Callable[[], Model]) -> None:
 def test_the_sum_is_exact_in_float64(make: Callable[[], Model]) -> None:
     model = make()
     wide = to_double(model)
-    after, _ = Runner(SweepOf(model, arrays()), verify="off").run(wide, registry.parse("split-shortcut"), context())
+    after, _ = run_with(SweepOf(model, arrays()).collect, wide, registry.parse("split-shortcut"), context())
     assert relative_error(double_outputs(wide, arrays(2)), double_outputs(after, arrays(2))) < 1e-14
 
 

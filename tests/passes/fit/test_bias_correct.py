@@ -14,7 +14,7 @@ from qcompile.ir.model import Model
 from qcompile.ir.ops import const_array
 from qcompile.passes.fit.bias_correct.bn_means import expected
 from qcompile.pipeline import registry
-from qcompile.pipeline.runner import Runner
+from qcompile.pipeline.runner import Runner, drive
 from tests.passes.measures import constants_of, outputs
 from tests.passes.models import biased, built
 from tests.passes.running import context, run_passes
@@ -178,7 +178,7 @@ def wide(samples: int) -> dict[str, NDArray[Any]]:
 def test_batch_norm_means_need_no_data_and_agree_with_measured_ones() -> None:
     ctx = context("trt", "w4a8", quantize=("first", "second"))
     before, _ = run_passes(biased(), registry.parse("canonicalize,opset,fold-bn,annotate,rtn"), wide(32), ctx)
-    analytic, (report,) = Runner(verify="off").run(before, registry.parse("bias-correct{mode=bn}"), ctx)
+    analytic, (report,) = drive(Runner(verify="off").steps(before, registry.parse("bias-correct{mode=bn}"), ctx))
     measured, _ = run_passes(before, registry.parse("bias-correct"), wide(32), ctx)
     assert {r.node: r.kind for r in report.remarks} == {"first": "missed", "second": "applied"}
     old, *new = (second_bias(m) for m in (before, analytic, measured))

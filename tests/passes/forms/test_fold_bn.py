@@ -13,7 +13,7 @@ from onnx import helper
 from qcompile.ir.model import Model
 from qcompile.ir.notes import channel_stats
 from qcompile.pipeline import registry
-from qcompile.pipeline.runner import Runner
+from qcompile.pipeline.runner import Runner, drive
 from tests.passes.measures import double_outputs, op_types, outputs, relative_error, to_double
 from tests.passes.models import built
 from tests.passes.running import context, run_passes
@@ -108,7 +108,7 @@ def check_fold(model: Model, shape: tuple[Any, ...], remark: str, *, exactly: bo
     if not exactly:
         return after
     wide = to_double(model)
-    exact, _ = Runner(verify="off").run(wide, registry.parse("canonicalize,fold-bn"), context())
+    exact, _ = drive(Runner(verify="off").steps(wide, registry.parse("canonicalize,fold-bn"), context()))
     assert relative_error(double_outputs(wide, arrays(shape, 1)), double_outputs(exact, arrays(shape, 1))) < 1e-12
     return after
 

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.ir.edit import add_constant, drop_if_unused, insert_after, new_node, redirect, swap_output
-from qcompile.passes.lower.half.types import FLOAT, Narrow
+from qcompile.rewrite.half.types import FLOAT, Narrow
 
 _FLOAT_SLOTS = {"Resize": (1, 2), "Upsample": (1,)}
 

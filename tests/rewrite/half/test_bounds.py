@@ -9,9 +9,9 @@ import pytest
 
 from qcompile.ir.model import Model
 from qcompile.passes.forms.canonicalize.canonicalize import Canonicalize
-from qcompile.passes.lower.half.bounds import upper_bounds
 from qcompile.pipeline.base import PassContext
 from qcompile.quant.spec import SCHEMES
+from qcompile.rewrite.half.bounds import upper_bounds
 from qcompile.target.catalog import TARGETS
 from tests.passes.models import fixture, fixture_arrays
 

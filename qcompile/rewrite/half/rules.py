@@ -8,11 +8,11 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.ir.ops import const_array, const_scalar, input_at, is_data_movement, is_op, static_shape
-from qcompile.passes.lower.half.measures import CANCEL, Scene, is_elementwise
-from qcompile.passes.lower.half.types import FLOAT, carries_float, float_constants
+from qcompile.rewrite.half.measures import CANCEL, Measures, is_elementwise
+from qcompile.rewrite.half.types import FLOAT, carries_float, float_constants
 
 Finding = tuple[ir.Node, str]
-Rule = Callable[[Scene], Iterable[Finding]]
+Rule = Callable[[Measures], Iterable[Finding]]
 
 TINY = 2.0**-20  # float16 keeps at most 4 bits of smaller numbers
 _FLOAT_OPS = frozenset(
@@ -22,7 +22,7 @@ _SQUARES = ("ReduceL2", "ReduceSumSquare", "ReduceLogSumExp", "LpNormalization",
 _BIGGEST_ISLAND_JOIN = 4
 
 
-def islands(scene: Scene) -> dict[ir.Node, str]:
+def islands(scene: Measures) -> dict[ir.Node, str]:
     """Nodes to keep in float32, each with the first reason found; small gaps between them are closed."""
     found: dict[ir.Node, str] = {}
     for rule in RULES:
@@ -37,7 +37,7 @@ def islands(scene: Scene) -> dict[ir.Node, str]:
 # ---- values -------------------------------------------------------------------------------------------------------
 
 
-def _unsupported(scene: Scene) -> Iterator[Finding]:
+def _unsupported(scene: Measures) -> Iterator[Finding]:
     for node in scene.graph:
         if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()):
             yield node, "its body stays as it is"
@@ -47,7 +47,7 @@ def _unsupported(scene: Scene) -> Iterator[Finding]:
             yield node, f"{node.op_type} is not computed in {scene.fmt.title}"
 
 
-def _overflow(scene: Scene) -> Iterator[Finding]:
+def _overflow(scene: Measures) -> Iterator[Finding]:
     large = scene.large()
     for node in scene.graph:
         hot = next((v for v in (*node.outputs, *node.inputs) if v in large), None)
@@ -57,7 +57,7 @@ def _overflow(scene: Scene) -> Iterator[Finding]:
             yield node, f"{hot.name} reaches {large[hot]:.5g} on calibration data, and {limit} at {end:.5g}"
 
 
-def _reductions(scene: Scene) -> Iterator[Finding]:
+def _reductions(scene: Measures) -> Iterator[Finding]:
     for node, value, terms in scene.deep():
         if scene.peak(value) * terms > scene.fmt.largest:
             yield node, f"it adds up {terms} terms of up to {scene.peak(value):.4g}, which may exceed {scene.fmt.largest:.0f}"
@@ -67,13 +67,13 @@ def _reductions(scene: Scene) -> Iterator[Finding]:
             yield node, f"it adds up {length} exponentials"
 
 
-def _squares(scene: Scene) -> Iterator[Finding]:
+def _squares(scene: Measures) -> Iterator[Finding]:
     for node in scene.graph:
         if is_op(node, *_SQUARES):
             yield node, f"the squares or exponentials inside {node.op_type} exceed the range of their input"
 
 
-def _divisors(scene: Scene) -> Iterator[Finding]:
+def _divisors(scene: Measures) -> Iterator[Finding]:
     for node, value in scene.divisors():
         low = scene.smallest(value)
         if low < scene.fmt.normal:
@@ -84,7 +84,7 @@ def _divisors(scene: Scene) -> Iterator[Finding]:
                 yield producer, reason
 
 
-def _angles(scene: Scene) -> Iterator[Finding]:
+def _angles(scene: Measures) -> Iterator[Finding]:
     for value in scene.angles():
         peak = scene.peak(value)
         if peak > scene.fmt.angle:
@@ -107,7 +107,7 @@ def _cone(value: ir.Value | None) -> Iterator[ir.Node]:
 # ---- constants ----------------------------------------------------------------------------------------------------
 
 
-def _constants(scene: Scene) -> Iterator[Finding]:
+def _constants(scene: Measures) -> Iterator[Finding]:
     for node in scene.graph:
         for slot, array in float_constants(node):
             if node.inputs[slot] in scene.masks.constants or _is_limit(node, slot):
@@ -131,7 +131,7 @@ def _matters(node: ir.Node, slot: int, size: int) -> bool:
     return size == 1 or is_op(node, "Mul", "Div", "MatMul", "Gemm", "Conv", "ConvTranspose")
 
 
-def _cuts(scene: Scene) -> Iterator[Finding]:
+def _cuts(scene: Measures) -> Iterator[Finding]:
     """Conv -> Clip (Relu6): what the Clip lets through may be small beside the terms that are rounded and cancel."""
     for node, weight, end in scene.cuts():
         term = weight * scene.peak(node.inputs[0])
@@ -139,7 +139,7 @@ def _cuts(scene: Scene) -> Iterator[Finding]:
             yield node, f"its terms reach {term:.4g} and its output is cut at {end:g}: rounding them would show"
 
 
-def _guards(scene: Scene) -> Iterator[Finding]:
+def _guards(scene: Measures) -> Iterator[Finding]:
     """An epsilon that vanishes guards a division: the whole quotient stays, up to it."""
     for node in scene.graph:
         if scene.fmt.ranged and is_op(node, "Add", "Max", "Clip") and _epsilon(node) is not None:
@@ -162,7 +162,7 @@ def _to_division(value: ir.Value) -> Iterator[ir.Node]:
             yield from [user, *path] if path or is_op(user, "Pow") else []
 
 
-def _scales(scene: Scene) -> Iterator[Finding]:
+def _scales(scene: Measures) -> Iterator[Finding]:
     for node in scene.graph:
         scale = const_array(input_at(node, 1)) if is_op(node, "QuantizeLinear", "DequantizeLinear") else None
         if scale is None or not scale.size or scale.dtype != np.float32:
@@ -185,7 +185,7 @@ def _reach(node: ir.Node, scale: np.ndarray) -> float:
 # ---- norms --------------------------------------------------------------------------------------------------------
 
 
-def _norm_statistics(scene: Scene) -> Iterator[Finding]:
+def _norm_statistics(scene: Measures) -> Iterator[Finding]:
     """In a decomposed norm the square, its mean and its root: what LayerNormalization computes in float32 too."""
     for node in scene.graph:
         exponent = 0.5 if is_op(node, "Sqrt") else const_scalar(input_at(node, 1)) if is_op(node, "Pow") else None

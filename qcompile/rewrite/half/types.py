@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from qcompile.calib.observe import AbsMax, AbsMaxStat, MinMax, MinMaxStat, Probe
 from qcompile.ir.ops import const_array, is_data_movement, is_op
-from qcompile.passes.lower.half.bounds import is_quantizer
+from qcompile.rewrite.half.bounds import is_quantizer
 
 FLOAT = ir.DataType.FLOAT
 _SMALL = 256.0  # a few such biases fit into the margin above `safe`

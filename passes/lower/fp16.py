@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from qcompile.calib.observe import Probe
 from qcompile.ir.model import Model
-from qcompile.passes.lower.half.bias import free_large_biases
-from qcompile.passes.lower.half.convert import HalfLowering
-from qcompile.passes.lower.half.types import FLOAT16
-from qcompile.pipeline.base import PassContext, PassResult
+from qcompile.pipeline.base import Kind, Pass, PassContext, PassResult
+from qcompile.rewrite.half.bias import free_large_biases
+from qcompile.rewrite.half.convert import lower, wanted
+from qcompile.rewrite.half.types import FLOAT16
 
 
 @dataclass(frozen=True)
-class Half(HalfLowering):
+class Half(Pass):
     """Turn float32 tensors, weights and scales into float16; the graph's interface keeps its types.
 
     before: x: f32 -> MatMul -> y: f32
@@ -24,11 +26,15 @@ class Half(HalfLowering):
     """
 
     name = "fp16"
-    format = FLOAT16
+    kind = Kind.LOWER
+
+    def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:
+        """The extremes that the rules read."""
+        return wanted(model, FLOAT16)
 
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
         """Convert every node that is safe; cast where precisions meet."""
         freed = free_large_biases(model.graph)
         if freed:
             ctx.remarks.note("", f"{freed} biases moved behind their layer: ONNX Runtime overflows them in float16")
-        return super().apply(model, ctx)
+        return PassResult(lower(model, FLOAT16, ctx.told, ctx.remarks))

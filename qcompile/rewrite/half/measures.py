@@ -10,9 +10,9 @@ import onnx_ir as ir
 
 from qcompile.calib.observe import MinMax, MinMaxStat, Probe, Told
 from qcompile.ir.ops import const_array, const_ints, const_scalar, input_at, ints_attr, is_data_movement, is_op, static_shape
-from qcompile.passes.lower.half.bounds import clip_bound, upper_bounds
-from qcompile.passes.lower.half.mask import Masks, find_masks
-from qcompile.passes.lower.half.types import FLOAT, Narrow, before_quantizer, copies, float_constants, grown, largest, probe
+from qcompile.rewrite.half.bounds import clip_bound, upper_bounds
+from qcompile.rewrite.half.mask import Masks, find_masks
+from qcompile.rewrite.half.types import FLOAT, Narrow, before_quantizer, copies, float_constants, grown, largest, probe
 from qcompile.structure.core import only_user
 
 UNKNOWN_DEPTH = 4096
@@ -23,7 +23,7 @@ ReducedBy = tuple[ir.Node, ir.Value, int]
 
 
 @dataclass
-class Scene:
+class Measures:
     """One graph before its conversion to `fmt`.  `margin` below 1 while weights may still change: ask for more statistics."""
 
     graph: ir.Graph

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.ir.ops import is_data_movement, is_op
-from qcompile.passes.lower.half.types import FLOAT
+from qcompile.rewrite.half.types import FLOAT
 
 _CARRIES = ("Add", "Mul", "Where", "Cast", "Identity", "Trilu", "ScatterND", "Min", "Max")
 _SINKS = ("Softmax", "LogSoftmax", "ReduceMax", "MaxPool", "GlobalMaxPool", "ArgMax")

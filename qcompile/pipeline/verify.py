@@ -1,0 +1,148 @@
+"""Each pass is held to the contract of its kind, on the outputs of a few samples; forms that stand together share one run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from qcompile.errors import VerifyError
+from qcompile.ir.model import Model
+from qcompile.pipeline.base import Comparator, Comparison, Kind, Pass
+from qcompile.report import PassReport
+
+EQUIVALENT_TOLERANCE = 5e-6
+_ON_PURPOSE = "not verified: changes the function on purpose"
+
+
+@dataclass(frozen=True)
+class _Form:
+    """A form that changed the model, not compared yet: its report's number, and the model in front of it."""
+
+    p: Pass
+    index: int
+    before: Model
+
+
+@dataclass
+class Verifier:
+    """Compares models as passes go by.
+
+    An EQUIVALENT pass is measured against the step before and held to 5e-6 of the outputs' size, LOWER against the float
+    model.  Forms are compared once for all that follow each other; should they move the outputs, the first that does is found
+    by bisection.  `failed` is told of a pass that broke its contract, with the model in front of it.
+    `step` are the outputs of the model in front of what waits, if they are known; `fresh` tells that it is still the source.
+    """
+
+    comparator: Comparator | None
+    mode: str
+    source: Model
+    failed: Callable[[Pass, Model, Exception], str]
+    waiting: list[_Form] = field(default_factory=list[_Form])
+    reference: Any = None
+    step: Any = None
+    fresh: bool = True
+
+    def __post_init__(self) -> None:
+        self.start = self.source
+
+    def saw(self, p: Pass, modified: bool, before: Model, after: Model, reports: list[PassReport]) -> None:
+        """`p` has run, between `before` and `after`; its report is the last of `reports`."""
+        if self.comparator is None:
+            if modified and p.changes_function:
+                reports[-1] = replace(reports[-1], verified=_ON_PURPOSE)
+            return
+        if modified and p.is_form() and self.mode == "each":
+            self.waiting.append(_Form(p, len(reports) - 1, before))
+            return
+        if not p.is_form():
+            self._settle(before, reports)
+        if p.changes_function and modified:
+            self.source = self.start = after.clone()
+            self.reference, self.step, self.fresh = None, None, True
+            reports[-1] = replace(reports[-1], verified=_ON_PURPOSE)
+        elif modified and p.kind in (Kind.EQUIVALENT, Kind.LOWER) and self.mode == "each":
+            self._verify(p, before, after, reports)
+        elif modified and p.kind is not Kind.ANNOTATE:
+            self.step, self.fresh = None, False
+
+    def finish(self, passes: Sequence[Pass], end: Model, reports: list[PassReport]) -> None:
+        """Behind the last pass."""
+        if self.comparator is None or not passes:
+            return
+        self._settle(end, reports)
+        if self.mode == "end":
+            distance = self.comparator.compare(self.comparator.outputs(self.start), self.comparator.outputs(end))
+            if all(p.kind in (Kind.EQUIVALENT, Kind.ANNOTATE) for p in passes):
+                self._hold("the whole pipeline", passes[-1], distance, self.start)
+            reports[-1] = _measured(reports[-1], "compared at the end", distance)
+
+    def _verify(self, p: Pass, before: Model, after: Model, reports: list[PassReport]) -> None:
+        assert self.comparator is not None
+        expected = self._known(before) if p.kind is Kind.EQUIVALENT else self._reference()
+        self.step, self.fresh = self.comparator.outputs(after), False
+        distance = self.comparator.compare(expected, self.step)
+        if p.kind is Kind.EQUIVALENT:
+            self._hold(f"pass {reports[-1].spec!r}", p, distance, before)
+        reports[-1] = _measured(reports[-1], _verdict(p.kind), distance)
+
+    def _settle(self, after: Model, reports: list[PassReport]) -> None:
+        """Compare the forms that wait, all at once: `after` is the model behind the last of them."""
+        if not self.waiting or self.comparator is None:
+            return
+        expected, forms = self._known(self.waiting[0].before), self.waiting
+        self.waiting, self.step, self.fresh = [], self.comparator.outputs(after), False
+        distance = self.comparator.compare(expected, self.step)
+        if not _holds(distance):
+            form, distance = self._culprit(forms, after, expected, distance)
+            self._hold(f"pass {reports[form.index].spec!r}", form.p, distance, form.before)
+        for form in forms:
+            reports[form.index] = _measured(reports[form.index], _verdict(Kind.EQUIVALENT), distance)
+
+    def _culprit(self, forms: list[_Form], after: Model, expected: Any, distance: Comparison) -> tuple[_Form, Comparison]:
+        """The first form behind which the outputs differ, and how far: by bisection."""
+        assert self.comparator is not None
+        low, high = 0, len(forms) - 1
+        while low < high:
+            middle = (low + high) // 2
+            there = self.comparator.compare(expected, self.comparator.outputs(forms[middle + 1].before))
+            if _holds(there):
+                low = middle + 1
+            else:
+                high, distance = middle, there
+        return forms[low], distance
+
+    def _known(self, before: Model) -> Any:
+        """The outputs in front of a pass, which are mostly those behind the one before."""
+        assert self.comparator is not None
+        if self.step is not None:
+            return self.step
+        return self._reference() if self.fresh else self.comparator.outputs(before)
+
+    def _reference(self) -> Any:
+        assert self.comparator is not None
+        if self.reference is None:
+            self.reference = self.comparator.outputs(self.source)
+        return self.reference
+
+    def _hold(self, what: str, p: Pass, distance: Comparison, before: Model) -> None:
+        if _holds(distance):
+            return
+        error = VerifyError(
+            f"{what} moved the outputs by {distance.relative_error:.2g} of their size, more than {EQUIVALENT_TOLERANCE:g}"
+        )
+        raise VerifyError(f"{error}{self.failed(p, before, error) or '; leave the pass out, or report it'}")
+
+
+def _holds(distance: Comparison) -> bool:
+    return bool(np.isfinite(distance.relative_error)) and distance.relative_error <= EQUIVALENT_TOLERANCE
+
+
+def _measured(report: PassReport, verdict: str, distance: Comparison) -> PassReport:
+    return replace(report, verified=verdict, relative_error=distance.relative_error, sqnr_db=distance.sqnr_db)
+
+
+def _verdict(kind: Kind) -> str:
+    return "equal within tolerance" if kind is Kind.EQUIVALENT else "compared with the float model"
