@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qcompile.ir.ops import int_attr, is_const, is_data_movement, is_op, static_shape, weight_slot
-from qcompile.structure.core import data_uses
+from qcompile.ir.ops import int_attr, is_op, static_shape
 from qcompile.structure.scores import Scores
 from qcompile.target.target import Request
 
 _CHANNELS = {"int": 4, "float": 16}  # an fp8 convolution of a picture has no kernel (measured), an int8 one gains nothing
 _SMALLEST = 16
-_UNARY = frozenset(
-    {"Abs", "ArgMax", "Cast", "Clip", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Log", "LogSoftmax"}
-    | {"Neg", "Relu", "Sigmoid", "Softmax", "Softplus", "Sqrt", "Tanh"}
-)
-_BINARY = frozenset({"Add", "Div", "Mul", "Pow", "Sub"})
 
 
 def default_refusal(node: ir.Node, slot: int, request: Request, heads: frozenset[ir.Node]) -> str | None:
@@ -39,35 +33,6 @@ def _few_channels(conv: ir.Node, per_group: int, request: Request) -> str | None
     if qtype is None or depthwise or per_group * groups >= limit:
         return None
     return f"{per_group * groups} input channels are fewer than the {limit} that a {qtype.name} convolution needs to pay off"
-
-
-def final_heads(graph: ir.Graph) -> frozenset[ir.Node]:
-    """Weighted layers that reach graph outputs through elementwise and reshaping operators alone; none if no other is left."""
-    weighted = [n for n in graph if weight_slot(n) is not None]
-    heads = frozenset(n for n in weighted if _ends_outside(n.outputs[0]))
-    return frozenset() if len(heads) == len(weighted) else heads
-
-
-def _ends_outside(value: ir.Value) -> bool:
-    stack, seen = [value], set[ir.Value]()
-    while stack:
-        value = stack.pop()
-        if value in seen:
-            continue
-        seen.add(value)
-        uses = data_uses(value)
-        if not (uses or value.is_graph_output()) or not all(_passes_on(node, slot) for node, slot in uses):
-            return False
-        stack.extend(out for node, _ in uses for out in node.outputs)
-    return True
-
-
-def _passes_on(node: ir.Node, slot: int) -> bool:
-    """Elementwise with constants or graph inputs only (a sum with another branch is a residual stream), or data movement."""
-    if is_data_movement(node) or is_op(node, *_UNARY):
-        return slot == 0 or is_op(node, "Concat")
-    others = [v for i, v in enumerate(node.inputs) if i != slot and v is not None]
-    return is_op(node, *_BINARY) and all(is_const(v) or v.producer() is None for v in others)
 
 
 def attention_refusal(scores: Scores, request: Request) -> str | None:

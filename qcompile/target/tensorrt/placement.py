@@ -13,11 +13,12 @@ from qcompile.ir.notes import kept_float
 from qcompile.ir.ops import activation_channel_axis, const_value, is_compute, is_op, static_shape, weight_slot
 from qcompile.quant.spec import PerBlock
 from qcompile.structure.scores import Scores, find_scores, find_values
+from qcompile.target.heads import final_heads
 from qcompile.target.specs import activation_spec, weight_spec
 from qcompile.target.target import Request
 from qcompile.target.tensorrt.blocks import in_blocks, scaled_blocks
 from qcompile.target.tensorrt.branches import range_branches
-from qcompile.target.tensorrt.defaults import attention_refusal, default_refusal, final_heads
+from qcompile.target.tensorrt.defaults import attention_refusal, default_refusal
 from qcompile.target.tensorrt.joins import share_concat_ranges, share_residuals
 
 _PROBABILITY = (0.0, 1.0)
