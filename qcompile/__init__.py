@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from qcompile.structure import find_norms as find_norms
     from qcompile.structure import find_residual_streams as find_residual_streams
     from qcompile.structure import find_v_projections as find_v_projections
-    from qcompile.verbs.compile.run import Options as Options
+    from qcompile.verbs.compile.options import Options as Options
     from qcompile.verbs.compile.run import Result as Result
     from qcompile.verbs.compile.run import compile as compile
 
@@ -75,7 +75,8 @@ _FROM = {
         "Matches", "Refusal", "find_activations", "find_attentions", "find_conv_chains", "find_linears", "find_mlps",
         "find_norm_to_linears", "find_norms", "find_residual_streams", "find_v_projections",
     ),
-    "verbs.compile.run": ("Options", "Result", "compile"),
+    "verbs.compile.options": ("Options",),
+    "verbs.compile.run": ("Result", "compile"),
 }  # fmt: skip
 _HOME = {name: f"{__name__}.{module}" for module, names in _FROM.items() for name in names}
 

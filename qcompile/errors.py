@@ -15,6 +15,9 @@ A message says what is wrong and ends with what to do.  Anything else that reach
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class QcompileError(Exception):
     """Base of all errors meant for the user; `exit_code` is the process's exit status."""
@@ -58,3 +61,9 @@ class GateError(QcompileError):
 
 class VerifyError(GateError):
     """A pass broke the contract of its kind."""
+
+
+def near(name: str, names: Iterable[str]) -> str:
+    """`, did you mean 'x'?` or an empty string."""
+    close = difflib.get_close_matches(name, list(names), n=2, cutoff=0.5)
+    return f", did you mean {' or '.join(repr(c) for c in close)}?" if close else ""

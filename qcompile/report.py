@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 SCHEMA_VERSION = 1
 
@@ -85,6 +85,27 @@ class PassReport:
         out = asdict(self)
         out["remarks"] = [r.to_json() for r in self.remarks]
         return out
+
+
+class Progress(Protocol):
+    """Who is told how far the work is."""
+
+    def on_pass(self, spec: str, index: int, total: int) -> None: ...
+    def on_done(self, report: PassReport) -> None: ...
+    def on_sweep(self, done: int, total: int) -> None: ...
+    def note(self, message: str) -> None: ...
+
+
+class Silent:
+    """Tells nobody."""
+
+    def on_pass(self, spec: str, index: int, total: int) -> None: ...
+    def on_done(self, report: PassReport) -> None: ...
+    def on_sweep(self, done: int, total: int) -> None: ...
+    def note(self, message: str) -> None: ...
+
+
+SILENT = Silent()
 
 
 def json_text(document: Any) -> str:

@@ -43,7 +43,8 @@ from qcompile.execute.session import make_session
 from qcompile.ir.model import Model
 from qcompile.ir.ops import weight_slot
 from qcompile.pipeline.base import PassContext
-from qcompile.verbs.compile.run import Options, prepare
+from qcompile.verbs.compile.job import prepare
+from qcompile.verbs.compile.options import Options
 
 BATCH, FEW, MANY = 8, 64, 1024
 PEERS = {"minmax": CalibrationMethod.MinMax, "percentile": CalibrationMethod.Percentile, "entropy": CalibrationMethod.Entropy}

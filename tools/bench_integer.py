@@ -34,7 +34,7 @@ from qcompile.oracle.fuse import Layer, layers  # noqa: E402
 from qcompile.oracle.graph import IntegerGraph, integer_graph  # noqa: E402
 from qcompile.oracle.run import encode, run_integer  # noqa: E402
 from qcompile.verbs.check import check_file  # noqa: E402
-from qcompile.verbs.compile.run import Options  # noqa: E402
+from qcompile.verbs.compile.options import Options  # noqa: E402
 from qcompile.verbs.compile.run import compile as compile_model  # noqa: E402
 from qcompile.verbs.evaluate.conformance import conformance  # noqa: E402
 from qcompile.verbs.evaluate.outputs import evaluate  # noqa: E402
@@ -149,7 +149,7 @@ def proof(path: Path) -> dict[str, Any]:
         "errors": len(errors),
         "proof_complete": found is not None and found.complete,
         "worst_margin_bits": None if found is None or found.worst is None else found.worst.margin_bits,
-        "cost": None if found is None else {key: found.cost[key] for key in ("macs", "bops", "weight_bytes")},
+        "cost": None if found is None else {key: getattr(found.cost, key) for key in ("macs", "bops", "weight_bytes")},
     }
 
 

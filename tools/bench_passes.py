@@ -39,7 +39,7 @@ from qcompile.ir.atomic import write_atomic  # noqa: E402
 from qcompile.ir.model import Model  # noqa: E402
 from qcompile.pipeline import registry  # noqa: E402
 from qcompile.target.catalog import TARGETS  # noqa: E402
-from qcompile.verbs.compile.run import Options  # noqa: E402
+from qcompile.verbs.compile.options import Options  # noqa: E402
 from qcompile.verbs.compile.run import compile as compile_model  # noqa: E402
 from qcompile.verbs.evaluate.outputs import evaluate  # noqa: E402
 from tools.transplant import transplant  # noqa: E402

@@ -51,6 +51,19 @@ class AuditedNode:
 
 
 @dataclass(frozen=True)
+class WastedPair:
+    """A DequantizeLinear whose consumer runs in float although it is not weight-only, and the rule that explains it."""
+
+    pair: str
+    node: str
+    rule: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys pair, node, rule."""
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
 class AuditResult:
     """What runs where; `attention` counts (blocks, blocks that run as one fused kernel)."""
 
@@ -61,7 +74,7 @@ class AuditResult:
     nodes: tuple[AuditedNode, ...]
     kernels: tuple[Kernel, ...]
     attention: tuple[int, int]
-    wasted_pairs: tuple[dict[str, str], ...]
+    wasted_pairs: tuple[WastedPair, ...]
 
     @property
     def total_flops(self) -> int:
@@ -95,11 +108,26 @@ class AuditResult:
         blocks, fused = self.attention
         return fused / blocks if blocks else None
 
+    @property
+    def label(self) -> str:
+        """What built it: a proxy, or the target itself."""
+        return LABELS[self.target]
+
+    @property
+    def weight_only_flops(self) -> int:
+        """Work in float that reads low-precision weights."""
+        return sum(n.flops for n in self.nodes if n.item.weight_type is not None and n.reads is None)
+
+    @property
+    def float_nodes(self) -> tuple[AuditedNode, ...]:
+        """Nodes that run in float."""
+        return tuple(n for n in self.nodes if n.reads is None)
+
     def summary(self) -> dict[str, Any]:
         """The figures without the per-kernel lists (this goes into an engine's manifest)."""
         return {
             "schema_version": SCHEMA_VERSION,
-            "label": LABELS[self.target],
+            "label": self.label,
             "gpu": self.gpu,
             "version": self.version,
             "version_tested": self.version in TESTED,
@@ -112,7 +140,7 @@ class AuditResult:
             "attention_fused": self.attention_fused,
             "attention_blocks": self.attention[0],
             "attention_fused_blocks": self.attention[1],
-            "weight_only_flops": sum(n.flops for n in self.nodes if n.item.weight_type is not None and n.reads is None),
+            "weight_only_flops": self.weight_only_flops,
             "unsized_nodes": [n.item.node for n in self.nodes if n.item.flops is None],
         }
 
@@ -120,8 +148,8 @@ class AuditResult:
         """`summary` with `kernels`, `float_nodes` and `wasted_pairs`."""
         return {
             **self.summary(),
-            "float_nodes": [_float_node(n) for n in self.nodes if n.reads is None],
-            "wasted_pairs": list(self.wasted_pairs),
+            "float_nodes": [_float_node(n) for n in self.float_nodes],
+            "wasted_pairs": [w.to_json() for w in self.wasted_pairs],
             "kernels": [k.to_json() for k in self.kernels],
         }
 
@@ -166,17 +194,17 @@ def _attention(view: GraphView, kernels: Sequence[Kernel]) -> tuple[int, int]:
     return len(blocks), sum(any({b.scores, b.values} <= names for names in fused) for b in blocks)
 
 
-def wasted_pairs(view: GraphView, nodes: Sequence[AuditedNode], target: str, gpu: str) -> tuple[dict[str, str], ...]:
+def wasted_pairs(view: GraphView, nodes: Sequence[AuditedNode], target: str, gpu: str) -> tuple[WastedPair, ...]:
     """DequantizeLinear nodes whose consumer runs in float although it is not weight-only, with the rule that explains it."""
     rules = {f.node: f.rule for f in check(view, target, [gpu])}
-    wasted: list[dict[str, str]] = []
+    wasted: list[WastedPair] = []
     by_name = {n.name: n for n in view.nodes}
     for audited in nodes:
         if audited.reads is not None or audited.item.weight_type is not None:
             continue
         sources = [dq for x in by_name[audited.item.node].input[:3] if (dq := view.dequantizer(x)) is not None]
         likely = [rules[n] for n in (audited.item.node, *(dq.name for dq in sources)) if n in rules]
-        wasted += [{"pair": dq.name, "node": audited.item.node, "rule": likely[0] if likely else ""} for dq in sources]
+        wasted += [WastedPair(dq.name, audited.item.node, likely[0] if likely else "") for dq in sources]
     return tuple(wasted)
 
 

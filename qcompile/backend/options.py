@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from qcompile.backend.device import local_gpu
 from qcompile.backend.process import ENGINES
@@ -24,17 +24,16 @@ _RTX_HAS_NONE = {
 class BuildOptions:
     """How an engine is built.
 
-    `timing_cache`: read if it is there, and written after the build.  `version_compatible`: later TensorRT versions
-    load the engine too.  `hardware_compatible`: it runs on all GPUs from Ampere on, or on all of one compute capability.
-    `strip`: weights that the ONNX file holds are left out of the engine (refit them before running).  `refit`: the
-    weights can be exchanged.
+    The timing cache is written after the build; stripped weights are those that the ONNX file holds.
     """
 
-    timing_cache: Path | None = None
-    version_compatible: bool = False
-    hardware_compatible: Hardware | None = None
-    strip: bool = False
-    refit: bool = False
+    timing_cache: Annotated[Path | None, "Read and updated: later builds are faster (trt)."] = None
+    version_compatible: Annotated[bool, "Later TensorRT versions load the engine too (trt)."] = False
+    hardware_compatible: Annotated[
+        Hardware | None, "Run on every GPU from Ampere on, or of the same compute capability (trt)."
+    ] = None
+    strip: Annotated[bool, "Leave the weights out; qcompile refit puts them back before it runs (needs a GPU)."] = False
+    refit: Annotated[bool, "Let qcompile refit exchange the weights later (needs a GPU)."] = False
 
     @property
     def chosen(self) -> tuple[str, ...]:

@@ -41,6 +41,11 @@ class BuildResult:
     manifest: dict[str, Any]
     warnings: tuple[str, ...] = ()
 
+    @property
+    def backend(self) -> str:
+        """The Python module that built it."""
+        return str(self.manifest["backend"])
+
 
 @dataclass(frozen=True)
 class BuiltPlan:

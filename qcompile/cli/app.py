@@ -26,6 +26,7 @@ COMMANDS = {
     "check": "Check MODEL against a target's rules.",
     "audit": "Show which kernels MODEL really gets.",
     "build": "Build an engine from MODEL, a Q/DQ model.",
+    "refit": "Give ENGINE the weights of an ONNX model.",
     "deploy": "Write MODELs into a Triton model repository.",
     "export-integer": "Write an integer-only MODEL as JSON: weights, multipliers, shifts, zero points, tables.",
     "inspect": "Show what is in MODEL, an ONNX model or an engine.",

@@ -8,56 +8,34 @@ from typing import Any
 
 import click
 
-from qcompile.cli.options import MODEL, as_json
-from qcompile.cli.output import flops, megabytes, print_json, print_table, print_text
+from qcompile.cli.options import MODEL, Command, as_json, options
+from qcompile.cli.output import answer, flops, megabytes, print_json, print_table, print_text
 from qcompile.errors import UsageError
-from qcompile.oracle.ranges import Bound, Proof
-from qcompile.target.findings import Finding, Rule
-from qcompile.verbs.build import gpu_list, recorded_target
-from qcompile.verbs.check import TARGETS, Checked, check_file, fix_file, write_sarif
+from qcompile.verbs.check import Bound, Checked, CheckOptions, Cost, Finding, Proof, Rule, check_model, write_sarif
+from qcompile.verbs.options import made
 
 STDOUT = "-"
 EXAMPLES = 2
 TIGHTEST = 8
 
 
-@click.command("check")
+@click.command("check", cls=Command)
 @click.argument("model", type=MODEL)
-@click.option("--target", type=click.Choice(list(TARGETS)), help="Default: what the model was compiled for, else trt.")
-@click.option("--gpu", metavar="SM,..", help="Also check what these GPUs can compute, e.g. sm86,sm89.")
-@click.option("--fix", is_flag=True, help="Apply the mechanical fixes to a copy (-o) and check it again.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="The repaired model of --fix.")
+@options(CheckOptions)
 @click.option("--sarif", metavar="FILE|-", help="Write the findings as SARIF 2.1.0 (- is standard output).")
 @click.option("--proof", is_flag=True, help="Of an integer-only model: the bound and the margin of every node.")
 @as_json
-def command(
-    model: Path,
-    target: str | None,
-    gpu: str | None,
-    fix: bool,
-    output: Path | None,
-    sarif: str | None,
-    proof: bool,
-    as_json: bool,
-) -> None:
+def command(model: Path, given: Mapping[str, Any], sarif: str | None, proof: bool, as_json: bool) -> None:
     """Check MODEL against a target's rules.
 
     Exit code 1 on errors (with --fix: on errors that remain): what the backend refuses, or silently runs in float.
     """
-    _check_options(fix, output, sarif, as_json)
-    chosen, gpus = target or recorded_target(model, TARGETS), gpu_list(gpu) if gpu else ()
-    checked = fix_file(model, output, chosen, gpus) if output is not None else check_file(model, chosen, gpus)
-    _print(checked, model if output is None else output, sarif, proof, as_json)
-    if any(f.severity == "error" for f in checked.findings):
-        click.get_current_context().exit(1)
-
-
-def _check_options(fix: bool, output: Path | None, sarif: str | None, as_json: bool) -> None:
-    if fix != (output is not None):
-        missing, have = ("-o FIXED.onnx", "--fix") if fix else ("--fix", "-o")
-        raise UsageError(f"{have} needs {missing}: the repaired model is a new file")
     if sarif == STDOUT and as_json:
         raise UsageError("--json and --sarif - both want standard output; give --sarif a file")
+    checked = check_model(model, made(CheckOptions, given))
+    _print(checked, checked.output or model, sarif, proof, as_json)
+    if checked.errors:
+        click.get_current_context().exit(1)
 
 
 def _print(checked: Checked, model: Path, sarif: str | None, proof: bool, as_json: bool) -> None:
@@ -65,23 +43,26 @@ def _print(checked: Checked, model: Path, sarif: str | None, proof: bool, as_jso
         write_sarif(checked, model, Path(sarif))
     if sarif == STDOUT:
         print_json(checked.to_sarif(model.name))
-    elif as_json:
-        print_json(checked.to_json())
-    else:
-        show_findings(checked)
-        show_proof(checked, every_node=proof)
+        return
+    answer(checked, as_json, lambda c: show_checked(c, every_node=proof))
+
+
+def show_checked(checked: Checked, *, every_node: bool) -> None:
+    """The findings, and the proof of an integer-only model."""
+    show_findings(checked)
+    show_proof(checked, every_node=every_node)
 
 
 def show_findings(checked: Checked) -> None:
     """Findings grouped by rule: id and title, the nodes with the reason, and what to do."""
-    rules = {rule.id: rule for rule in TARGETS[checked.target].rules}
+    rules = {rule.id: rule for rule in checked.rules}
     for rule_id, found in _by_rule(checked.findings).items():
         rule = rules[rule_id]
         print_text(f"{rule.severity} {rule.id} {rule.title} ({len(found)}x)", *_examples(found))
         print_text(f"  what to do: {rule.fix}", *_about_fix(rule, checked))
     if checked.output is not None:
         _show_fixed(checked, rules)
-    errors = sum(f.severity == "error" for f in checked.findings)
+    errors = len(checked.errors)
     print_text(f"{errors} errors, {len(checked.findings) - errors} warnings for target {checked.target}")
 
 
@@ -133,19 +114,18 @@ def show_proof(checked: Checked, *, every_node: bool) -> None:
         show_cost(proof.cost, every_layer=every_node)
 
 
-def show_cost(cost: Mapping[str, Any], *, every_layer: bool) -> None:
+def show_cost(cost: Cost, *, every_layer: bool) -> None:
     """Integer multiply-accumulates, bit operations and bytes of weights a sample: in all, and layer by layer."""
-    print_text(cost_line(cost))
+    print_text(cost_line(cost.macs, cost.bops, cost.weight_bytes))
     if every_layer:
         columns = ["layer", "operator", "MACs", "weight bits", "activation bits", "BOPs", "weight bytes"]
-        keys = ("node", "op", "macs", "weight_bits", "activation_bits", "bops", "weight_bytes")
-        print_table(columns, [tuple(str(x[key]) for key in keys) for x in cost["layers"]], right=range(2, 7))
+        rows = [(x.node, x.op, x.macs, x.weight_bits, x.activation_bits, x.bops, x.weight_bytes) for x in cost.layers]
+        print_table(columns, [tuple(map(str, row)) for row in rows], right=range(2, 7))
 
 
-def cost_line(cost: Mapping[str, Any]) -> str:
+def cost_line(macs: int, bops: int, weight_bytes: int) -> str:
     """The totals."""
-    stored = f"{megabytes(cost['weight_bytes'])} of weight codes"
-    return f"cost         {flops(cost['macs'])}MACs and {flops(cost['bops'])}BOPs a sample, {stored}"
+    return f"cost         {flops(macs)}MACs and {flops(bops)}BOPs a sample, {megabytes(weight_bytes)} of weight codes"
 
 
 def _shown(proof: Proof, every_node: bool) -> Sequence[Bound]:

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
 from qcompile.cli.calibrate import show_calibrated
-from qcompile.cli.options import MODEL, as_json
-from qcompile.verbs.calibrate import merge_files
-from qcompile.verbs.guards import require_place
+from qcompile.cli.options import MODEL, Command, as_json, options
+from qcompile.cli.output import answer
+from qcompile.verbs.calibrate.options import MergeOptions
+from qcompile.verbs.calibrate.run import merge_files
+from qcompile.verbs.options import made
 
 
-@click.command("merge")
+@click.command("merge", cls=Command)
 @click.argument("files", type=MODEL, nargs=-1, required=True)
-@click.option("-o", "--output", type=MODEL, required=True, metavar="ALL.qstats", help="The merged statistics.")
+@options(MergeOptions)
 @as_json
-def command(files: tuple[Path, ...], output: Path, as_json: bool) -> None:
+def command(files: tuple[Path, ...], given: Mapping[str, Any], as_json: bool) -> None:
     """Merge statistics FILES of disjoint samples.
 
     The result is bit for bit what one calibration over all samples gives, in whatever order the files come.
     """
-    require_place(output, "the statistics file", files)
-    show_calibrated(merge_files(files, output), as_json)
+    answer(merge_files(files, made(MergeOptions, given).output), as_json, show_calibrated)

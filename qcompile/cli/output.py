@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import click
 from rich.console import Console
@@ -14,6 +14,25 @@ from rich.text import Text
 from qcompile.report import json_text
 
 PLAIN_WIDTH = 118
+
+
+class Answer(Protocol):
+    """What a verb answers: data, and its document."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON document."""
+        ...
+
+
+A = TypeVar("A", bound=Answer)
+
+
+def answer(result: A, as_json: bool, view: Callable[[A], None]) -> None:
+    """The result as its JSON document, or as its view."""
+    if as_json:
+        print_json(result.to_json())
+    else:
+        view(result)
 
 
 def print_json(document: Any) -> None:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
 
 from qcompile.cli.options import as_json
-from qcompile.cli.output import print_json, print_table, print_text
-from qcompile.pipeline import registry
-from qcompile.pipeline.describe import OptionHelp, PassHelp, describe_pass, describe_passes
-from qcompile.report import SCHEMA_VERSION
+from qcompile.cli.output import answer, print_table, print_text
+from qcompile.verbs.passes import Listing, OnePass, OptionHelp, list_passes, show_one
 
 
 @click.command("passes")
@@ -19,31 +15,27 @@ from qcompile.report import SCHEMA_VERSION
 def command(name: str | None, as_json: bool) -> None:
     """List the passes, or show one with its options."""
     if name is None:
-        document = _passes_document()
-        print_json(document) if as_json else show_passes(document)
-        return
-    described = describe_pass(name)
-    print_json({"schema_version": SCHEMA_VERSION, **described.to_json()}) if as_json else show_pass(described)
+        answer(list_passes(), as_json, show_passes)
+    else:
+        answer(show_one(name), as_json, show_pass)
 
 
-def _passes_document() -> dict[str, Any]:
-    passes = [p.to_json() for p in describe_passes()]
-    presets = {"presets": dict(registry.PRESETS), "defaults": registry.defaults()}
-    return {"schema_version": SCHEMA_VERSION, "passes": passes, **presets}
-
-
-def show_passes(document: dict[str, Any]) -> None:
+def show_passes(listing: Listing) -> None:
     """All passes, presets and the default pipelines."""
-    print_table(["pass", "kind", "what"], [(p["name"], p["kind"], p["help"]) for p in document["passes"]])
-    for title in ("presets", "defaults"):
-        if document[title]:
-            print_text("", {"presets": "presets (write them like passes)", "defaults": "what runs without --passes"}[title])
-            print_table(["name", "pipeline"], sorted(document[title].items()))
+    print_table(["pass", "kind", "what"], [(p.name, p.kind, p.help) for p in listing.passes])
+    for title, pipelines in (
+        ("presets (write them like passes)", listing.presets),
+        ("what runs without --passes", listing.defaults),
+    ):
+        if pipelines:
+            print_text("", title)
+            print_table(["name", "pipeline"], sorted(pipelines.items()))
     print_text("", "one pass with its options: qcompile passes NAME")
 
 
-def show_pass(p: PassHelp) -> None:
+def show_pass(shown: OnePass) -> None:
     """One pass in full."""
+    p = shown.described
     print_text(f"{p.name} ({p.kind})", "", p.text)
     print_text("", f"needs        a {p.needs} model" + (f", behind {', '.join(p.after)}" if p.after else ""))
     if p.reaches is not None:

@@ -20,6 +20,8 @@ from onnx import TensorProto, helper
 from qcompile.errors import InputError, ModelError
 
 Optimize = Literal["off", "basic", "all"]
+Session = ort.InferenceSession
+RUNTIME_VERSION: str = ort.__version__
 
 _LEVELS: dict[Optimize, ort.GraphOptimizationLevel] = {
     "off": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,

@@ -39,6 +39,33 @@ class LayerCost:
         return {**vars(self), "bops": self.bops}
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What all layers cost for one sample."""
+
+    layers: tuple[LayerCost, ...]
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates."""
+        return sum(layer.macs for layer in self.layers)
+
+    @property
+    def bops(self) -> int:
+        """Bit operations."""
+        return sum(layer.bops for layer in self.layers)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weight codes."""
+        return sum(layer.weight_bytes for layer in self.layers)
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys macs, bops, weight_bytes and layers."""
+        total = {"macs": self.macs, "bops": self.bops, "weight_bytes": self.weight_bytes}
+        return {**total, "layers": [layer.to_json() for layer in self.layers]}
+
+
 def layer_cost(scene: Scene, op: Op) -> LayerCost | None:
     """The cost of a convolution or product, from proven ranges; None for others and for sums by ones (average pooling).
 

@@ -16,7 +16,7 @@ import onnx
 from onnx import helper
 
 from qcompile.oracle import interval
-from qcompile.oracle.cost import LayerCost, layer_cost
+from qcompile.oracle.cost import Cost, LayerCost, layer_cost
 from qcompile.oracle.graph import IntegerGraph, Op, integer_graph
 from qcompile.oracle.interval import Range, between
 from qcompile.oracle.scene import Scene, Shape, Unbounded
@@ -88,16 +88,15 @@ class Proof:
         return min(self.arithmetic, key=lambda b: b.margin_bits, default=None)
 
     @property
-    def cost(self) -> dict[str, Any]:
-        """`macs, bops, weight_bytes` of all layers, for one sample, and `layers` (see `LayerCost.to_json`)."""
-        total = {key: sum(getattr(layer, key) for layer in self.layers) for key in ("macs", "bops", "weight_bytes")}
-        return {**total, "layers": [layer.to_json() for layer in self.layers]}
+    def cost(self) -> Cost:
+        """What the layers cost a sample."""
+        return Cost(self.layers)
 
     def to_json(self) -> dict[str, Any]:
         """The keys proof_complete, assumptions, worst, proof (a list of bounds, see `Bound.to_json`), cost."""
         worst = None if self.worst is None else self.worst.to_json()
         found = {"proof_complete": self.complete, "assumptions": list(self.assumptions), "worst": worst}
-        return {**found, "cost": self.cost, "proof": [b.to_json() for b in self.bounds]}
+        return {**found, "cost": self.cost.to_json(), "proof": [b.to_json() for b in self.bounds]}
 
 
 def prove(model: onnx.ModelProto, base_dir: str = "") -> Proof:

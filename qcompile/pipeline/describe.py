@@ -61,6 +61,11 @@ def describe_pass(name: str) -> PassHelp:
     return PassHelp(cls.name or name, cls.kind.value, text.partition("\n")[0], text, _options(cls), *stages)
 
 
+def first_line(p: Pass | type[Pass]) -> str:
+    """A pass's help."""
+    return (p.__doc__ or "").strip().splitlines()[0]
+
+
 def _options(cls: type[Pass]) -> tuple[OptionHelp, ...]:
     hints = typing.get_type_hints(cls, include_extras=True)
     shown = (f for f in dataclasses.fields(cls) if f.metadata.get("option", True))

@@ -8,14 +8,13 @@ option   := key ["=" value]                          a bare key means true
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qcompile.errors import UsageError
+from qcompile.errors import UsageError, near
 from qcompile.pipeline.base import Pass, option_name
 
 _SPECIAL = "{},= "
@@ -119,12 +118,6 @@ def _option(text: str, pos: int) -> tuple[Option, int]:
     return Option(key, value, start), end
 
 
-def near(name: str, names: Iterable[str]) -> str:
-    """`, did you mean 'x'?` or an empty string."""
-    close = difflib.get_close_matches(name, list(names), n=2, cutoff=0.5)
-    return f", did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
-
-
 def parse(text: str, lookup: Lookup, names: Sequence[str], expand: Callable[[str], str | None] = lambda _: None) -> list[Pass]:
     """Turn a pipeline string into passes.
 
@@ -171,6 +164,21 @@ def build(text: str, item: Item, cls: type[Pass]) -> tuple[Pass, str]:
     except UsageError as e:
         raise caret(text, item.column, str(e)) from e
     return instance.sugar()
+
+
+def with_option(p: Pass, key: str, value: Any) -> Pass | None:
+    """The pass with an option; None if it has none of that name.
+
+    Raises:
+        UsageError: it was given another value.
+    """
+    field = next((f for f in dataclasses.fields(p) if option_name(f.name) == key), None)
+    if field is None:
+        return None
+    held = getattr(p, field.name)
+    if held not in (field.default, value):
+        raise UsageError(f"--{key} {value} and {p.name}{{{key}={held}}} differ; give one of them")
+    return dataclasses.replace(p, **{field.name: value})
 
 
 def _value(text: str, option: Option, hint: Any) -> Any:

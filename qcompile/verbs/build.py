@@ -1,42 +1,61 @@
-"""From a Q/DQ model to an engine whose kernels are known: build, audit, and write both down."""
+"""From a Q/DQ model to an engine whose kernels are known: build, audit, refit, and write it down."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from qcompile.backend.audit import AuditResult, audit
 from qcompile.backend.bisect import bisect
 from qcompile.backend.device import local_gpu
 from qcompile.backend.manifest import write_manifest
-from qcompile.backend.options import DEFAULTS, BuildOptions, Hardware, require_options
+from qcompile.backend.options import DEFAULTS, BuildOptions, require_options
 from qcompile.backend.process import ENGINES, require_trt
 from qcompile.backend.profile import Profile, parse_profile
+from qcompile.backend.refit import refit_engine
 from qcompile.backend.tensorrt import BuildResult, build_engine, capability, graph_of
-from qcompile.errors import BackendError, BuildError, UsageError
-from qcompile.report import SCHEMA_VERSION
+from qcompile.errors import BackendError, BuildError, GateError, UsageError
+from qcompile.report import SCHEMA_VERSION, Progress
 from qcompile.target.catalog import DEFAULT, TARGETS, engine_targets
 from qcompile.target.check import check
+from qcompile.verbs.compile.options import DEFAULT_GPU, EngineOptions
+from qcompile.verbs.guards import require_place
+from qcompile.verbs.options import Written, part
 
-__all__ = [
-    "DEFAULT_GPU",
-    "BuildOptions",
-    "EngineResult",
-    "Hardware",
-    "audit",
-    "engine_targets",
-    "gpu_list",
-    "make_engine",
-    "profile_from",
-    "profiles_from",
-    "recorded_target",
-    "require_engine",
-]
-
-DEFAULT_GPU = "sm89"
 Note = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineBuildOptions(BuildOptions, EngineOptions):
+    """The engine."""
+
+    output: Annotated[Path, "The engine; its manifest goes beside it.", Written("OUT.engine", short="-o")]
+    target: Annotated[
+        str | None, f"Default: what the model was compiled for, else {DEFAULT}.", Written(choices=tuple(engine_targets()))
+    ] = None
+    no_bisect: Annotated[bool, "If the builder refuses MODEL, do not search for the Q/DQ pairs that break it."] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditOptions:
+    """What is audited."""
+
+    gpu: Annotated[str, "The GPU to build for; none is needed here.", Written("SM")] = DEFAULT_GPU
+    target: Annotated[str, "trt needs the tensorrt package and a GPU.", Written(choices=tuple(engine_targets()))] = "rtx"
+    profile: Annotated[
+        str | None, "Of dynamic inputs, e.g. 'x:1x3x32x32,8x3x32x32,32x3x32x32' (min, opt, max).", Written("SHAPES")
+    ] = None
+    min_share: Annotated[float | None, "Fail (exit 1) if the share is lower.", Written("X", least=0, most=1)] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefitOptions:
+    """What is refitted."""
+
+    weights: Annotated[Path, "An ONNX model of the structure that ENGINE was built from.", Written("MODEL")]
+    output: Annotated[Path, "The engine with these weights; its manifest goes beside it.", Written("OUT.engine", short="-o")]
 
 
 @dataclass(frozen=True)
@@ -62,6 +81,63 @@ class EngineResult:
         }
 
 
+@dataclass(frozen=True)
+class Refitted:
+    """An engine with other weights."""
+
+    engine: Path
+    manifest: Path
+    weights: Path
+
+    def to_json(self) -> dict[str, Any]:
+        """`schema_version, engine, manifest, size, weights`."""
+        shown = {name: str(path) for name, path in vars(self).items()}
+        return {"schema_version": SCHEMA_VERSION, **shown, "size": self.engine.stat().st_size}
+
+
+def build(model: Path, options: EngineBuildOptions, progress: Progress) -> EngineResult:
+    """Build the engine that `options` ask for (see `require_engine`, `make_engine`)."""
+    gpus, profiles, chosen = gpu_list(options.gpu), profiles_from(options.profiles), part(options, BuildOptions)
+    target = options.target or recorded_target(model, engine_targets())
+    require_place(options.output, "the engine", [model])
+    require_place(options.timing_cache, "the timing cache", [model, options.output])
+    require_engine(target, options.output, gpus, options=chosen)
+    return make_engine(
+        model,
+        options.output,
+        target=target,
+        gpus=gpus,
+        profiles=profiles,
+        options=chosen,
+        find_cause=not options.no_bisect,
+        note=progress.note,
+    )
+
+
+def audit_model(model: Path, options: AuditOptions) -> AuditResult:
+    """Which kernels `model` gets (see `qcompile.backend.audit.audit`)."""
+    profile = None if options.profile is None else parse_profile(options.profile)
+    return audit(model, gpu_list(options.gpu)[0], profile, options.target)
+
+
+def require_share(result: AuditResult, minimum: float | None) -> None:
+    """Raises GateError where less than `minimum` of the planned work runs in low precision."""
+    if minimum is not None and (result.share is None or result.share < minimum):
+        raise GateError(
+            f"the share is {result.share}, below --min-share {minimum:g}; look at the nodes that run in float, or lower it"
+        )
+
+
+def refit(engine: Path, options: RefitOptions) -> Refitted:
+    """`engine` with other weights (see `refit_engine`).
+
+    Raises:
+        UsageError: the output cannot be written, or is one of the inputs.
+    """
+    require_place(options.output, "the engine", [engine, options.weights])
+    return Refitted(options.output, refit_engine(engine, options.weights, options.output), options.weights)
+
+
 def gpu_list(text: str) -> tuple[str, ...]:
     """`sm86,sm89` -> names, each of the right form.
 
@@ -81,11 +157,6 @@ def recorded_target(model: Path, choices: Collection[str], default: str = DEFAUL
     props = {p.key: p.value for p in graph_of(model).metadata_props}
     recorded = props.get("qcompile.target", "")
     return recorded if recorded in choices else default
-
-
-def profile_from(text: str | None) -> Profile | None:
-    """The profile that the command line gave, if any (see `parse_profile`)."""
-    return None if text is None else parse_profile(text)
 
 
 def profiles_from(texts: Sequence[str]) -> tuple[Profile, ...]:

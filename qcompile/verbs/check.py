@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import onnx
 
@@ -14,16 +14,34 @@ from qcompile.errors import ModelError, UsageError
 from qcompile.ir.atomic import write_atomic
 from qcompile.ir.model import Model
 from qcompile.ir.reader import read_proto
-from qcompile.oracle.ranges import Proof
+from qcompile.oracle.cost import Cost
+from qcompile.oracle.ranges import Bound, Proof
 from qcompile.report import SCHEMA_VERSION, json_text
 from qcompile.target.catalog import TARGETS
 from qcompile.target.check import check
-from qcompile.target.findings import Finding
+from qcompile.target.findings import Finding, Rule
 from qcompile.target.repair import repair
 from qcompile.target.sarif import sarif
 from qcompile.target.view import GraphView
+from qcompile.verbs.build import gpu_list, recorded_target
+from qcompile.verbs.options import Written
+
+__all__ = [
+    "Bound", "CheckOptions", "Checked", "Cost", "Finding", "Proof", "Rule", "check_file", "check_model", "fix_file",
+    "write_sarif",
+]  # fmt: skip
 
 INLINE_BYTES = 1_500_000_000  # a protobuf file ends at 2 GB
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions:
+    """What is checked."""
+
+    target: Annotated[str | None, "Default: what the model was compiled for, else trt.", Written(choices=tuple(TARGETS))] = None
+    gpu: Annotated[str | None, "Also check what these GPUs can compute, e.g. sm86,sm89.", Written("SM,..")] = None
+    fix: Annotated[bool, "Apply the mechanical fixes to a copy (-o) and check it again."] = False
+    output: Annotated[Path | None, "The repaired model of --fix.", Written("FILE", short="-o")] = None
 
 
 @dataclass(frozen=True)
@@ -35,6 +53,16 @@ class Checked:
     fixed: tuple[Finding, ...] = ()
     output: Path | None = None
     proof: Proof | None = None
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        """The findings that are errors."""
+        return tuple(f for f in self.findings if f.severity == "error")
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """The rules of the target."""
+        return tuple(TARGETS[self.target].rules)
 
     def to_json(self) -> dict[str, Any]:
         """`schema_version, target, errors, warnings` of `rule, node, message, fix, fixable`; with a repair `fixed, output`;
@@ -54,6 +82,22 @@ class Checked:
 def _finding(f: Finding, target: str) -> dict[str, Any]:
     fixable = next(r.repair is not None for r in TARGETS[target].rules if r.id == f.rule)
     return {"rule": f.rule, "node": f.node, "message": f.message, "fix": f.fix, "fixable": fixable}
+
+
+def check_model(model: Path, options: CheckOptions) -> Checked:
+    """The findings on a model, or on its repaired copy.
+
+    Raises:
+        UsageError: --fix without -o, or the other way round; a GPU's name.
+        ModelError: see `check_file` and `fix_file`.
+    """
+    if options.fix != (options.output is not None):
+        missing, have = ("-o FIXED.onnx", "--fix") if options.fix else ("--fix", "-o")
+        raise UsageError(f"{have} needs {missing}: the repaired model is a new file")
+    target, gpus = options.target or recorded_target(model, TARGETS), gpu_list(options.gpu) if options.gpu else ()
+    if options.output is None:
+        return check_file(model, target, gpus)
+    return fix_file(model, options.output, target, gpus)
 
 
 def check_file(model: Path, target: str, gpus: Sequence[str] = ()) -> Checked:

@@ -13,16 +13,12 @@ from qcompile.ir.model import Model
 from qcompile.ir.select import require_selector, selected, with_width
 
 
-def require_sane(samples: int | None, seed: int, selectors: Mapping[str, Sequence[str]]) -> None:
-    """Numbers in range, selectors (by option) of a known form.
+def require_selectors(selectors: Mapping[str, Sequence[str]]) -> None:
+    """Selectors (by option) of a known form.
 
     Raises:
-        UsageError: naming the option.
+        UsageError: another form.
     """
-    if samples is not None and samples < 1:
-        raise UsageError(f"samples is {samples}; give at least 1")
-    if seed < 0:
-        raise UsageError(f"seed is {seed}; give 0 or more")
     for option, texts in selectors.items():
         for text in texts:
             require_selector(_selector(option, text))
@@ -45,10 +41,8 @@ def require_batch(batch: int | None, fixed: int | None) -> None:
     """A model whose batch axis is fixed takes no other.
 
     Raises:
-        UsageError: `batch` is another one, or less than 1.
+        UsageError: `batch` is another one.
     """
-    if batch is not None and batch < 1:
-        raise UsageError(f"batch is {batch}; give at least 1")
     if batch is not None and fixed is not None and batch != fixed:
         raise UsageError(f"--batch {batch}: the model takes exactly {fixed} samples a run; leave --batch out")
 

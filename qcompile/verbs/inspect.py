@@ -109,7 +109,7 @@ def inspect_model(
         "schema_version": SCHEMA_VERSION,
         "kind": "onnx",
         "path": str(path),
-        "size_mb": round(model_bytes(model, Path(path)) / 1e6, 3),
+        "size_mb": round(model_bytes(model) / 1e6, 3),
         "ir_version": model.ir.ir_version,
         "opset": model.opset,
         "inputs": [_interface(v) for v in model.graph.inputs if v.name not in model.graph.initializers],
@@ -128,14 +128,15 @@ def inspect_model(
 
 def _integer_cost(model: Model, proto: onnx.ModelProto, path: Path) -> dict[str, Any] | None:
     """`macs, bops, weight_bytes, layers`; the widths follow from the proven ranges."""
-    return prove(proto, str(path.parent)).cost if "qcompile.integer" in model.metadata else None
+    return prove(proto, str(path.parent)).cost.to_json() if "qcompile.integer" in model.metadata else None
 
 
-def model_bytes(model: Model, path: Path) -> int:
-    """Size on disk of the model file with its external data files."""
+def model_bytes(model: Model) -> int:
+    """Size on disk of the file that a model came from, with its external data files."""
+    assert model.path is not None
     tensors = (v.const_value for v in model.graph.initializers.values())
-    files = {path.parent / t.location for t in tensors if isinstance(t, ir.ExternalTensor)}
-    return path.stat().st_size + sum(f.stat().st_size for f in files)
+    files = {model.path.parent / t.location for t in tensors if isinstance(t, ir.ExternalTensor)}
+    return model.path.stat().st_size + sum(f.stat().st_size for f in files)
 
 
 def quantized_tensors(graph: ir.Graph) -> list[dict[str, Any]]:

@@ -51,7 +51,7 @@ def test_nvfp4_runs_in_4_bit(tmp_path: Path, n: int, trans_b: bool) -> None:
 def test_mxfp8_runs_in_float_and_the_audit_says_so(tmp_path: Path) -> None:
     result = audited(compiled("mxfp8", tmp_path))
     assert (result.share, result.coverage) == (0.0, 0.0)
-    assert {p["rule"] for p in result.wasted_pairs} == {"QC-TRT-029"}
+    assert {p.rule for p in result.wasted_pairs} == {"QC-TRT-029"}
 
 
 def test_fp4_for_an_older_gpu_fails_before_the_build(tmp_path: Path) -> None:

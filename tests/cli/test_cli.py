@@ -157,7 +157,7 @@ def test_widths_by_layer_show_in_every_report(tmp_path: Path, capsys: Capture) -
         (("passes", "smoth"), 2, "did you mean 'smooth'"),
         (("no-such.onnx",), 3, "no model at"),
         (("inspect", "no-such.onnx"), 3, "no model at"),
-        (("check", "no-such.onnx"), 3, "cannot read"),
+        (("check", "no-such.onnx"), 3, "no model at"),
         ((VIT, "--calib", "no-such.npz"), 3, "no data at"),
         ((VIT, "--samples", "100000"), 3, "samples"),
     ],

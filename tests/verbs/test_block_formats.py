@@ -13,7 +13,8 @@ from qcompile.calib.data.dataset import load_data
 from qcompile.errors import ModelError
 from qcompile.ir.model import Model
 from qcompile.verbs.bench.models import bench
-from qcompile.verbs.compile.run import Options, Result, compile
+from qcompile.verbs.compile.options import Options
+from qcompile.verbs.compile.run import Result, compile
 from qcompile.verbs.evaluate.outputs import evaluate
 from tests.passes.models import fixture, fixture_arrays
 

@@ -19,8 +19,10 @@ import pytest
 from qcompile.calib.store.store import load
 from qcompile.cli import main
 from qcompile.errors import UsageError
-from qcompile.verbs.calibrate import calibrate
-from qcompile.verbs.compile.job import Options, Silent, prepare
+from qcompile.report import Silent
+from qcompile.verbs.calibrate.run import calibrate
+from qcompile.verbs.compile.job import prepare
+from qcompile.verbs.compile.options import Options
 
 ROOT = Path(__file__).parents[2]
 CNN = ROOT / "models" / "digits_cnn.onnx"

@@ -21,7 +21,8 @@ from qcompile.errors import DataError, GateError, ModelError, QcompileError, Usa
 from qcompile.execute.session import make_session
 from qcompile.ir.model import Model
 from qcompile.target.check import check
-from qcompile.verbs.compile.run import Options, prepare, write_report
+from qcompile.verbs.compile.job import prepare
+from qcompile.verbs.compile.options import Options
 from tests.ir import tiny
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -108,8 +109,8 @@ def test_a_foreign_quantized_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_reports_are_json_even_where_nothing_was_lost(tmp_path: Path) -> None:
-    result = compiled(MODELS / "digits_cnn.onnx", tmp_path / "q.onnx", target="ort")
-    write_report(result, tmp_path / "report.json", tmp_path / "remarks.json")
+    written = {"report": tmp_path / "report.json", "remarks": tmp_path / "remarks.json"}
+    compiled(MODELS / "digits_cnn.onnx", tmp_path / "q.onnx", target="ort", **written)
     assert '"schema_version"' in (tmp_path / "report.json").read_text() and "NaN" not in (tmp_path / "report.json").read_text()
 
 

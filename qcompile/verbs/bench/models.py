@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
 from qcompile.calib.data.dataset import Dataset, fixed_batch
 from qcompile.errors import DataError, ModelError, UsageError
 from qcompile.execute.emulate.runnable import runnable
 from qcompile.execute.feeds import Feeds, cast_feeds, pad_batch
-from qcompile.execute.session import make_session, run
+from qcompile.execute.session import Session, make_session, run
 from qcompile.execute.timing import interleaved, made_up, ratios, timing
 from qcompile.ir.model import InputInfo, Model
 from qcompile.report import SCHEMA_VERSION
@@ -96,7 +95,7 @@ def _size(dim: int | str | None, axis: int) -> int:
     return 1 if axis == 0 or str(dim).lower() in BATCH_NAMES else DYNAMIC_LENGTH
 
 
-def _feeds(model: Model, session: ort.InferenceSession, data: Dataset | None, seed: int) -> Feeds:
+def _feeds(model: Model, session: Session, data: Dataset | None, seed: int) -> Feeds:
     if data is None:
         return made_up_inputs(model.inputs(), seed)
     sample = next(data.batches(1), None)
@@ -106,7 +105,7 @@ def _feeds(model: Model, session: ort.InferenceSession, data: Dataset | None, se
     return cast_feeds(session, pad_batch(sample, fixed) if fixed else sample)
 
 
-def _call(session: ort.InferenceSession, feeds: Feeds) -> Callable[[], object]:
+def _call(session: Session, feeds: Feeds) -> Callable[[], object]:
     """One run of the session, for timing."""
     run(session, feeds, fall_back=False)  # failures are told before the clock starts
     return lambda: session.run(None, feeds)

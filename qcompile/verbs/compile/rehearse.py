@@ -11,7 +11,8 @@ from qcompile.calib.observe import Probe, Stat
 from qcompile.calib.sweep.memory import MemoryPlan
 from qcompile.pipeline.base import Needs
 from qcompile.pipeline.runner import Runner, drive
-from qcompile.verbs.compile.job import Job, Silent
+from qcompile.report import SILENT
+from qcompile.verbs.compile.job import Job
 from qcompile.verbs.compile.statistics import open_calibration, open_data, sweeper
 
 SAMPLES = 8
@@ -39,7 +40,7 @@ def rehearse(job: Job) -> Rehearsal:
     found = Rehearsal()
     runner = Runner(verify="off")
     if job.options.stats is not None:
-        calibration = open_calibration(job, Silent())
+        calibration = open_calibration(job, SILENT)
         assert calibration is not None
         runner.known, found.samples = calibration.known, calibration.samples
         answer = calibration.collect
@@ -67,8 +68,8 @@ class _OnFew:
 
     def collect(self, needs: Needs) -> Mapping[Probe[Any], Stat]:
         if self.found.memory is None:
-            whole = sweeper(self.job, self.data, Silent())
+            whole = sweeper(self.job, self.data, SILENT)
             self.found.memory = whole.plan(needs.model, needs.probes)
         few = self.data.take(max(SAMPLES, fixed_batch(self.job.model.inputs()) or 0))
         self.found.samples = len(few)
-        return sweeper(self.job, few, Silent()).collect(needs.model, needs.probes)
+        return sweeper(self.job, few, SILENT).collect(needs.model, needs.probes)

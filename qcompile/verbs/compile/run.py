@@ -5,39 +5,33 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from qcompile._version import __version__
-from qcompile.calib.sweep.memory import MemoryPlan
 from qcompile.decide.decisions import lines
 from qcompile.errors import GateError, InputError, ModelError, UsageError
 from qcompile.ir.atomic import write_atomic
 from qcompile.ir.model import Model
 from qcompile.ir.text import print_model
+from qcompile.pipeline.base import Kind
 from qcompile.pipeline.runner import Failure, Ran, Runner, Starts, drive, without_data
-from qcompile.quant.spec import SCHEMES
-from qcompile.report import SCHEMA_VERSION, PassReport, Remark, json_text
-from qcompile.target.catalog import TARGETS
-from qcompile.verbs.compile.job import (
-    DEFAULT_SAMPLES,
-    Job,
-    Options,
-    Progress,
-    Silent,
-    describe_plan,
-    first_line,
-    prepare,
-)
+from qcompile.report import SCHEMA_VERSION, SILENT, PassReport, Progress, Remark, json_text
+from qcompile.verbs.build import EngineResult, gpu_list, make_engine, profiles_from
+from qcompile.verbs.compile.job import Job, prepare
+from qcompile.verbs.compile.options import Options
 from qcompile.verbs.compile.statistics import Calibration, open_calibration
 from qcompile.verbs.guards import unmatched
+from qcompile.verbs.inspect import model_bytes
+from qcompile.verbs.options import changed, made, to_json, words
 
-__all__ = [
-    "DEFAULT_SAMPLES", "SCHEMES", "TARGETS", "Job", "MemoryPlan", "Options", "Progress", "Result", "Silent", "compile",
-    "describe_plan", "first_line", "prepare", "run", "write_report",
-]  # fmt: skip
+REPRODUCED = (
+    "passes", "target", "scheme", "stats", "calib", "samples", "batch", "preprocess", "keep_float", "only", "quantize", "bits",
+    "seed",
+)  # fmt: skip
+"""What a pass that failed depends on; --range is in its spec."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +47,10 @@ class Result:
     samples: int
     calibration: str
     notes: tuple[str, ...] = ()
-    selectors: Mapping[str, Sequence[str]] = field(default_factory=dict[str, Sequence[str]])
+    options: Options = field(default_factory=Options)
+    inserted: tuple[bool, ...] = ()
+    source_bytes: int = 0
+    engine: EngineResult | None = None
     model: Model | None = field(default=None, repr=False)
 
     @property
@@ -67,8 +64,8 @@ class Result:
         return next((p.sqnr_db for p in reversed(self.passes) if p.sqnr_db is not None and p.kind == "lower"), None)
 
     def to_json(self) -> dict[str, Any]:
-        """The report document."""
-        return {
+        """The report document; with `engine` if one was built."""
+        document = {
             "schema_version": SCHEMA_VERSION,
             "output": str(self.output),
             "pipeline": self.pipeline,
@@ -79,26 +76,40 @@ class Result:
             "sweeps": self.sweeps,
             "sqnr_db": self.sqnr_db,
             "notes": list(self.notes),
-            "selectors": {option: list(texts) for option, texts in self.selectors.items()},
+            "selectors": {option: list(texts) for option, texts in self.options.selection.by_option.items()},
+            "options": to_json(self.options),
             "passes": [p.to_json() for p in self.passes],
         }
+        return document if self.engine is None else document | {"engine": self.engine.to_json()}
 
 
 def compile(path: str | Path, options: Options | None = None, *, progress: Progress | None = None, **named: Any) -> Result:
     """Compile an ONNX model: `compile("m.onnx", passes="repq,smooth", target="ort", calib="images.npz")`.
 
-    Options may be given as an `Options` or by name.  Writes the output atomically and returns what happened.
+    Options may be given as an `Options` or by name (see `qcompile.verbs.compile.options`); MODEL.qcompile.toml beside the model
+    says what they leave open.  Writes the output atomically and returns what happened.
 
     Raises:
         QcompileError: see `qcompile.errors`; nothing is written then but, if a pass failed, its reproducer.
     """
     if options is not None and named:
         raise UsageError("give options either as an Options object or by name, not both")
-    return run(prepare(path, options or Options(**named)), progress or Silent())
+    given = named if options is None else changed(options)
+    return run(prepare(path, made(Options, given, Path(path))), progress or SILENT)
 
 
 def run(job: Job, progress: Progress) -> Result:
-    """Run a prepared job and save its output."""
+    """Run a prepared job: save its output, the reports, and the engine if it asks for one."""
+    result, options = _compiled(job, progress), job.options
+    _write_reports(result, options.report, options.remarks)
+    if options.engine is None:
+        return result
+    gpus, shapes = gpu_list(options.gpu), profiles_from(options.profiles)
+    engine = make_engine(result.output, options.engine, target=result.target, gpus=gpus, profiles=shapes, note=progress.note)
+    return replace(result, engine=engine)
+
+
+def _compiled(job: Job, progress: Progress) -> Result:
     notes = unmatched(job.model, job.options.selection.by_option)
     notes += [text for scheme, text in job.target.caveats if scheme == job.scheme.name]
     _warned(notes, progress)
@@ -128,7 +139,9 @@ def run(job: Job, progress: Progress) -> Result:
         calibration.samples if calibration is not None else 0,
         calibration.source if calibration is not None else "none",
         notes=tuple(notes),
-        selectors=job.options.selection.by_option,
+        options=job.options,
+        inserted=tuple(job.plan.inserted),
+        source_bytes=model_bytes(job.model),
         model=model,
     )
     _gate(result, job.options.min_sqnr)
@@ -180,7 +193,7 @@ def _describe(model: Model, job: Job, calibration: Calibration | None, digest: s
 
 def _check_matched(job: Job, reports: Sequence[PassReport], model: Model) -> None:
     """A scheme that found nothing to quantize is not a success."""
-    quantizes = [r for r in reports if r.spec.startswith("annotate")]
+    quantizes = [r for r in reports if r.kind == Kind.ANNOTATE.value]
     if quantizes and not any(r.modified for r in quantizes) and job.scheme.weight is not None:
         reasons = (
             "; ".join(dict.fromkeys(x.reason for r in quantizes for x in r.remarks))
@@ -202,32 +215,15 @@ def _reproduce(failure: Failure, job: Job) -> str:
         failure.model.save(before)
     except ModelError:
         return ""
-    words = [
-        "qcompile",
-        str(before),
-        "--exact",
-        "--passes",
-        failure.spec,
-        "--target",
-        job.target.name,
-        "--scheme",
-        job.scheme.name,
-    ]
-    words += ["--stats", str(job.options.stats)] if job.options.stats else []
-    words += ["--calib", job.data_source] if job.data_source and (job.options.calib or not job.options.stats) else []
-    words += ["--samples", str(job.options.samples)] if job.options.samples else []
-    words += ["--batch", str(job.options.batch)] if job.options.batch else []
-    words += ["--preprocess", job.options.preprocess] if job.options.preprocess else []
-    for option, texts in job.options.selection.by_option.items():
-        words += [w for text in texts for w in (f"--{option.replace('_', '-')}", text)]
-    words += ["--seed", str(job.options.seed)] if job.options.seed else []
-    return f"\n  reproduce: {shlex.join(words)}"
+    data = job.data_source if job.options.calib or not job.options.stats else None
+    alone = replace(job.options, passes=failure.spec, target=job.target.name, scheme=job.scheme.name, calib=data)
+    return f"\n  reproduce: {shlex.join(['qcompile', str(before), '--exact', *words(alone, REPRODUCED)])}"
 
 
-def write_report(result: Result, report: str | Path | None, remarks: str | Path | None) -> None:
+def _write_reports(result: Result, report: Path | None, remarks: Path | None) -> None:
     """Write the JSON report and the remarks, if asked for."""
     if report is not None:
-        write_atomic(Path(report), json_text(result.to_json()) + "\n")
+        write_atomic(report, json_text(result.to_json()) + "\n")
     if remarks is not None:
         document = {"schema_version": SCHEMA_VERSION, "remarks": [r.to_json() for r in result.remarks]}
-        write_atomic(Path(remarks), json_text(document) + "\n")
+        write_atomic(remarks, json_text(document) + "\n")

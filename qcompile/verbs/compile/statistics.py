@@ -19,7 +19,9 @@ from qcompile.execute.compare import OrtComparator, comparator
 from qcompile.execute.session import batch_length, device_note
 from qcompile.ir.model import Model
 from qcompile.pipeline.base import Needs
-from qcompile.verbs.compile.job import DEFAULT_SAMPLES, Job, Progress
+from qcompile.report import Progress
+from qcompile.verbs.compile.job import Job
+from qcompile.verbs.compile.options import DEFAULT_SAMPLES
 
 VERIFY_SAMPLES = 8
 

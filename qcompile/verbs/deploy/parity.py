@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from qcompile.backend.triton import NUMPY_TYPES
@@ -16,7 +15,7 @@ from qcompile.calib.data.dataset import Dataset
 from qcompile.errors import GateError, ModelError
 from qcompile.execute.feeds import Feeds, run_padded
 from qcompile.execute.metrics import MAX_SQNR_DB, Distance
-from qcompile.execute.session import make_session, meaningful_line
+from qcompile.execute.session import Session, make_session, meaningful_line
 
 CPU = ("CPUExecutionProvider",)
 # ONNX Runtime's own default, which Triton leaves as it is: weight-only MatMuls may read int8 activations.
@@ -84,7 +83,7 @@ def check_served(
     return parity
 
 
-def _as_served(model: Path, may_simulate: bool) -> tuple[ort.InferenceSession, bool]:
+def _as_served(model: Path, may_simulate: bool) -> tuple[Session, bool]:
     try:
         return make_session(model, use=CPU, extra=AS_SERVED), False
     except ModelError as error:

@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from qcompile.calib.data.dataset import Dataset
 from qcompile.errors import DataError
 from qcompile.execute.feeds import cast_feeds, pad_batch
-from qcompile.execute.session import Optimize, batch_length, make_session, run
+from qcompile.execute.session import Optimize, Session, batch_length, make_session, run
 from qcompile.ir.reader import read_proto
 from qcompile.oracle.graph import IntegerGraph, integer_graph
 from qcompile.oracle.run import decode, encode, run_integer
@@ -33,7 +32,7 @@ class _Tally:
 
     optimize: Optimize
     threads: int
-    session: ort.InferenceSession
+    session: Session
     matches: int = 0
     mismatches: int = 0
     first_sample: int | None = None

@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import onnx_ir as ir
-import onnxruntime as ort
 
 from qcompile.calib.data.dataset import Dataset, fixed_batch
 from qcompile.errors import ModelError
 from qcompile.execute.feeds import run_padded
 from qcompile.execute.metrics import ChannelTally, Distance
 from qcompile.execute.opening import open_model
-from qcompile.execute.session import batch_length
+from qcompile.execute.session import Session, batch_length
 from qcompile.ir.model import Model
 from qcompile.ir.ops import is_data_movement
 
@@ -109,14 +108,14 @@ def _run(
             progress(done, len(data))
 
 
-def _exposed(model: Model, layers: dict[str, _Layer], threads: int | None) -> ort.InferenceSession:
+def _exposed(model: Model, layers: dict[str, _Layer], threads: int | None) -> Session:
     copy = model.clone()
     present = {v.name for v in copy.graph.outputs}
     copy.graph.outputs.extend(v for n in copy.graph for v in n.outputs if v.name in layers and v.name not in present)
     return open_model(copy, threads=threads)
 
 
-def _float_outputs(sessions: list[ort.InferenceSession], layers: dict[str, _Layer]) -> list[str]:
+def _float_outputs(sessions: list[Session], layers: dict[str, _Layer]) -> list[str]:
     floats = [{o.name for o in s.get_outputs() if o.type in _FLOATS} for s in sessions]
     return [name for name in layers if all(name in f for f in floats)]
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from qcompile.calib.data.dataset import Dataset, fixed_batch
@@ -17,7 +16,7 @@ from qcompile.execute.emulate.runnable import runnable
 from qcompile.execute.feeds import run_padded
 from qcompile.execute.metrics import Distance, ErrorTally, LabelTally, LogitTally
 from qcompile.execute.opening import open_model
-from qcompile.execute.session import MAPPED, batch_length, make_session
+from qcompile.execute.session import MAPPED, Session, batch_length, make_session
 from qcompile.ir.model import Model
 from qcompile.ir.spill import is_large
 from qcompile.report import SCHEMA_VERSION
@@ -88,14 +87,14 @@ def _fixed(reference: Model, candidate: Model) -> int | None:
 
 def _sessions(
     models: tuple[Model, Model], reference: Path, candidate: Path, threads: int | None
-) -> tuple[tuple[ort.InferenceSession, ort.InferenceSession], bool]:
+) -> tuple[tuple[Session, Session], bool]:
     """Both sessions, and whether the candidate's Q/DQ pairs are simulated because ONNX Runtime fails to run or to fuse them."""
     first, _ = _session(models[0], reference, threads)
     second, simulated = _session(models[1], candidate, threads)
     return (first, second), simulated
 
 
-def _session(model: Model, path: Path, threads: int | None) -> tuple[ort.InferenceSession, bool]:
+def _session(model: Model, path: Path, threads: int | None) -> tuple[Session, bool]:
     """A session, and whether it simulates."""
     ready = runnable(model)
     if ready is not model:
@@ -106,9 +105,7 @@ def _session(model: Model, path: Path, threads: int | None) -> tuple[ort.Inferen
         return open_model(model, threads=threads), True
 
 
-def _run(
-    sessions: tuple[ort.InferenceSession, ort.InferenceSession], data: Dataset, fixed: int | None, progress: Progress | None
-) -> _Tallies:
+def _run(sessions: tuple[Session, Session], data: Dataset, fixed: int | None, progress: Progress | None) -> _Tallies:
     names = _output_names(*sessions)
     tallies, labels, done = _Tallies(others={n: Distance() for n in names[1:]}), data.labels, 0
     for feeds in data.batches(fixed or DEFAULT_BATCH):
@@ -122,7 +119,7 @@ def _run(
     return tallies
 
 
-def _output_names(reference: ort.InferenceSession, candidate: ort.InferenceSession) -> list[str]:
+def _output_names(reference: Session, candidate: Session) -> list[str]:
     names = [o.name for o in reference.get_outputs()]
     others = [o.name for o in candidate.get_outputs()]
     if len(names) != len(others):

@@ -16,8 +16,12 @@ from qcompile.calib.sweep.provider import Sweeps
 from qcompile.errors import QcompileError
 from qcompile.execute.session import providers
 from qcompile.ir.model import Model
-from qcompile.verbs.compile.job import Options, Silent
-from qcompile.verbs.compile.run import planned_memory, prepare, run
+from qcompile.pipeline.base import Needs
+from qcompile.pipeline.runner import Runner
+from qcompile.report import Silent
+from qcompile.verbs.compile.job import prepare
+from qcompile.verbs.compile.options import Options
+from qcompile.verbs.compile.run import run
 from tools.bench_large import anonymous
 
 EVERY_SECONDS = 0.002
@@ -53,8 +57,10 @@ def main(model: str, data: str, limit: int | None) -> None:
 
     options = Options(calib=data, output=Path(data).with_name("out.onnx"), mem_limit=limit, threads=1, verify="off")
     job = prepare(model, options)
-    plan = planned_memory(job)
-    assert plan is not None
+    first = next(e for e in Runner(verify="off").steps(job.model, job.plan.passes, job.context()) if isinstance(e, Needs))
+    found = calibration.open_data(job)
+    assert found is not None
+    plan = calibration.sweeper(job, found, Silent()).plan(first.model, first.probes)
     providers()
     calibration.Sweeps = Watched
     try:

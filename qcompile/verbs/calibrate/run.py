@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-import onnxruntime as ort
 import psutil
 
 from qcompile._version import __version__
@@ -27,15 +26,18 @@ from qcompile.calib.store.shards import DataSpec, ShardTask, merge_shards, run_s
 from qcompile.calib.store.store import Gathered, Key, Range, Statistics, from_bytes, joined, load, probe_to_json, save
 from qcompile.calib.sweep.provider import Sweeps
 from qcompile.calib.sweep.sweep import batch_size
-from qcompile.errors import DataError, QcompileError, UsageError
+from qcompile.errors import DataError, QcompileError, UsageError, near
 from qcompile.execute.dask_executor import DaskExecutor
 from qcompile.execute.executor import Executor, ProcessExecutor
+from qcompile.execute.session import RUNTIME_VERSION
 from qcompile.ir.model import Model
 from qcompile.pipeline.base import Pass
 from qcompile.pipeline.runner import Ran, Runner, Starts, drive
-from qcompile.pipeline.spec import near
-from qcompile.verbs.compile.job import Job, Progress
+from qcompile.report import SCHEMA_VERSION, Progress
+from qcompile.verbs.calibrate.options import CalibrateOptions
+from qcompile.verbs.compile.job import Job, prepare
 from qcompile.verbs.compile.statistics import data_spec, data_warnings, open_data, tell_data
+from qcompile.verbs.guards import require_place
 
 FEEDS_BYTES = 1 << 24
 FEEDS_SAMPLES = 8
@@ -58,7 +60,13 @@ class Calibrated:
 
     def to_json(self) -> dict[str, Any]:
         """Plain dict."""
-        return {**dataclasses.asdict(self), "output": str(self.output), "missing": [list(r) for r in self.missing]}
+        shown = {**dataclasses.asdict(self), "output": str(self.output), "missing": [list(r) for r in self.missing]}
+        return {"schema_version": SCHEMA_VERSION, **shown}
+
+    @property
+    def missing_words(self) -> str:
+        """The samples that are missing, in words."""
+        return words(self.missing)
 
 
 class _Enough(QcompileError):
@@ -167,6 +175,24 @@ class Gatherer:
             self.synced = time.monotonic()
 
 
+def run(model: Path, options: CalibrateOptions, progress: Progress) -> Calibrated:
+    """Gather what compiling `model` asks for into the output that `options` names.
+
+    Raises as `calibrate`, `prepare` and `executor_for`.
+    """
+    place = options.output or Path(f"{model.stem}.qstats")
+    require_place(place, "the statistics file", [model])
+    start = executor_for(options.workers, options.dask)
+    job = prepare(model, options)
+    try:
+        return calibrate(
+            job, place, progress, observers=options.observers, shard=options.shard, resume=options.resume, executor=start
+        )
+    except KeyboardInterrupt:
+        progress.note(f"what is done is kept in {place}; the same command goes on from there")
+        raise
+
+
 def calibrate(
     job: Job,
     output: Path,
@@ -225,7 +251,9 @@ def merge_files(paths: Sequence[Path], output: Path) -> Calibrated:
 
     Raises:
         DataError: they do not belong together, overlap, or cannot be read.
+        UsageError: `output` cannot be written, or is one of them.
     """
+    require_place(output, "the statistics file", paths)
     merged = _finished(merge([(str(path), load(path)) for path in paths]))
     save(output, merged)
     missing, warnings = tuple(merged.missing()), tuple(merged.about["warnings"])
@@ -284,7 +312,7 @@ def _is_activation(value: ir.Value) -> bool:
 
 def _fresh(job: Job, data: Dataset, warnings: Sequence[str]) -> Statistics:
     """A file that holds nothing yet."""
-    versions = {"qcompile": __version__, "onnxruntime": ort.__version__}
+    versions = {"qcompile": __version__, "onnxruntime": RUNTIME_VERSION}
     fixed = fixed_batch(job.model.inputs())
     key = Key(
         job.model.digest(), data.fingerprint(), len(data), chunk_samples(fixed),
@@ -355,6 +383,3 @@ def _absolute(spec: str) -> str:
     if file.endswith(".py"):
         return f"{Path(file).resolve()}{colon}{function}"
     return str(Path(spec).resolve()) if Path(spec).exists() else spec
-
-
-__all__ = ["Calibrated", "Gatherer", "calibrate", "merge_files", "words"]
