@@ -102,7 +102,7 @@ class Platform:
     def expresses(self, qtype: QType) -> bool:
         """Whether codes of this type can be written for the target; companded ones as a table, or where a small float holds
         each of their levels."""
-        if qtype.family == "companded" and qtype.storage == "INT32":
+        if qtype.companded and qtype.storage == "INT32":
             return self.tables
         return any(t.storage == qtype.storage for t in (*self.activations, *self.weights))
 
