@@ -13,9 +13,11 @@ from qcompile.decide.decisions import clear_decisions, decide, decision, decisio
 from qcompile.decide.quantizer import PREFIX, Quantizer
 from qcompile.ir.model import Model
 from qcompile.ir.surgeon import from_gs, to_gs
+from qcompile.passes.forms.opset import RaiseOpset
 from qcompile.quant.qtype import INT8, UINT8
 from qcompile.quant.spec import PerAxis, QParams, QuantSpec
 from tests.ir import tiny
+from tests.passes.running import context
 
 MODELS = Path(__file__).parents[2] / "models"
 
@@ -111,6 +113,13 @@ def test_surgery_keeps_the_decisions_of_nodes_that_it_leaves() -> None:
     back = from_gs(to_gs(model), model)
     assert decision(back.graph.node(0), 1) is decision(model.graph.node(0), 1)
     assert back.digest() == model.digest()
+
+
+def test_another_opset_keeps_the_decisions() -> None:
+    model = decided()
+    before = {(str(u.node.name), u.slot): u.quantizer for u in decisions(model.graph)}
+    RaiseOpset(version=21).apply(model, context("ort"))
+    assert model.opset == 21 and {(str(u.node.name), u.slot): u.quantizer for u in decisions(model.graph)} == before
 
 
 def test_lines() -> None:
