@@ -14,6 +14,7 @@ from qcompile.pipeline.base import Kind
 from qcompile.target.catalog import TARGETS
 from tests.modules import Source, circles, edges, sources
 
+PASS_BASES = ("pipeline.base", "pipeline.site", "pipeline.fold")
 FOR_ALL = ("errors", "report", "_version")
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "errors": (),
@@ -28,8 +29,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "decide": ("ir", "quant", "calib.observe"),
     "rewrite": ("ir", "structure", "quant", "decide", "calib.observe"),
     "target": ("ir", "structure", "quant", "decide", "oracle"),
-    "pipeline": ("ir", "quant", "target", "calib.observe"),
-    "passes": ("ir", "structure", "quant", "rewrite", "decide", "target", "calib.observe", "pipeline.base"),
+    "pipeline": ("ir", "structure", "quant", "rewrite", "target", "calib.observe"),
+    "passes": ("ir", "structure", "quant", "rewrite", "decide", "target", "calib.observe", *PASS_BASES),
     "backend": ("ir", "target", "execute"),
     "verbs": (*("ir", "quant", "structure", "oracle", "execute", "calib", "decide", "rewrite"), "target", "pipeline", "backend"),
     "cli": ("verbs",),

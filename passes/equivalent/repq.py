@@ -7,16 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompile.calib.observe import MinMax, Probe, Rows
-from qcompile.calib.observe.change import FOLD_ROWS, FOLDABLE, Changes
-from qcompile.ir.model import Model
+from qcompile.calib.observe.change import FOLD_ROWS
 from qcompile.pipeline.base import Kind, Pass, PassContext
-from qcompile.pipeline.site import Applied, Missed, SitePass
-from qcompile.rewrite.fold import FoldSite, fold, norm_sites
-from qcompile.structure import Matches
+from qcompile.pipeline.fold import Fold, FoldPass
+from qcompile.pipeline.site import Missed
+from qcompile.rewrite.fold import FoldSite
 
 F64 = NDArray[np.float64]
 # Other rows than those that set the range after the fold: a channel's own sampled extremes would hide its tails.
@@ -25,7 +23,7 @@ _PERCENTILES = (0.999, 0.9999, 0.99999)
 
 
 @dataclass(frozen=True)
-class RepQ(SitePass[FoldSite]):
+class RepQ(FoldPass):
     """Turn per-channel LayerNorm-output quantizers into one per-tensor quantizer, exactly (RepQ-ViT).
 
     before: LayerNorm(gamma, beta) -> MatMul(W) with scale s_j and zero point z_j a channel
@@ -38,7 +36,6 @@ class RepQ(SitePass[FoldSite]):
 
     name = "repq"
     kind = Kind.EQUIVALENT
-    claims = True
     percentile: Annotated[
         Literal["search", "minmax"], "clip each channel at the best of 99.9, 99.99, 99.999 %, or not at all"
     ] = "search"
@@ -49,25 +46,9 @@ class RepQ(SitePass[FoldSite]):
         """`repq{softmax=log-sqrt2}` is `repq,...,log2-softmax{kind=log-sqrt2}`."""
         return replace(self, softmax="uniform"), "log2-softmax{kind=log-sqrt2}" if self.softmax == "log-sqrt2" else ""
 
-    def unfit(self, ctx: PassContext) -> str | None:
-        """Without activation codes there is no quantizer."""
-        return "the scheme leaves activations in float, nothing to reparameterize" if ctx.scheme.activation is None else None
-
-    def sites(self, model: Model, ctx: PassContext) -> Matches[FoldSite]:
-        """Norm -> linears."""
-        return norm_sites(model.graph)
-
-    def node(self, site: FoldSite) -> ir.Node:
-        """The norm."""
-        return site.anchor
-
-    def nodes(self, site: FoldSite) -> Iterable[ir.Node]:
-        """The linear layers."""
-        return (x.node for x in site.linears)
-
     def asks(self, site: FoldSite, ctx: PassContext) -> Iterable[Probe[Any]]:
         """Per-channel ranges, and rows for the percentiles and the later ranges."""
-        yield from (observer.of(site.tensor) for observer in FOLDABLE)
+        yield from super().asks(site, ctx)
         if self.percentile == "search":
             yield _SEEN.of(site.tensor)
 
@@ -75,15 +56,14 @@ class RepQ(SitePass[FoldSite]):
         """Every tensor of the site."""
         return site.moved
 
-    def rewrite(self, model: Model, site: FoldSite, ctx: PassContext, changes: Changes) -> Applied | Missed:
+    def choose(self, site: FoldSite, ctx: PassContext) -> Fold | Missed:
         """One scale for all channels."""
         assert ctx.scheme.activation is not None
         bits = ctx.scheme.activation.bits
         lo, hi = self._ranges(site, ctx, bits)
         r, t = reparameterize(lo, hi, bits, ctx.target.symmetric, shift=site.shift_refusal is None)
-        fold(model.graph, site, r, t, changes)
         only = "" if site.shift_refusal is None else f", scale only: {site.shift_refusal}"
-        return Applied(f"norm site reparameterized{only}", {"r_min": float(r.min()), "r_max": float(r.max())})
+        return Fold(r, t, f"norm site reparameterized{only}", {"r_min": float(r.min()), "r_max": float(r.max())})
 
     def _ranges(self, site: FoldSite, ctx: PassContext, bits: int) -> tuple[F64, F64]:
         if self.percentile == "search":

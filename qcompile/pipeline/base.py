@@ -14,7 +14,7 @@ from qcompile.ir.model import Model
 from qcompile.ir.select import Selection
 from qcompile.quant.spec import Scheme
 from qcompile.report import Comparison, Remarks
-from qcompile.target.target import Target
+from qcompile.target.target import Choices, Request, Target
 
 __all__ = [
     "Changes", "Comparator", "Comparison", "Kind", "Needs", "Pass", "PassContext", "PassResult", "Probe", "Rounds", "Stage",
@@ -73,6 +73,10 @@ class PassContext:
     told: Told = field(default_factory=Told)
     remarks: Remarks = field(default_factory=Remarks)
     seed: int = 0
+
+    def request(self, choices: Choices | None = None) -> Request:
+        """What the target's placement is asked for."""
+        return Request(self.target, self.scheme, self.selection, choices or Choices())
 
 
 @dataclass(frozen=True)

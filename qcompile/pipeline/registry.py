@@ -9,9 +9,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 
-from qcompile import passes
 from qcompile.errors import UsageError
-from qcompile.passes.forms import ORDER
 from qcompile.pipeline import spec
 from qcompile.pipeline.base import Pass, Stage
 from qcompile.quant.spec import SCHEMES, Scheme
@@ -20,6 +18,8 @@ from qcompile.target.target import Target
 
 ENTRY_POINT_GROUP = "qcompile.passes"
 
+PACKAGE = "qcompile.passes"
+TREE = Path(__file__).parents[1] / "passes"
 FOLDERS = ("forms", "equivalent", "annotate", "fit", "lower")
 """The folders of `passes/`, in the order of the pipeline; a pass is the file of its name there, or a folder with that file."""
 
@@ -48,9 +48,8 @@ def names() -> list[str]:
 @cache
 def _builtin() -> dict[str, str]:
     """Name -> module of our passes, read off the tree without importing them."""
-    root = Path(passes.__file__).parent
-    files = (path for folder in FOLDERS for path in sorted((root / folder).iterdir()))
-    return {_name(path.stem): f"{passes.__name__}.{path.parent.name}.{module}" for path in files if (module := _module(path))}
+    files = (path for folder in FOLDERS for path in sorted((TREE / folder).iterdir()))
+    return {_name(path.stem): f"{PACKAGE}.{path.parent.name}.{module}" for path in files if (module := _module(path))}
 
 
 def _module(path: Path) -> str | None:
@@ -76,7 +75,7 @@ def lookup(name: str) -> type[Pass] | None:
         UsageError: an entry point that cannot be imported.
     """
     if ".py:" in name:
-        return _load("qcompile.passes.surgery:GraphSurgery")
+        return _load(f"{PACKAGE}.surgery:GraphSurgery")
     if name in _builtin():
         return _of_module(name, importlib.import_module(_builtin()[name]))
     return _load(_entry_points()[name]) if name in _entry_points() else None
@@ -124,7 +123,7 @@ def known(given: Iterable[str]) -> Iterator[Pass]:
 def forms() -> tuple[str, ...]:
     """Names of the passes that the planner may insert into the float graph: ours in their order, then other packages'."""
     foreign = (name for name in sorted(_entry_points()) if type(pass_named(name)).is_form())
-    return (*ORDER, *foreign)
+    return (*importlib.import_module(f"{PACKAGE}.forms").ORDER, *foreign)
 
 
 def wanted_forms(target: Target, scheme: Scheme) -> list[str]:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
-import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qcompile.calib.observe import MinMax, MinMaxStat, Probe, Rows
-from qcompile.calib.observe.change import FOLD_ROWS, FOLDABLE, Changes
+from qcompile.calib.observe import MinMax, MinMaxStat, Rows
+from qcompile.calib.observe.change import FOLD_ROWS
 from qcompile.ir.model import Model
 from qcompile.passes.equivalent.smooth.search import Types, best_alpha, halves
 from qcompile.pipeline.base import Kind, PassContext
-from qcompile.pipeline.site import Applied, Missed, SitePass
+from qcompile.pipeline.fold import Fold, FoldPass
+from qcompile.pipeline.site import Missed
 from qcompile.quant.qtype import INT8
 from qcompile.quant.spec import PerTensor, QuantSpec
-from qcompile.rewrite.fold import FoldSite, fold, hidden_sites, norm_sites, value_sites
+from qcompile.rewrite.fold import FoldSite, hidden_sites, norm_sites, value_sites
 from qcompile.structure import Matches, VProjection
 from qcompile.structure.core import joined
 from qcompile.target.target import Target
@@ -32,7 +32,7 @@ _PAYS_DB_CPU = 6.0
 
 
 @dataclass(frozen=True)
-class SmoothQuant(SitePass[FoldSite]):
+class SmoothQuant(FoldPass):
     """Move activation outliers into weights: Norm -> Linear becomes Norm / r -> Linear * r.
 
     before: LayerNorm(gamma, beta) -> MatMul(W) -> Add(c)
@@ -47,7 +47,6 @@ class SmoothQuant(SitePass[FoldSite]):
 
     name = "smooth"
     kind = Kind.EQUIVALENT
-    claims = True
     alpha: Annotated[float, "migration strength in [0, 1]: 0 leaves activations, 1 equalizes them"] = 0.5
     shift: Annotated[bool, "centre each channel first (SQ-b)"] = False
     search: Annotated[bool, "choose alpha for each site by the layer's output error on held-out calibration rows"] = False
@@ -57,33 +56,17 @@ class SmoothQuant(SitePass[FoldSite]):
     def __post_init__(self) -> None:
         self.check_range("alpha", 0.0, 1.0)
 
-    def unfit(self, ctx: PassContext) -> str | None:
-        """Without activation codes there is nothing to smooth."""
-        return "the scheme leaves activations in float, nothing to smooth" if ctx.scheme.activation is None else None
-
     def sites(self, model: Model, ctx: PassContext) -> Matches[FoldSite]:
         """Norm -> linears; value -> output projection; hidden layers."""
         finders = (norm_sites, value_sites, hidden_sites) if self.sites_ == "all" else (norm_sites,)
         return joined(find(model.graph) for find in finders)
 
-    def node(self, site: FoldSite) -> ir.Node:
-        """The norm, the product with V, or fc2."""
-        return site.anchor
-
-    def nodes(self, site: FoldSite) -> Iterable[ir.Node]:
-        """The linear layers."""
-        return (x.node for x in site.linears)
-
-    def asks(self, site: FoldSite, ctx: PassContext) -> Iterable[Probe[Any]]:
-        """Per-channel ranges of the input, and a sample of rows for the errors and the later ranges."""
-        return (observer.of(site.tensor) for observer in FOLDABLE)
-
     def sure(self, site: FoldSite, ctx: PassContext) -> Iterable[str]:
         """Every tensor of the site, where nothing is searched."""
         return site.moved if site.free and not self.search and self.alpha else ()
 
-    def rewrite(self, model: Model, site: FoldSite, ctx: PassContext, changes: Changes) -> Applied | Missed:
-        """Fold the site if it pays."""
+    def choose(self, site: FoldSite, ctx: PassContext) -> Fold | Missed:
+        """The ratios, if they pay."""
         stat, weight = ctx.told[MinMax(-1).of(site.tensor)], site.weight_rows()
         if stat.lo.shape != (weight.shape[0],):
             return Missed("the measured channels do not match the weight's rows")
@@ -97,11 +80,10 @@ class SmoothQuant(SitePass[FoldSite]):
         r = ratios(stat, shift, largest_of_rows(weight), alpha)
         if site.channels is not None:
             r = _by_channel(r, site)
-        fold(model.graph, site, r, shift, changes)
         gained = {} if gain is None else {"gain_db": round(gain, 2)}
         layers = ", ".join(str(x.node.name) for x in site.linears)
         numbers = {"alpha": alpha, "r_min": float(r.min()), "r_max": float(r.max())}
-        return Applied(f"{site.kind} site smoothed into {layers}", numbers | gained)
+        return Fold(r, shift, f"{site.kind} site smoothed into {layers}", numbers | gained)
 
     def _shift(self, site: FoldSite, stat: MinMaxStat) -> F64:
         if not self.shift or site.shift_refusal is not None or site.kind == "value" or (site.kind == "hidden" and site.free):

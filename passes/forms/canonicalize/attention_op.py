@@ -56,7 +56,9 @@ def _scale(node: ir.Node, q: ir.Value) -> float:
     if "scale" in node.attributes:
         return float(node.attributes["scale"].as_float())
     assert q.shape is not None
-    return 1.0 / float(np.sqrt(int(q.shape[-1])))
+    size = q.shape[-1]
+    assert isinstance(size, int)
+    return 1.0 / float(np.sqrt(size))
 
 
 def _refusal(node: ir.Node) -> str | None:

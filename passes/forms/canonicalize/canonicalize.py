@@ -75,7 +75,7 @@ class Canonicalize(Pass):
         return PassResult(modified)
 
 
-def _signature(graph: ir.Graph) -> tuple[list[tuple[object, ...]], list[str]]:
+def _signature(graph: ir.Graph) -> tuple[object, ...]:
     """What the graph is made of, without the weights' values (no step changes those under an old name)."""
     nodes = [
         (n.domain, n.op_type, n.name, [v and v.name for v in n.inputs], [v.name for v in n.outputs], sorted(n.attributes))
