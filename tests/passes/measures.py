@@ -14,6 +14,7 @@ from qcompile.execute.emulate.runnable import runnable
 from qcompile.execute.session import make_session
 from qcompile.ir.model import Model
 from qcompile.ir.tensors import map_tensors
+from tests.passes.models import Feeds
 
 _FLOAT, _DOUBLE = ir.DataType.FLOAT, ir.DataType.DOUBLE
 
@@ -34,6 +35,12 @@ def outputs(model: Model, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any
 def _fixed(model: Model) -> int | None:
     first = model.inputs()[0].shape[0]
     return first if isinstance(first, int) else None
+
+
+def run_fused(model: Model, arrays: Feeds, qdq_fusion: bool = True) -> NDArray[Any]:
+    """The first output in ONNX Runtime with all optimizations."""
+    session = make_session(model.to_proto().SerializeToString(), optimize="all", qdq_fusion=qdq_fusion, threads=1)
+    return np.asarray(session.run(None, arrays)[0])
 
 
 def relative_error(a: Sequence[NDArray[Any]], b: Sequence[NDArray[Any]]) -> float:

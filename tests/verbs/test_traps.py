@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import time
 import tracemalloc
-from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import onnx
@@ -16,18 +13,16 @@ from onnx import helper
 from qcompile.calib.observe import Histogram, Probe
 from qcompile.calib.sweep.sweep import sweep
 from qcompile.decide.decisions import decisions
-from qcompile.execute.session import make_session, session_options
+from qcompile.execute.session import session_options
 from qcompile.ir.model import Model
-from qcompile.passes.equivalent.repq import reparameterize, scales
 from qcompile.pipeline import registry
-from qcompile.quant.affine import fake_quant, qparams_from_range
-from qcompile.quant.qtype import INT8
-from qcompile.quant.spec import PerAxis
-from tests.passes.measures import op_types, outputs, relative_error, sqnr_db
-from tests.passes.models import Feeds, built, fixture, fixture_arrays, linear, stem
+from tests.passes.measures import op_types, outputs, relative_error, run_fused, sqnr_db
+from tests.passes.models import built, fixture, fixture_arrays, linear, stem
 from tests.passes.running import context, dataset, fixture_step, pipeline, run_passes
 
 node = helper.make_node
+
+
 RNG = np.random.default_rng(0)
 
 
@@ -37,20 +32,6 @@ def random(*shape: int) -> NDArray[np.float32]:
 
 def lowered(name: str, target: str, scheme: str = "w8a8", passes: str = "") -> Model:
     return pipeline(passes, fixture(name), fixture_arrays(name), context(target, scheme))[0]
-
-
-def reads(model: Model, op_type: str) -> list[str]:
-    """Operators that make what nodes of `op_type` read."""
-    found = [v.producer() for n in model.graph if n.op_type == op_type for v in n.inputs if v is not None]
-    return [p.op_type for p in found if p is not None]
-
-
-def run_fused(model: Model, arrays: Feeds, qdq_fusion: bool = True) -> NDArray[Any]:
-    session = make_session(model.to_proto().SerializeToString(), optimize="all", qdq_fusion=qdq_fusion, threads=1)
-    return np.asarray(session.run(None, arrays)[0])
-
-
-# peers
 
 
 @pytest.mark.parametrize("target", ["trt", "ort"])
@@ -155,74 +136,6 @@ def _peak(samples: int) -> int:
     return peak
 
 
-def test_trap_9_fitting_a_small_layer_takes_no_seconds() -> None:
-    model = built([node("MatMul", ["x", "w"], ["y"], name="fc")], ["N", 5, 192], {"w": random(192, 768)})
-    arrays = {"x": random(16, 5, 192)}
-    ctx = context("trt", "w4a8")
-    ready, _ = run_passes(model, registry.parse("canonicalize,annotate"), arrays, ctx)
-    start = time.process_time()
-    run_passes(ready, registry.parse("rtn"), arrays, ctx)
-    assert time.process_time() - start < 5.0
-
-
-@pytest.mark.parametrize("target", ["trt", "ort"])
-def test_trap_10_weights_are_quantized_per_channel(target: str) -> None:
-    """A convolution whose channels differ by 1000 times keeps its small ones."""
-    weight = random(8, 4, 3, 3) * np.logspace(0, -3, 8, dtype=np.float32)[:, None, None, None]
-    model = built(
-        [node("Conv", ["x", "w", "b"], ["y"], name="conv")], ["N", 4, 8, 8], {"w": weight, "b": np.zeros(8, np.float32)}
-    )
-    arrays = {"x": random(8, 4, 8, 8)}
-    ctx = context(target)
-    ctx.target = replace(ctx.target, half_body=False)
-    done, _ = pipeline("", model, arrays, ctx)
-    a, b = outputs(model, arrays)[0], outputs(done, arrays)[0]
-    assert min(sqnr_db(a[:, c], b[:, c]) for c in range(8)) > 25
-
-
-# vision transformers
-
-
-def test_the_common_zero_point_of_repq_is_an_integer() -> None:
-    """The official code leaves a mean of integers, so that its codes are not those of the per-channel quantizer."""
-    lo, hi = -RNG.uniform(0.1, 3, 64), RNG.uniform(0.1, 9, 64)
-    for symmetric in (True, False):
-        s, z = scales(lo, hi, 8)
-        r, t = reparameterize(lo, hi, 8, symmetric, True)
-        steps = t / s
-        assert np.allclose(steps, np.rint(steps), atol=1e-9) and np.array_equal(z, np.rint(z))
-        x = RNG.uniform(lo, hi, (500, 64))
-        common = s.mean()
-        zero = np.rint(steps + z)[0]
-        shared = np.rint((x - t) / r / common) + zero
-        each = np.rint(x / s) + z
-        assert np.mean(shared != each) < 1e-3, "code for code; only ties may round apart"
-
-
-@pytest.mark.parametrize("factor", [0.25, 8.0, 3.7])
-def test_the_common_scale_of_repq_does_not_matter(factor: float) -> None:
-    """Multiplying s~ scales x' and W' by one number; re-quantized weights and activations follow exactly."""
-    x, w = random(64, 32), random(32, 16)
-    a, b = (_quantized_product(x / k, w * k) for k in (1.0, factor))
-    assert np.abs(a - b).max() <= (0.0 if np.log2(factor) % 1 == 0 else 1e-5) * np.abs(a).max()
-
-
-def _quantized_product(x: NDArray[np.float32], w: NDArray[np.float32]) -> NDArray[np.float64]:
-    top = np.abs(w).max(0).astype(np.float64)
-    qx = fake_quant(x, qparams_from_range(x.min().astype(np.float64), x.max().astype(np.float64), INT8, True), INT8)
-    qw = fake_quant(w, qparams_from_range(-top, top, INT8, True), INT8, PerAxis(1))
-    return qx.astype(np.float64) @ qw.astype(np.float64)
-
-
-def test_attention_of_opset_23_is_taken_apart() -> None:
-    assert "Attention" in op_types(fixture("timm_vit_dy23"))
-    done = fixture_step("timm_vit_dy23", "canonicalize", "trt")
-    assert "Attention" not in op_types(done.after) and op_types(done.after).count("Softmax") == 2
-
-
-# ONNX Runtime
-
-
 @pytest.mark.parametrize("passes", ["", "opset{version=21}"])
 @pytest.mark.parametrize("target", ["ort", "rtx"])
 def test_static_models_load_at_full_optimization(target: str, passes: str) -> None:
@@ -257,16 +170,3 @@ def test_a_large_half_precision_bias_does_not_overflow() -> None:
     reference = outputs(model, arrays)[0]
     for got in (outputs(done, arrays)[0], run_fused(done, arrays)):
         assert np.isfinite(got).all() and sqnr_db(reference, got) > 25
-
-
-def test_the_bias_of_a_dead_channel_does_not_overflow_int32() -> None:
-    """c / (s_x s_w) must fit: a channel without weights would give ONNX Runtime a bias of 2^31 and more."""
-    weight = random(8, 4, 3, 3)
-    weight[3] *= 1e-13
-    constants = {"w": weight, "b": np.full(8, 2.0, np.float32), "w2": random(8, 8, 1, 1), "b2": random(8)}
-    nodes = [node("Conv", ["x", "w", "b"], ["h"], name="conv"), node("Conv", ["h", "w2", "b2"], ["y"], name="next")]
-    model = built(nodes, ["N", 4, 8, 8], constants)
-    arrays = {"x": random(8, 4, 8, 8)}
-    done, reports = pipeline("", model, arrays, context("ort"))
-    assert any(r.pass_name == "rtn" and "dead channels" in r.reason for x in reports for r in x.remarks)
-    assert sqnr_db(outputs(model, arrays)[0], run_fused(done, arrays)) > 25
