@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from qcompile.calib.observe.change import Changes
 from qcompile.ir.model import Model
 from qcompile.passes.forms.canonicalize.canonicalize import Canonicalize
 from qcompile.pipeline.base import PassContext
 from qcompile.quant.spec import SCHEMES
 from qcompile.report import Remarks
-from qcompile.rewrite.fold import Folded, fold, norm_sites
+from qcompile.rewrite.fold import fold, norm_sites
 from qcompile.target.catalog import TARGETS
 
 
@@ -41,11 +42,9 @@ def transplant(
     copy, rng = model.clone(), np.random.default_rng(seed)
     ctx = PassContext(SCHEMES["w8a8"], TARGETS["trt"], remarks=Remarks("transplant"))
     Canonicalize().apply(copy, ctx)
-    sites = norm_sites(copy.graph, ctx)
-    for site in sites:
+    for site in norm_sites(copy.graph):
         r = spread(site.weight_rows().shape[0], rng, sigma, share, low, high)
-        fold(copy.graph, site, 1 / r, np.zeros_like(r), ctx, Folded())
-        site.anchor.metadata_props.pop("qcompile.claimed_by", None)
+        fold(copy.graph, site, 1 / r, np.zeros_like(r), Changes())
     return copy
 
 

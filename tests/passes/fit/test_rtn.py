@@ -58,4 +58,4 @@ def test_the_bias_of_a_dead_channel_does_not_overflow_int32() -> None:
     arrays = {"x": random(8, 4, 8, 8)}
     done, reports = pipeline("", model, arrays, context("ort"))
     assert any(r.pass_name == "rtn" and "dead channels" in r.reason for x in reports for r in x.remarks)
-    assert sqnr_db(outputs(model, arrays)[0], run_fused(done, arrays)) > 20  # 22 to 27 dB by the draw; an overflow leaves none
+    assert sqnr_db(outputs(model, arrays)[0], run_fused(done, arrays)) > 20  # 21 to 36 dB by the draw; an overflow leaves none
