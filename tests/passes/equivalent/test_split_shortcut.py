@@ -7,11 +7,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
-from qcompile.target.rules import check
 
 from qcompile.decide.decisions import decisions
 from qcompile.ir.model import Model
 from qcompile.pipeline import registry
+from qcompile.target.check import check
 from tests.passes.equivalent.joined import SHAPE, joined, nested, tokens
 from tests.passes.measures import constants_of, double_outputs, op_types, outputs, relative_error, sqnr_db, to_double
 from tests.passes.running import SweepOf, context, pipeline, run_passes, run_with
