@@ -1,4 +1,4 @@
-"""Write docs/passes/ (one page a pass, from its docstring and options) and docs/guide/rules.md (the rules of `check`).
+"""Write docs/passes/ (one page a pass), docs/guide/options.md (of commands) and docs/guide/rules.md (the rules of `check`).
 
 python tools/make_docs.py            write the pages
 python tools/make_docs.py --check    fail if a page is missing or differs
@@ -6,9 +6,13 @@ python tools/make_docs.py --check    fail if a page is missing or differs
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 
+import click
+
+from qcompile.cli.app import COMMANDS
 from qcompile.pipeline import registry
 from qcompile.pipeline.describe import PassHelp, describe_pass
 from qcompile.target.findings import Rule
@@ -19,6 +23,8 @@ from qcompile.target.tensorrt.rules import TRT_RULES
 
 DOCS = Path(__file__).parents[1] / "docs"
 RULES_PAGE = "guide/rules.md"
+OPTIONS_PAGE = "guide/options.md"
+OPTIONS_NOTE = "<!-- made by tools/make_docs.py from the options of the verbs: change them there -->\n"
 RULES_NOTE = "<!-- made by tools/make_docs.py from qcompile/target: change it there -->\n"
 EFFECTS = {"refused": "no engine", "float": "runs in float", "wrong": "wrong numbers", "notice": "builds"}
 NOTE = "<!-- made by tools/make_docs.py from the pass's docstring: change it there -->\n"
@@ -85,16 +91,39 @@ def rule_row(r: Rule) -> str:
     return f"| {r.id} {r.title} | {r.severity} | {r.summary} | {EFFECTS[r.effect]} | {r.fix} | {fixable} |\n"
 
 
+def commands_page() -> str:
+    """The options of every command, in the groups of its help."""
+    intro = "Options that may stand in `MODEL.qcompile.toml` too are told in [data.md](data.md).\n"
+    return "\n".join([OPTIONS_NOTE, "# All options\n", intro, *(command_section(name) for name in COMMANDS)])
+
+
+def command_section(name: str) -> str:
+    """One command: its summary and a row an option."""
+    command = importlib.import_module(f"qcompile.cli.{name.replace('-', '_')}").command
+    rows = [command_row(p) for p in command.params if isinstance(p, click.Option)]
+    return "\n".join(
+        [f"## {name}\n", f"{COMMANDS[name]}\n", "| option | takes | default | what |", "| --- | --- | --- | --- |", *rows, ""]
+    )
+
+
+def command_row(option: click.Option) -> str:
+    """Spelling, what it takes, default, help."""
+    takes = "" if option.is_flag else option.make_metavar(click.Context(click.Command("qcompile")))
+    default = f"`{option.default}`" if option.show_default else "must be given" if option.required else ""
+    spelled = ", ".join(f"`{o}`" for o in option.opts)
+    return f"| {spelled} | {takes.replace('|', ' or ')} | {default} | {(option.help or '').replace('|', ' or ')} |"
+
+
 def pages() -> dict[str, str]:
     """File name below docs/ -> text."""
-    passes = [describe_pass(name) for name in registry.names() if name in registry.BUILTIN]
+    passes = [describe_pass(name) for name in registry.names()]
     made = {f"passes/{p.name}.md": page(p) for p in passes}
-    return made | {"passes/README.md": index(passes), RULES_PAGE: rules_page()}
+    return made | {"passes/README.md": index(passes), RULES_PAGE: rules_page(), OPTIONS_PAGE: commands_page()}
 
 
 def present() -> dict[str, str]:
     """The pages that are there now."""
-    files = [*(DOCS / "passes").glob("*.md"), DOCS / RULES_PAGE]
+    files = [*(DOCS / "passes").glob("*.md"), DOCS / RULES_PAGE, DOCS / OPTIONS_PAGE]
     return {str(f.relative_to(DOCS)): f.read_text(encoding="utf-8") for f in files if f.is_file()}
 
 
