@@ -6,7 +6,7 @@
 For each FOLDER/NAME.onnx with data (NAME.calib.npz beside it, or NAME.npz in --data), and a generated ViT-B-sized graph:
 
     min-max, histogram   of the tensors that the default trt pipeline quantizes; 4096 bins serve percentile, entropy and MSE
-    second moment        X^T X of the input of every linear layer
+    second moment        X^T X of the input of every linear layer (none where there is no such layer)
     ratio                time of the sweep / of plain inference, batch 8 (ViT: 1), one process, random order, no spinning
     memory               peak resident memory of a histogram sweep over 1,024 samples / over 64, each in its own process
     peers                wall time / plain inference and peak memory of onnxruntime's calibrators, each in its own process
@@ -36,7 +36,7 @@ from onnxruntime.quantization.calibrate import CalibrationDataReader, Calibratio
 from rich.console import Console
 from rich.table import Table
 
-from qcompile.calib.data.dataset import Dataset, find_beside, fixed_batch, load_data
+from qcompile.calib.data import Dataset, find_beside, fixed_batch, load_data
 from qcompile.calib.observe import Histogram, MinMax, Probe, SecondMoment
 from qcompile.calib.sweep.sweep import Sweep, batch_size, sweep
 from qcompile.execute.session import make_session
@@ -70,11 +70,12 @@ def probed(path: Path) -> tuple[Model, list[str], list[str]]:
 def questions(path: Path) -> tuple[Model, dict[str, list[Probe]]]:
     """What each sweep asks."""
     model, tensors, linear = probed(path)
-    return model, {
+    asked = {
         "minmax": [Probe(t, MinMax()) for t in tensors],
         "histogram": [Probe(t, Histogram()) for t in tensors],
         "second_moment": [Probe(t, SecondMoment()) for t in linear],
     }
+    return model, {name: probes for name, probes in asked.items() if probes}
 
 
 def ratios(path: Path, data: Dataset, threads: int, runs: int) -> dict[str, Any]:
@@ -93,7 +94,7 @@ def ratios(path: Path, data: Dataset, threads: int, runs: int) -> dict[str, Any]
         return lambda: _answer(one, len(data))
 
     timed = timings({"plain": plain} | {name: asking(probes) for name, probes in asked.items()}, runs)
-    found: dict[str, Any] = {"tensors": len(asked["minmax"]), "linears": len(asked["second_moment"]), "batch": size}
+    found: dict[str, Any] = {"tensors": len(asked["minmax"]), "linears": len(asked.get("second_moment", ())), "batch": size}
     found["plain_ms"] = 1e3 * min(timed["plain"][0]) * size / len(data)
     for name in asked:
         wall, cpu = (list(zip(timed[name][i], timed["plain"][i], strict=True)) for i in (0, 1))
@@ -209,13 +210,18 @@ def models(args: argparse.Namespace, folder: Path) -> Iterator[tuple[Path, str]]
         yield path, str(folder / "vit_b.npz")
 
 
+def _figure(row: dict[str, Any], kind: str) -> str:
+    """Nothing where a model has no tensor to ask this of (second moments: no linear layer)."""
+    return f"{row[f'{kind}_ratio']:.2f} ({row[f'{kind}_ratio_median']:.2f})" if f"{kind}_ratio" in row else ""
+
+
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """The table for people."""
     table = Table(
         "model", "plain ms", "min-max", "histogram", "second moment", "memory 1024/64", "peak MB", "onnxruntime: x plain, MB"
     )
     for r in rows:
-        figures = [f"{r[f'{k}_ratio']:.2f} ({r[f'{k}_ratio_median']:.2f})" for k in ("minmax", "histogram", "second_moment")]
+        figures = [_figure(r, kind) for kind in ("minmax", "histogram", "second_moment")]
         growth = "" if r["memory_ratio_1024_to_64"] is None else f"{r['memory_ratio_1024_to_64']:.3f}"
         peers = ", ".join(f"{k} {v['ratio']:.1f}x {v['peak_mb']:.0f}" for k, v in r["peers"].items())
         table.add_row(r["name"], f"{r['plain_ms']:.1f}", *figures, growth, f"{r['peak_mb']:.0f}", peers)

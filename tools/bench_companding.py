@@ -15,7 +15,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from qcompile.calib.data.dataset import load_data  # noqa: E402
+from qcompile.calib.data import load_data  # noqa: E402
 from qcompile.calib.sweep.provider import Sweeps  # noqa: E402
 from qcompile.execute.session import make_session  # noqa: E402
 from qcompile.ir.model import Model  # noqa: E402

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from qcompile.calib.data.dataset import Dataset, load_data  # noqa: E402
+from qcompile.calib.data import Dataset, load_data  # noqa: E402
 from qcompile.errors import QcompileError  # noqa: E402
 from qcompile.ir.model import Model  # noqa: E402
 from qcompile.oracle.fuse import Layer, layers  # noqa: E402

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 import qcompile
-from qcompile.calib.data.dataset import load_data
+from qcompile.calib.data import load_data
 from qcompile.ir.model import Model
 from qcompile.verbs.bench.models import bench
 from qcompile.verbs.evaluate.outputs import evaluate

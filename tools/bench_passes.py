@@ -31,7 +31,7 @@ from scipy.stats import rankdata as ranks
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from qcompile.calib.data.dataset import Dataset, load_data  # noqa: E402
+from qcompile.calib.data import Dataset, load_data  # noqa: E402
 from qcompile.errors import QcompileError  # noqa: E402
 from qcompile.execute.opening import open_model  # noqa: E402
 from qcompile.execute.session import run_batches  # noqa: E402

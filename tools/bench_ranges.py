@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import qcompile
-from qcompile.calib.data.dataset import load_data
+from qcompile.calib.data import load_data
 from qcompile.ir.model import Model
 from qcompile.verbs.evaluate.outputs import evaluate
 

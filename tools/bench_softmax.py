@@ -27,7 +27,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from qcompile.calib.data.dataset import Dataset, fixed_batch, load_data  # noqa: E402
+from qcompile.calib.data import Dataset, fixed_batch, load_data  # noqa: E402
 from qcompile.execute.metrics import Distance, LogitTally  # noqa: E402
 from qcompile.execute.session import make_session, run_batches  # noqa: E402
 from qcompile.ir.edit import add_constant, insert_after, new_node, redirect  # noqa: E402

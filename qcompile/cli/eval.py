@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
+from qcompile.calib.data import load_data
 from qcompile.calib.data.checks import check_data
-from qcompile.calib.data.dataset import load_data
 from qcompile.cli.options import MODEL, as_json
 from qcompile.cli.output import number, percent, print_json, print_table, print_text
 from qcompile.cli.progress import reporter

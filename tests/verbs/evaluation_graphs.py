@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto as T
 from onnx import helper, numpy_helper
 
-from qcompile.calib.data.dataset import Dataset, load_data
+from qcompile.calib.data import Dataset, load_data
 from qcompile.ir.model import Model
 
 DIM, CLASSES = 8, 5

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 
-from qcompile.calib.data.dataset import load_data
+from qcompile.calib.data import load_data
 from qcompile.errors import ModelError
 from qcompile.ir.model import Model
 from qcompile.verbs.bench.models import bench

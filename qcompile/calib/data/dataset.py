@@ -1,4 +1,4 @@
-"""Data for calibration and evaluation: one `Dataset`, whatever it is read from (see `qcompile.calib.data.sources`)."""
+"""Data for calibration and evaluation: one `Dataset`, whatever it is read from."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from numpy.typing import NDArray
 from qcompile.calib.data.readers import Arrays, Reader
 from qcompile.errors import DataError
 from qcompile.ir.model import InputInfo
-
-__all__ = ["Dataset", "InputInfo", "find_beside", "fixed_batch", "load_data"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,32 +76,6 @@ class Dataset:
         while stop < min(start + size, len(self.index)) and self.reader.shape_key(self.index[stop]) == key:
             stop += 1
         return stop
-
-
-def load_data(
-    spec: str, inputs: Sequence[InputInfo], preprocess: str | None = None, samples: int | None = None, seed: int = 0
-) -> Dataset:
-    """Open the data that `spec` names, checked against the model's `inputs`.
-
-    Args:
-        spec: a `.npz`, a folder of them, a folder of pictures, `file.py:function`, polygraphy's JSON inputs, `random`.
-        inputs: the model's inputs (`Model.inputs()`).
-        preprocess: for pictures: a preset or a TOML file (`qcompile.calib.data.preprocess`).
-        samples: how many, spread evenly over the stored order; None takes all.
-        seed: of `random`.
-
-    Raises:
-        DataError: the data is missing, unreadable, or does not fit the model.
-    """
-    from qcompile.calib.data.sources import open_source
-
-    data = open_source(spec, inputs, preprocess, samples, seed)
-    if samples is not None and 0 < len(data) < samples:
-        raise DataError(f"{data.source} holds {len(data)} samples, {samples} are wanted; give more data or --samples {len(data)}")
-    least = fixed_batch(inputs) or 1
-    if len(data) < least:
-        raise DataError(f"{data.source} holds {len(data)} samples and the model takes {least} a run; give more data")
-    return data if samples is None else data.take(samples)
 
 
 def find_beside(model_path: str | Path) -> str | None:

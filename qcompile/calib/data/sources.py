@@ -27,8 +27,32 @@ GENERATOR_SAMPLES = 512
 RANDOM_SAMPLES = 32
 
 
+def load_data(
+    spec: str, inputs: Sequence[InputInfo], preprocess: str | None = None, samples: int | None = None, seed: int = 0
+) -> Dataset:
+    """Open the data that `spec` names, checked against the model's `inputs`.
+
+    Args:
+        spec: a `.npz`, a folder of them, a folder of pictures, `file.py:function`, polygraphy's JSON inputs, `random`.
+        inputs: the model's inputs (`Model.inputs()`).
+        preprocess: for pictures: a preset or a TOML file (`qcompile.calib.data.preprocess`).
+        samples: how many, spread evenly over the stored order; None takes all.
+        seed: of `random`.
+
+    Raises:
+        DataError: the data is missing, unreadable, or does not fit the model.
+    """
+    data = open_source(spec, inputs, preprocess, samples, seed)
+    if samples is not None and 0 < len(data) < samples:
+        raise DataError(f"{data.source} holds {len(data)} samples, {samples} are wanted; give more data or --samples {len(data)}")
+    least = fixed_batch(inputs) or 1
+    if len(data) < least:
+        raise DataError(f"{data.source} holds {len(data)} samples and the model takes {least} a run; give more data")
+    return data if samples is None else data.take(samples)
+
+
 def open_source(spec: str, inputs: Sequence[InputInfo], preprocess: str | None, samples: int | None, seed: int) -> Dataset:
-    """Open `spec` by its kind (see `data.load_data`); generators give at most `samples` (512 when not given)."""
+    """Open `spec` by its kind (see `load_data`); generators give at most `samples` (512 when not given)."""
     if spec == "random":
         return _random(inputs, samples or RANDOM_SAMPLES, seed)
     file, _, function = spec.rpartition(":")

@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qcompile.calib.data.dataset import Dataset, load_data
+from qcompile.calib.data import Dataset, load_data
 from qcompile.calib.store.merge import merge
 from qcompile.calib.store.store import Gathered, Key, Range, Statistics, from_bytes, probe_from_json, to_bytes
 from qcompile.calib.sweep.provider import Sweeps
@@ -22,7 +22,7 @@ from qcompile.ir.model import InputInfo, Model
 
 @dataclass(frozen=True)
 class DataSpec:
-    """How to open a data set (see `qcompile.calib.data.dataset.load_data`); without `samples` at most `cap` are taken."""
+    """How to open a data set (see `qcompile.calib.data.sources.load_data`); without `samples` at most `cap` are taken."""
 
     spec: str
     preprocess: str | None = None

@@ -31,7 +31,7 @@ from qcompile.backend.triton import (
     interface_of,
     model_config,
 )
-from qcompile.calib.data.dataset import Dataset, find_beside, fixed_batch, load_data
+from qcompile.calib.data import Dataset, find_beside, fixed_batch, load_data
 from qcompile.errors import BackendError, GateError, ModelError, UsageError
 from qcompile.execute.feeds import Feeds
 from qcompile.ir.model import Model

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qcompile.calib.data import Dataset, load_data
 from qcompile.calib.data.checks import EXTREME_ROWS, check_data, check_ranges, shapes, with_extremes
-from qcompile.calib.data.dataset import Dataset, load_data
 from qcompile.calib.data.readers import FeedReader
 from qcompile.calib.observe import Extremes, Histogram, MinMax, Probe
 from qcompile.ir.model import InputInfo

@@ -10,8 +10,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from qcompile.calib.data.dataset import Dataset, InputInfo, find_beside, fixed_batch, load_data
+from qcompile.calib.data import Dataset, find_beside, fixed_batch, load_data
 from qcompile.errors import DataError
+from qcompile.ir.model import InputInfo
 
 PICTURE = [InputInfo("input", np.dtype(np.float32), ("N", 3, 8, 8))]
 TOKENS = [InputInfo("ids", np.dtype(np.int64), ("N", "T")), InputInfo("mask", np.dtype(np.int64), ("N", "T"))]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto as T
 from onnx import helper
 
-from qcompile.calib.data.dataset import Dataset, load_data
+from qcompile.calib.data import Dataset, load_data
 from qcompile.calib.observe import AbsMax, Histogram, MinMax, Moments, Probe, Rows, SecondMoment
 from qcompile.calib.sweep.sweep import sweep
 from qcompile.errors import DataError, ModelError
