@@ -1,4 +1,5 @@
-"""Write docs/passes/ (one page a pass), docs/guide/options.md (of commands) and docs/guide/rules.md (the rules of `check`).
+"""Write docs/passes/ (one page a pass), docs/guide/options.md (of commands), docs/guide/rules.md (the rules of `check`) and
+docs/guide/targets.md.
 
 python tools/make_docs.py            write the pages
 python tools/make_docs.py --check    fail if a page is missing or differs
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -15,16 +17,18 @@ import click
 from qcompile.cli.app import COMMANDS
 from qcompile.pipeline import registry
 from qcompile.pipeline.describe import PassHelp, describe_pass
+from qcompile.quant.qtype import QType
+from qcompile.quant.spec import SCHEMES, Scheme
+from qcompile.target.catalog import TARGETS
 from qcompile.target.findings import Rule
-from qcompile.target.integer.rules import INTEGER_RULES
-from qcompile.target.ort.rules import ORT_RULES
+from qcompile.target.target import Target
 from qcompile.target.tensorrt.accepted import ACCEPTED
-from qcompile.target.tensorrt.rules import TRT_RULES
 
 DOCS = Path(__file__).parents[1] / "docs"
 RULES_PAGE = "guide/rules.md"
 OPTIONS_PAGE = "guide/options.md"
 OPTIONS_NOTE = "<!-- made by tools/make_docs.py from the options of the verbs: change them there -->\n"
+TARGETS_PAGE = "guide/targets.md"
 RULES_NOTE = "<!-- made by tools/make_docs.py from qcompile/target: change it there -->\n"
 EFFECTS = {"refused": "no engine", "float": "runs in float", "wrong": "wrong numbers", "notice": "builds"}
 NOTE = "<!-- made by tools/make_docs.py from the pass's docstring: change it there -->\n"
@@ -72,14 +76,15 @@ def rules_page() -> str:
     )
     accepted = [f"| {a.name} | {a.outcome} | {a.reason} |" for a in ACCEPTED]
     what = "Forms that people ask about and that no rule reports; each is built by the tests too.\n"
-    parts = [RULES_NOTE, "# The rules of `qcompile check`\n", intro, "## TensorRT (`--target trt`, `--target rtx`)\n"]
-    parts += [rules_table(TRT_RULES), "## ONNX Runtime (`--target ort`)\n", rules_table(ORT_RULES)]
-    parts += ["## Integers only (`--target integer`, see [integer.md](integer.md))\n", rules_table(INTEGER_RULES)]
+    parts = [RULES_NOTE, "# The rules of `qcompile check`\n", intro]
+    for group in families():
+        names = ", ".join(f"`--target {t.name}`" for t in group)
+        parts += [f"## {group[0].title.partition(':')[0]} ({names})\n", rules_table(group[0].rules)]
     parts += ["## No rule\n", what]
     return "\n".join([*parts, "| form | runs as | why there is no rule |", "| --- | --- | --- |", *accepted]) + "\n"
 
 
-def rules_table(rules: tuple[Rule, ...]) -> str:
+def rules_table(rules: Sequence[Rule]) -> str:
     """One row a rule."""
     head = "| rule | level | what is wrong | otherwise | what to do | `--fix` |\n| --- | --- | --- | --- | --- | --- |\n"
     return head + "".join(rule_row(r) for r in sorted(rules, key=lambda r: r.id))
@@ -114,16 +119,96 @@ def command_row(option: click.Option) -> str:
     return f"| {spelled} | {takes.replace('|', ' or ')} | {default} | {(option.help or '').replace('|', ' or ')} |"
 
 
+def families() -> list[list[Target]]:
+    """Targets that one folder defines stand together."""
+    found: dict[str, list[Target]] = {}
+    for target in TARGETS.values():
+        found.setdefault(type(target).__module__, []).append(target)
+    return list(found.values())
+
+
+def targets_page() -> str:
+    """What each target takes, from the targets themselves."""
+    intro = (
+        "*Simulated*: the codes are stored in int8 and limited to fewer bits. The numbers are right (ONNX Runtime gives the\n"
+        "accuracy of such an engine), no speed is gained, and no engine is built. *Default* is the pipeline that runs without\n"
+        "`--passes`. The opset is raised to the lowest one that the scheme needs on the target; graph inputs and outputs keep\n"
+        "their types. What is quantized, and how that is changed: [placement.md](placement.md).\n"
+    )
+    parts = [RULES_NOTE, "# Targets and schemes\n", schemes_table(), intro]
+    parts += [text for group in families() for text in family(group)]
+    return "\n".join(parts)
+
+
+def schemes_table() -> str:
+    """Scheme by target."""
+    head = ["scheme", "weights", "activations", *(f"`{name}`" for name in TARGETS)]
+    rows = [
+        [f"`{s.name}`", stored(s.weight, s), stored(s.activation, s), *(taken(t, s) for t in TARGETS.values())]
+        for s in SCHEMES.values()
+    ]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ["---"] * len(head), *rows))
+
+
+def stored(qtype: QType | None, scheme: Scheme) -> str:
+    """A type as the table says it."""
+    if qtype is None:
+        return scheme.body if scheme.weight is None else "float"
+    return qtype.name.partition("@")[0] + (f", blocks of {scheme.block_size}" if scheme.block_size is not None else "")
+
+
+def taken(target: Target, scheme: Scheme) -> str:
+    """Whether a target runs a scheme."""
+    if scheme.name not in target.schemes:
+        return "no"
+    lowest = max(
+        target.capability(n) for n in (scheme.body, *(q.name for q in (scheme.weight, scheme.activation) if q is not None))
+    )
+    kernels = f"sm{lowest} and newer" if lowest else "yes"
+    return "simulated" if scheme.simulated and not target.mixed_widths else kernels
+
+
+def family(group: Sequence[Target]) -> list[str]:
+    """A section: the facts of the targets of one folder, their pipelines, and where Q/DQ stand."""
+    first, module = group[0], importlib.import_module(f"{type(group[0]).__module__.rpartition('.')[0]}.placement")
+    title = ", ".join(f"`{t.name}`" for t in group)
+    facts = [f"* `{t.name}`: {t.title}" + (f"; engines for {', '.join(t.gpus)}" if t.gpus else "") for t in group]
+    codes = (", ".join(q.name for q in types) for types in (first.activations, first.weights))
+    facts += ["* codes of activations: {}; of weights: {}".format(*codes)]
+    facts += [
+        "* zero points are 0" if first.symmetric else "* zero points are free",
+        f"* opset {first.min_opset} to {first.max_opset}",
+    ]
+    facts += ["* the float rest and the scales are float16"] if first.half_body else []
+    facts += ["* `--bits` gives layers widths of their own"] if first.mixed_widths else []
+    facts += [f"* {len(first.rules)} rules of `qcompile check`: [rules.md](rules.md)"]
+    facts += [f"* `{name}` on `{t.name}`: {text}" for t in group for name, text in t.caveats]
+    text = (module.__doc__ or "").strip()
+    return [f"## {title}\n", "\n".join(facts) + "\n", pipelines(first), f"```text\n{text}\n```\n"]
+
+
+def pipelines(target: Target) -> str:
+    """Default, forms and lowering by scheme; schemes of the same ones share a row."""
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    for scheme in (SCHEMES[name] for name in target.schemes):
+        default = f"`{target.default(scheme)}`" if target.default(scheme) else ""
+        key = (default, " ".join(target.forms(scheme)), " ".join(target.lowering(scheme)))
+        rows.setdefault(key, []).append(f"`{scheme.name}`")
+    head = "| scheme | default | forms | lowering |\n| --- | --- | --- | --- |\n"
+    return head + "".join(f"| {', '.join(names)} | {' | '.join(key)} |\n" for key, names in rows.items())
+
+
 def pages() -> dict[str, str]:
     """File name below docs/ -> text."""
     passes = [describe_pass(name) for name in registry.names()]
     made = {f"passes/{p.name}.md": page(p) for p in passes}
-    return made | {"passes/README.md": index(passes), RULES_PAGE: rules_page(), OPTIONS_PAGE: commands_page()}
+    guide = {RULES_PAGE: rules_page(), OPTIONS_PAGE: commands_page(), TARGETS_PAGE: targets_page()}
+    return made | guide | {"passes/README.md": index(passes)}
 
 
 def present() -> dict[str, str]:
     """The pages that are there now."""
-    files = [*(DOCS / "passes").glob("*.md"), DOCS / RULES_PAGE, DOCS / OPTIONS_PAGE]
+    files = [*(DOCS / "passes").glob("*.md"), *(DOCS / page for page in (RULES_PAGE, OPTIONS_PAGE, TARGETS_PAGE))]
     return {str(f.relative_to(DOCS)): f.read_text(encoding="utf-8") for f in files if f.is_file()}
 
 

@@ -1,4 +1,4 @@
-"""Outlier transplant: a trained ViT with the activation outliers of DeiT-S, made exactly (fact sheet 13.2)."""
+"""Outlier transplant: a trained ViT with the activation outliers of DeiT-S, made exactly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where ONNX Runtime's CPU kernels want Q/DQ (measured on 1.31.1: see docs/guide/targets.md).
+"""Where ONNX Runtime's CPU kernels want Q/DQ (measured on 1.31.1 with `tools/bench_ort.py`).
 
 Convolutions fuse to QLinearConv only with a Q on input and output, Relu absorbed; residual adds of a conv net to QLinearAdd;
 MatMul with a weight to MatMulIntegerToFloat with a Q on its input alone.  Activations are uint8, weights int8 per channel.

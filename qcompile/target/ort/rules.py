@@ -1,4 +1,4 @@
-"""Rules of ONNX Runtime's CPU provider (fact sheet A2, C3; feasibility probe 7)."""
+"""Rules of ONNX Runtime's CPU provider (1.31; pairings measured with `tools/probe_int8.py`)."""
 
 from __future__ import annotations
 

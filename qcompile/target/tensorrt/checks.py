@@ -1,4 +1,4 @@
-"""Rules of TensorRT's explicit quantization (each is a row of the measured behaviour matrix, fact sheet C2)."""
+"""Rules of TensorRT's explicit quantization (rows of the matrix that `tests/target/test_agreement.py` builds)."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def _few_channels(conv: ir.Node, per_group: int, request: Request) -> str | None
 
 
 def attention_refusal(scores: Scores, request: Request) -> str | None:
-    """Why the products of an attention stay in float by default, or None (measured: tensorrt-rtx 1.7.1)."""
+    """Why the products of an attention stay in float by default, or None (tensorrt-rtx 1.7.1, seen with `qcompile audit`)."""
     qtype = request.scheme.fallback or request.scheme.activation
     if qtype is None or qtype.family != "float" or not request.native:
         return None
