@@ -1,193 +1,126 @@
-"""The contract of each kind of pass, for every registered pass on every model below: registering a pass tests it."""
+"""The contract of each kind of pass, for every registered pass on every model of the table: registering a pass tests it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
 import pytest
-from numpy.typing import NDArray
 
-from qcompile.decide.decisions import decision, decisions
+from qcompile.decide.decisions import decisions
 from qcompile.execute.emulate.runnable import runnable
 from qcompile.execute.session import make_session
 from qcompile.ir.model import Model
-from qcompile.ir.ops import const_array, is_op
 from qcompile.ir.text import print_model
 from qcompile.pipeline import registry
-from qcompile.pipeline.base import Kind, Pass, Stage
-from qcompile.pipeline.spec import format_pass
-from qcompile.rewrite.bias import bias_site
+from qcompile.pipeline.base import Kind, Stage
 from qcompile.target.check import check
+from tests.passes.contracts import MODELS, TABLE, Case, cases, changing, changing_cases, specs
+from tests.passes.layers import layer_errors
 from tests.passes.measures import constants_of, double_outputs, outputs, relative_error, sqnr_db, to_double
 from tests.passes.models import fixture, fixture_arrays
-from tests.passes.running import Step, SweepOf, builtin_passes, context, fixture_step, pipeline, run_passes, run_with
+from tests.passes.running import Step, SweepOf, context, fixture_step, pipeline, run_passes, run_with
 
-MODELS = (
-    "timm_vit_shared_ts17",
-    "timm_vit_dy23",
-    "timm_swin_padded_dy18",
-    "hf_bert_shared_ts14",
-    "hf_llama_dy23",
-    "hybrid_ts17",
-    "stem",
-    "joined",
-    "biased",
-)
-VARIANTS = (
-    "smooth{shift}",
-    "smooth{search}",
-    "smooth{alpha=1.0 sites=norm}",
-    "repq{percentile=minmax}",
-    "opset{version=21}",
-    "rotate{r4=block mean=fold}",
-    "rotate{kind=klt search=3}",
-    "center{balance gelu}",
-    "center{drop heads softmax}",
-    "equalize{by=weights steps=16}",
-)
 FLOAT32, FLOAT64 = 5e-6, 1e-12
+LEAST_MODELS = 3
 
 
-def of_kind(*kinds: Kind) -> list[str]:
-    """Registered passes of some kinds, as pipeline strings, with a few other options of interest."""
-    known = [*(format_pass(p) for p in builtin_passes()), *(v for v in VARIANTS if v.partition("{")[0] in registry.names())]
-    return [spec for spec in known if registry.parse(spec)[0].kind in kinds]
-
-
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("spec", of_kind(*Kind))
-def test_what_is_reported_is_what_happened(spec: str, name: str) -> None:
-    done = fixture_step(name, spec, "trt")
+@pytest.mark.parametrize("case", cases(*Kind), ids=str)
+def test_what_is_reported_is_what_happened(case: Case) -> None:
+    """Nodes, constants and decisions stay as they are, or the table says that this pass changes this model."""
+    done = case.run()
     kinds = [r.kind for r in done.report.remarks]
-    assert done.report.modified == done.changed, (
-        "`modified` must mean that nodes, constants or decisions changed, and nothing else"
-    )
+    assert done.changed == (case in changing()), "if that is meant: python tools/update_goldens.py --contracts"
+    assert done.report.modified == done.changed, "`modified` must mean that nodes, constants or decisions changed"
     assert kinds, "each pass says what it did, or why it did nothing"
-    if done.report.modified:
-        assert "applied" in kinds
-    assert all(r.reason and r.pass_name == spec.partition("{")[0] for r in done.report.remarks)
+    assert "applied" in kinds or not done.report.modified
+    assert all(r.reason and r.pass_name == case.spec.partition("{")[0] for r in done.report.remarks)
 
 
-@pytest.mark.parametrize("spec", of_kind(Kind.EQUIVALENT, Kind.FIT, Kind.ANNOTATE))
-def test_some_model_is_changed(spec: str) -> None:
-    """Otherwise the other tests of this pass say nothing."""
-    assert any(fixture_step(name, spec, target).changed for target in ("trt", "ort") for name in MODELS)
+@pytest.mark.parametrize("spec", specs(*Kind))
+def test_every_pass_changes_some_models(spec: str) -> None:
+    """Otherwise the other tests of this pass say little: add a small model to tests/passes/graphs."""
+    assert len({case.model for case in changing() if case.spec == spec}) >= LEAST_MODELS
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("spec", of_kind(Kind.EQUIVALENT))
-def test_equivalent_passes_keep_the_outputs(spec: str, name: str) -> None:
-    done, arrays = fixture_step(name, spec, "trt"), fixture_arrays(name, seed=1)
-    if done.changed:
-        assert relative_error(outputs(done.before, arrays), outputs(done.after, arrays)) <= FLOAT32
+def test_the_table_has_a_row_a_pass_and_a_column_a_model() -> None:
+    lines = [[cell.strip() for cell in line.split("|")] for line in TABLE.read_text(encoding="utf-8").splitlines()]
+    assert lines[0][1:] == list(MODELS) and [line[0] for line in lines[1:]] == specs(*Kind)
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("spec", of_kind(Kind.EQUIVALENT))
-def test_equivalent_passes_are_exact_in_float64(spec: str, name: str) -> None:
-    done, arrays = fixture_step(name, spec, "trt"), fixture_arrays(name)
-    if not done.changed:
-        return
-    before = to_double(done.before)
-    after, _ = run_with(SweepOf(done.before, arrays).collect, before, registry.parse(spec), context("trt"))
+# EQUIVALENT
+
+_MEASURED: dict[tuple[object, ...], float] = {}
+
+
+def once(measure: Callable[[Case, Step], float], case: Case) -> float:
+    """A measurement; targets for which the same model becomes the same model share it."""
+    done = case.run()
+    key = (measure, case.model, *done.digests)
+    if key not in _MEASURED:
+        _MEASURED[key] = measure(case, done)
+    return _MEASURED[key]
+
+
+def float32_error(case: Case, done: Step) -> float:
+    arrays = fixture_arrays(case.model, seed=1)
+    return relative_error(outputs(done.before, arrays), outputs(done.after, arrays))
+
+
+def float64_error(case: Case, done: Step) -> float:
+    arrays, before = fixture_arrays(case.model), to_double(done.before)
+    after, _ = run_with(SweepOf(done.before, arrays).collect, before, registry.parse(case.spec), context(case.target))
     feeds = {n: a[:2] for n, a in arrays.items()}
     got = double_outputs(after, feeds)
     assert all(a.dtype == np.float64 for a in got if a.dtype.kind == "f")
-    assert relative_error(double_outputs(before, feeds), got) <= FLOAT64
+    return relative_error(double_outputs(before, feeds), got)
 
 
-@pytest.mark.parametrize("name", ["timm_vit_shared_ts17", "hf_llama_dy23", "stem"])
-@pytest.mark.parametrize("spec", of_kind(Kind.ANNOTATE))
-@pytest.mark.parametrize("target", ["trt", "ort"])
-def test_annotations_leave_the_graph_alone(spec: str, name: str, target: str) -> None:
-    done = fixture_step(name, spec, target)
+@pytest.mark.parametrize("case", changing_cases(Kind.EQUIVALENT), ids=str)
+def test_equivalent_passes_keep_the_outputs(case: Case) -> None:
+    assert once(float32_error, case) <= FLOAT32
+
+
+@pytest.mark.parametrize("case", changing_cases(Kind.EQUIVALENT), ids=str)
+def test_equivalent_passes_are_exact_in_float64(case: Case) -> None:
+    assert once(float64_error, case) <= FLOAT64
+
+
+# ANNOTATE
+
+
+@pytest.mark.parametrize("case", changing_cases(Kind.ANNOTATE), ids=str)
+def test_annotations_leave_the_graph_alone(case: Case) -> None:
+    done = case.run()
     assert print_model(done.before) == print_model(done.after)
     before, after = constants_of(done.before), constants_of(done.after)
     assert before.keys() == after.keys() and all(np.array_equal(before[n], after[n]) for n in before)
-    assert relative_error(outputs(done.before, fixture_arrays(name)), outputs(done.after, fixture_arrays(name))) == 0.0
 
 
 # FIT
 
 
-def layers(model: Model) -> Iterator[tuple[ir.Node, int]]:
-    """Nodes with a quantized constant weight."""
-    for node, slot, d in decisions(model.graph):
-        if (
-            slot == 1
-            and is_op(node, "MatMul", "Gemm", "Conv")
-            and const_array(node.inputs[slot]) is not None
-            and d.qparams is not None
-        ):
-            yield node, slot
+def fits() -> list[Case]:
+    """Cases of passes that lower quantization errors: two exported models, and every small one.
+
+    bias-reparam's bias belongs to the shifted codes of its input: fit/test_bias_reparam.py compares the two together.
+    """
+    exported = {"timm_vit_shared_ts17", "hf_llama_dy23"}
+    chosen = [c for c in changing_cases(Kind.FIT) if c.model in exported or len(MODELS[c.model]) > 1]
+    return [c for c in chosen if c.spec != "bias-reparam"]
 
 
-def layer_output(node: ir.Node, x: NDArray[Any], weight: NDArray[Any]) -> NDArray[np.float64]:
-    """The layer alone, its bias included, on the float input `x`."""
-    alone = ir.Node(
-        "", node.op_type, [ir.Value(name="x"), ir.Value(name="w")], node.attributes.values(), num_outputs=1, name="alone"
-    )
-    alone.outputs[0].name = "y"
-    graph = ir.Graph(alone.inputs, alone.outputs, nodes=[alone], opset_imports={"": 19})
-    for value, array in zip(alone.inputs, (x, weight), strict=True):
-        assert value is not None
-        value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(array.shape)
-    alone.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-    proto = ir.to_proto(ir.Model(graph, ir_version=9))
-    y = make_session(proto.SerializeToString(), optimize="off", threads=1).run(None, {"x": x, "w": weight.astype(np.float32)})[0]
-    return np.asarray(y, np.float64) + bias_of(node, y.ndim)
-
-
-def bias_of(node: ir.Node, rank: int) -> NDArray[np.float64]:
-    site = bias_site(node)
-    bias = const_array(site[0].inputs[site[1]]) if site is not None and site[1] < len(site[0].inputs) else None
-    if bias is None:
-        return np.zeros(())
-    flat = bias.astype(np.float64).reshape(-1)
-    return flat.reshape([-1 if i == 1 else 1 for i in range(rank)]) if node.op_type == "Conv" else flat
-
-
-def layer_errors(model: Model, source: Model, arrays: dict[str, NDArray[Any]]) -> dict[str, float]:
-    """Squared output error of each quantized layer, for the float input of `source`."""
-    originals = {n.name: n for n in source.graph}
-    found: dict[str, float] = {}
-    for node, slot in layers(model):
-        original, weight = originals[node.name], const_array(node.inputs[slot])
-        decided = decision(node, slot)
-        x, true = activation(source, original, arrays), const_array(original.inputs[slot])
-        assert weight is not None and true is not None and decided is not None
-        rounded = decided.rounded(weight.astype(np.float32))
-        found[str(node.name)] = float(np.square(layer_output(node, x, rounded) - layer_output(original, x, true)).sum())
-    return found
-
-
-def activation(source: Model, node: ir.Node, arrays: dict[str, NDArray[Any]]) -> NDArray[Any]:
-    value = node.inputs[0]
-    assert value is not None
-    if value.name in arrays:
-        return arrays[str(value.name)]
-    exposed = source.clone()
-    wanted = next(v for n in exposed.graph for v in n.outputs if v.name == value.name)
-    exposed.graph.outputs.clear()
-    exposed.graph.outputs.append(wanted)
-    return outputs(exposed, arrays)[0]
-
-
-@pytest.mark.parametrize("name", ["timm_vit_shared_ts17", "hf_llama_dy23", "stem"])
-@pytest.mark.parametrize("spec", of_kind(Kind.FIT))
+@pytest.mark.parametrize("case", fits(), ids=str)
 @pytest.mark.parametrize("scheme", ["w4a8", "w8a8"])
-def test_fits_do_not_raise_a_layers_error(spec: str, name: str, scheme: str) -> None:
-    arrays, ctx = fixture_arrays(name), context("trt", scheme)
-    if registry.parse(spec)[0].needs < Stage.DECIDED:
-        done = fixture_step(name, spec, "trt", scheme)
+def test_fits_do_not_raise_a_layers_error(case: Case, scheme: str) -> None:
+    arrays, ctx = fixture_arrays(case.model), context(case.target, scheme)
+    done = fixture_step(case.model, case.spec, case.target, scheme)
+    if registry.parse(case.spec)[0].needs < Stage.DECIDED:
         assert relative_error(outputs(done.before, arrays), outputs(done.after, arrays)) <= FLOAT32, "on calibration data"
         return
-    float_model = fixture_step(name, "annotate", "trt", scheme).after
+    float_model = fixture_step(case.model, "annotate", case.target, scheme).after
     default, _ = run_passes(float_model, registry.parse("rtn{clip=none}"), arrays, ctx)
-    done = fixture_step(name, spec, "trt", scheme)
     before, after = layer_errors(default, float_model, arrays), layer_errors(done.after, float_model, arrays)
     assert before.keys() == after.keys() and before
     worse = {n: (before[n], after[n]) for n in before if after[n] > before[n] * (1 + 1e-3)}
@@ -196,26 +129,34 @@ def test_fits_do_not_raise_a_layers_error(spec: str, name: str, scheme: str) -> 
 
 # LOWER
 
-LOWERED = [
-    ("trt", "w8a8"),
-    ("trt", "fp16"),
-    ("rtx", "fp8"),
-    ("trt", "w4a16"),
-    ("trt", "nvfp4"),
-    ("rtx", "nvfp4"),
-    ("trt", "mxfp8"),
-    ("rtx", "w6a6"),
-    ("ort", "w8a8"),
-    ("ort", "w4a4"),
-    ("ort", "w4a16"),
-    ("ort", "fp16"),
-    ("integer", "w8a8"),
-]
-LOWEST_SQNR_DB = {"w8a8": 15.0, "fp16": 40.0, "fp8": 10.0, "w4a16": 8.0, "nvfp4": 3.0, "mxfp8": 10.0, "w6a6": 5.0, "w4a4": -3.0}
+
+@pytest.mark.parametrize("case", [c for c in changing_cases(Kind.LOWER) if c.spec in ("insert-qdq", "integer")], ids=str)
+def test_lowering_leaves_no_decision_behind(case: Case) -> None:
+    done = case.run()
+    assert list(decisions(done.before.graph)) and not list(decisions(done.after.graph))
 
 
-@pytest.mark.parametrize("name", ["timm_vit_dy23", "hf_bert_shared_ts14", "hybrid_ts17", "stem"])
-@pytest.mark.parametrize(("target", "scheme"), LOWERED)
+LOWERED = ("timm_vit_dy23", "hf_bert_shared_ts14", "hybrid_ts17", "stem")
+SQNR_DB: dict[tuple[str, str], tuple[float, ...]] = {
+    ("trt", "w8a8"): (32.3, 43.2, 39.6, 43.0),
+    ("trt", "fp16"): (63.7, 60.9, 62.6, 68.7),
+    ("rtx", "fp8"): (23.0, 32.1, 24.2, 32.9),
+    ("trt", "w4a16"): (16.2, 26.0, 24.1, 69.6),
+    ("trt", "nvfp4"): (19.3, 32.0, 21.8, 32.9),
+    ("rtx", "nvfp4"): (19.3, 32.0, 21.8, 32.9),
+    ("trt", "mxfp8"): (19.4, 32.1, 24.8, 32.9),
+    ("rtx", "w6a6"): (18.1, 31.2, 24.4, 25.6),
+    ("ort", "w8a8"): (31.0, 79.7, 40.2, 43.8),
+    ("ort", "w4a4"): (9.0, 19.3, 16.5, 17.1),
+    ("ort", "w4a16"): (16.2, 26.0, 24.1, 27.4),
+    ("ort", "fp16"): (63.7, 60.9, 62.6, 68.7),
+    ("integer", "w8a8"): (30.3, 40.1, 37.3, 41.1),
+}  # measured, model by model
+MARGIN_DB = 1.0  # kernels round differently from machine to machine
+
+
+@pytest.mark.parametrize("name", LOWERED)
+@pytest.mark.parametrize(("target", "scheme"), SQNR_DB)
 def test_lowered_models_are_legal_and_load(target: str, scheme: str, name: str) -> None:
     arrays = fixture_arrays(name)
     model, _ = pipeline("", fixture(name), arrays, context(target, scheme))
@@ -225,19 +166,9 @@ def test_lowered_models_are_legal_and_load(target: str, scheme: str, name: str) 
     for level in ("off", "basic", "all"):
         make_session(data, optimize=level, qdq_fusion=target == "ort", threads=1)  # type: ignore[arg-type]
     assert interface(model) == interface(fixture(name))
-    assert sqnr_db(outputs(fixture(name), arrays)[0], outputs(model, arrays)[0]) > LOWEST_SQNR_DB[scheme]
+    measured = sqnr_db(outputs(fixture(name), arrays)[0], outputs(model, arrays)[0])
+    assert measured > SQNR_DB[target, scheme][LOWERED.index(name)] - MARGIN_DB
 
 
 def interface(model: Model) -> list[tuple[str | None, ir.DataType | None]]:
     return [(v.name, v.dtype) for v in (*model.graph.inputs, *model.graph.outputs)]
-
-
-def lower_passes() -> list[Pass]:
-    return [p for p in builtin_passes() if p.kind is Kind.LOWER]
-
-
-@pytest.mark.parametrize("p", lower_passes(), ids=lambda p: p.name)
-def test_lowering_leaves_no_decision_behind(p: Pass) -> None:
-    done: Step = fixture_step("timm_vit_shared_ts17", format_pass(p), "trt")
-    if p.name == "insert-qdq":
-        assert list(decisions(done.before.graph)) and not list(decisions(done.after.graph))
