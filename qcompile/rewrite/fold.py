@@ -108,7 +108,7 @@ def fold(graph: ir.Graph, site: FoldSite, r: F64, t: F64, changes: Changes) -> N
             moved |= _fold_hidden(graph, site, site.match, r, t, changes)
     rows = r if site.channels is None else r[site.channels]
     for linear in site.linears:
-        _fold_linear(graph, linear, rows, t)
+        moved |= _fold_linear(graph, linear, rows, t)
         mark_folded(linear.node)
     if site.kind != "hidden" or site.free:
         changes.map(site.readers, AffineMap(rows, t))
@@ -180,10 +180,10 @@ def _fold_hidden(graph: ir.Graph, site: FoldSite, m: Mlp, r: F64, t: F64, change
     return set()
 
 
-def _fold_linear(graph: ir.Graph, linear: Linear, r: F64, t: F64) -> None:
-    if np.any(t):
-        absorb_shift(graph, linear, t)
+def _fold_linear(graph: ir.Graph, linear: Linear, r: F64, t: F64) -> set[str]:
+    moved = absorb_shift(graph, linear, t) if np.any(t) else set[str]()
     scale_inputs(linear, r)
+    return moved
 
 
 def _moved(site: FoldSite) -> Iterator[str]:

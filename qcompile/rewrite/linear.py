@@ -67,9 +67,11 @@ def scale_inputs(linear: Linear, s: F64) -> None:
     _edit_weight(fresh(linear), linear.in_axis, lambda w: w * s)
 
 
-def absorb_shift(graph: ir.Graph, linear: Linear, t: F64) -> None:
-    """b' = b + t W for t [in]: undoes x' = x - t."""
+def absorb_shift(graph: ir.Graph, linear: Linear, t: F64) -> set[str]:
+    """b' = b + t W for t [in]: undoes x' = x - t; returns the tensor in front of the bias, which moves, if there is one."""
     add_to_bias(graph, linear, t @ weight_of(linear).sum(2))
+    product = linear.node.outputs[0]
+    return {str(product.name)} if fresh(linear).output is not product else set[str]()
 
 
 def _edit_outputs(linear: Linear, change: Change) -> None:

@@ -201,7 +201,7 @@ class Center(Pass):
         moved = set(names_between([m.linear.node], m.out.node, *_BARRIERS))
         if not shift.refusal:
             shift_outputs(graph, m.linear, -shift.t)
-            absorb_shift(graph, m.out, shift.t[m.columns])
+            moved |= absorb_shift(graph, m.out, shift.t[m.columns])
         divide_outputs(m.linear, s)
         scale_inputs(m.out, s[m.columns])
         _note_map(changes, m.linear, s, shift.t, moved)
@@ -340,7 +340,8 @@ def _layout_refusal(*linears: Linear) -> str | None:
 
 
 def _attention_names(a: Attention) -> Iterator[str]:
-    return names_between([a.q.linear.node, a.k.linear.node], a.scores, *_BARRIERS)
+    """From the projections to the softmax: a shift of the keys moves the scores too."""
+    return names_between([a.q.linear.node, a.k.linear.node], a.softmax, *_BARRIERS)
 
 
 def _outputs(linear: Linear) -> set[str]:

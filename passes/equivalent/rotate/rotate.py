@@ -108,11 +108,11 @@ class Rotate(Pass):
                 ctx.remarks.missed(str(region.anchor.name), f"{reason}; a stream is rotated whole or not at all")
                 continue
             changes.move(list(_names(region)))
-            self._rotate(model.graph, region, ctx, rng)
+            changes.move(self._rotate(model.graph, region, ctx, rng))
             done = True
         return done
 
-    def _rotate(self, graph: ir.Graph, region: Region, ctx: PassContext, rng: np.random.Generator) -> None:
+    def _rotate(self, graph: ir.Graph, region: Region, ctx: PassContext, rng: np.random.Generator) -> set[str]:
         readings = _readings(region, ctx) if self._measures() else []
         folds = self.mean == "fold" and region.has_mean
         reason = _fold_refusal(region) if folds else None
@@ -120,8 +120,7 @@ class Rotate(Pass):
             ctx.remarks.note(str(region.anchor.name), f"the mean is kept: {reason}")
         folds = folds and reason is None
         r, numbers = self._chosen(region, readings, region.has_mean and not folds, ctx, rng)
-        for n in region.norms:
-            _free_norm(graph, n.norm, n.linears)
+        moved = {name for n in region.norms for name in _free_norm(graph, n.norm, n.linears)}
         for linear in dict.fromkeys([*(x for n in region.norms for x in n.linears), *region.readers]):
             map_inputs(linear, r.T)
         written = r - r.mean(0) if folds else r
@@ -135,6 +134,7 @@ class Rotate(Pass):
         what = f"stream of {region.channels} channels rotated: {writers}, {len(region.norms)} norms read it"
         what += ", the mean is folded and they are RMSNorms now" if folds else ""
         ctx.remarks.applied(str(region.anchor.name), what, **numbers)
+        return moved
 
     def _chosen(
         self, region: Region, readings: list[Reading], keep_mean: bool, ctx: PassContext, rng: np.random.Generator
@@ -246,18 +246,20 @@ def _vector(value: ir.Value | None, channels: int, default: float) -> F64:
     return np.broadcast_to(np.asarray(default if array is None else array.astype(np.float64).reshape(-1)), (channels,))
 
 
-def _free_norm(graph: ir.Graph, norm: Norm, linears: tuple[Linear, ...]) -> None:
-    """norm(x; g, b) W + c = norm(x; 1, 0) diag(g) W + c + b W."""
+def _free_norm(graph: ir.Graph, norm: Norm, linears: tuple[Linear, ...]) -> set[str]:
+    """norm(x; g, b) W + c = norm(x; 1, 0) diag(g) W + c + b W; returns the tensors in front of biases, which move."""
+    moved = set[str]()
     gamma, beta = const_array(norm.gamma), const_array(norm.beta)
     for linear in linears:
         if beta is not None and np.any(beta):
             shift = _vector(norm.beta, linear.in_channels, 0.0)
-            absorb_shift(graph, linear, shift)
+            moved |= absorb_shift(graph, linear, shift)
         if gamma is not None:
             scale_inputs(linear, _vector(norm.gamma, linear.in_channels, 1.0))
     for site, array, value in ((norm.gamma_site, gamma, 1.0), (norm.beta_site, beta, 0.0)):
         if array is not None and site is not None:
             set_constant(*site, like(array, np.full(array.shape, value)))
+    return moved
 
 
 def _rotate_heads(site: VProjection, heads: NDArray[np.int64], rng: np.random.Generator, values: F64 | None) -> None:
