@@ -28,6 +28,7 @@ from rich.table import Table
 
 import qcompile
 from qcompile.calib.data import load_data
+from qcompile.execute.timing import Ratio, Timing
 from qcompile.ir.model import Model
 from qcompile.verbs.bench.models import bench
 from qcompile.verbs.evaluate.outputs import evaluate
@@ -107,15 +108,13 @@ def compare(model: Path, folder: Path, args: argparse.Namespace) -> list[dict[st
     data = load_data(str(measured), inputs)
     figures = {label: evaluate(model, path, data, threads=args.threads) for label, path in forms.items()}
     timed = bench(list(forms.values()), threads=args.threads, runs=args.runs, use=["CPUExecutionProvider"])
-    rows = zip(forms.items(), figures.values(), timed["models"], timed["ratios"], strict=True)
+    rows = zip(forms.items(), figures.values(), timed.models, timed.ratios, strict=True)
     return [_row(model.stem, label, path, figure, time, ratio) for (label, path), figure, time, ratio in rows]
 
 
-def _row(
-    name: str, label: str, path: Path, figure: dict[str, Any], time: dict[str, Any], ratio: dict[str, Any]
-) -> dict[str, Any]:
+def _row(name: str, label: str, path: Path, figure: dict[str, Any], time: Timing, ratio: Ratio) -> dict[str, Any]:
     quality = {k: figure[k] for k in ("sqnr_db", "agreement")}
-    times = {"min_ms": time["min_ms"], "median_ms": time["median_ms"], "x_min": ratio["min"], "x_median": ratio["median"]}
+    times = {"min_ms": time.min_ms, "median_ms": time.median_ms, "x_min": ratio.min, "x_median": ratio.median}
     return {"model": name, "form": label, "size_mb": path.stat().st_size / 1e6, **quality, **times}
 
 

@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
-from qcompile.cli.options import MODEL, as_json
-from qcompile.cli.output import megabytes, print_json, print_text
-from qcompile.report import SCHEMA_VERSION
-from qcompile.verbs.export_integer import export_file
+from qcompile.cli.options import MODEL, Command, as_json, options
+from qcompile.cli.output import answer, megabytes, print_text
+from qcompile.verbs.export_integer import Exported, ExportOptions, export_file
+from qcompile.verbs.options import made
 
 
-@click.command("export-integer")
+@click.command("export-integer", cls=Command)
 @click.argument("model", type=MODEL)
-@click.option("-o", "--output", type=MODEL, metavar="OUT.json", help="Default: MODEL with the suffix .json.")
+@options(ExportOptions)
 @as_json
-def command(model: Path, output: Path | None, as_json: bool) -> None:
+def command(model: Path, given: Mapping[str, Any], as_json: bool) -> None:
     """Write an integer-only MODEL as JSON: weights, multipliers, shifts, zero points, tables.
 
     For firmware, FPGA and compilers: every layer with its constants, in the form that docs/guide/integer.md describes.
     """
-    document = export_file(model, output or model.with_suffix(".json"))
-    print_json({"schema_version": SCHEMA_VERSION, **document}) if as_json else show_export(document)
+    output = made(ExportOptions, given).output
+    answer(export_file(model, output or model.with_suffix(".json")), as_json, show_export)
 
 
-def show_export(document: dict[str, Any]) -> None:
+def show_export(made: Exported) -> None:
     """The file and how many layers of each kind it holds."""
-    kinds = ", ".join(f"{count} {kind}" for kind, count in document["layers"].items())
-    print_text(f"output       {document['output']} ({megabytes(document['bytes'])})", f"layers       {kinds}")
-    print_text(f"interface    {', '.join(document['inputs'])} -> {', '.join(document['outputs'])}")
+    kinds = ", ".join(f"{count} {kind}" for kind, count in made.layers.items())
+    print_text(f"output       {made.output} ({megabytes(made.bytes)})", f"layers       {kinds}")
+    print_text(f"interface    {', '.join(made.inputs)} -> {', '.join(made.outputs)}")

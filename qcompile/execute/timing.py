@@ -6,6 +6,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,16 +36,41 @@ def interleaved(
     return times
 
 
-def timing(path: object, times: Sequence[float]) -> dict[str, Any]:
-    """`path, median_ms, min_ms`."""
-    return {"path": str(path), "median_ms": statistics.median(times), "min_ms": min(times)}
+@dataclass(frozen=True)
+class Timing:
+    """One candidate's latency in milliseconds."""
+
+    path: str
+    median_ms: float
+    min_ms: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys path, median_ms, min_ms."""
+        return dict(vars(self))
 
 
-def ratios(timings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`path, median, min` of each: how many times as fast as the first."""
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as fast as the first a candidate is."""
+
+    path: str
+    median: float
+    min: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys path, median, min."""
+        return dict(vars(self))
+
+
+def timing(path: object, times: Sequence[float]) -> Timing:
+    """Median and minimum of `times`."""
+    return Timing(str(path), statistics.median(times), min(times))
+
+
+def ratios(timings: Sequence[Timing]) -> tuple[Ratio, ...]:
+    """Of each to the first."""
     first = timings[0]
-    keys = ("median", "min")
-    return [{"path": t["path"], **{k: first[f"{k}_ms"] / t[f"{k}_ms"] for k in keys}} for t in timings]
+    return tuple(Ratio(t.path, first.median_ms / t.median_ms, first.min_ms / t.min_ms) for t in timings)
 
 
 def made_up(shape: Sequence[int], dtype: np.dtype[Any], rng: np.random.Generator) -> NDArray[Any]:

@@ -89,7 +89,7 @@ def test_bench_compares_with_the_reference(tmp_path: Path, monkeypatch: pytest.M
     off = {n: 2 * np.asarray(x) for n, x in exact.items()}
     ran = EngineRuns("sm89", "tensorrt 11", feeds, (exact, off), ([2.0, 4.0], [1.0, 1.0]))
     monkeypatch.setattr(engine_bench, "run_engines", lambda *a, **k: ran)
-    document = bench_engines([engine(tmp_path / "f.engine"), engine(tmp_path / "q.engine"), reference], runs=2)
+    document = bench_engines([engine(tmp_path / "f.engine"), engine(tmp_path / "q.engine"), reference], runs=2).to_json()
     assert document["ratios"][1]["median"] == 3.0 and document["gpu"] == "sm89"
     first, second = document["compared"]
     assert first["relative_error"] == 0 and first["reference"] == str(reference)

@@ -16,7 +16,7 @@ from tests.verbs import evaluation_graphs as graphs
 def test_the_report_holds_every_model_and_ratios_to_the_first(tmp_path: Path) -> None:
     paths = [graphs.float_model(tmp_path / "a.onnx"), graphs.coarse_model(tmp_path / "b.onnx")]
     seen: list[tuple[int, int]] = []
-    result = bench(paths, threads=1, runs=4, progress=lambda done, total: seen.append((done, total)))
+    result = bench(paths, threads=1, runs=4, progress=lambda done, total: seen.append((done, total))).to_json()
     assert [m["path"] for m in result["models"]] == [str(p) for p in paths]
     assert all(0 < m["min_ms"] <= m["median_ms"] for m in result["models"])
     assert result["ratios"][0] == {"path": str(paths[0]), "median": 1.0, "min": 1.0}
@@ -44,8 +44,8 @@ def test_made_up_inputs_have_safe_values_and_shapes() -> None:
 def test_data_and_fixed_batches(tmp_path: Path) -> None:
     path = graphs.float_model(tmp_path / "a.onnx", batch=4)
     data = graphs.dataset(tmp_path / "d.npz", path, 4)
-    assert bench([path, graphs.half_model(tmp_path / "h.onnx")], threads=1, runs=1, data=data)["runs"] == 1
-    assert bench([path], threads=1, runs=1)["runs"] == 1
+    assert bench([path, graphs.half_model(tmp_path / "h.onnx")], threads=1, runs=1, data=data).runs == 1
+    assert bench([path], threads=1, runs=1).runs == 1
 
 
 def test_wrong_use_is_told(tmp_path: Path) -> None:

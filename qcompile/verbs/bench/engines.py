@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,57 @@ from qcompile.execute.feeds import cast_feeds
 from qcompile.execute.metrics import Distance
 from qcompile.execute.opening import open_model
 from qcompile.execute.session import make_session, run
-from qcompile.execute.timing import ratios, timing
+from qcompile.execute.timing import Ratio, Timing, ratios, timing
 from qcompile.ir.model import Model
 from qcompile.report import SCHEMA_VERSION
 
 __all__ = ["bench_engines", "is_engine"]
 
 
-def bench_engines(paths: Sequence[Path], *, runs: int, seed: int = 0) -> dict[str, Any]:
+@dataclass(frozen=True)
+class OutputDistance:
+    """How far an engine's outputs are from the reference's."""
+
+    sqnr_db: float
+    cosine: float
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class Compared:
+    """An engine's outputs beside those of the reference on ONNX Runtime."""
+
+    path: str
+    reference: str
+    distance: OutputDistance
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys path, reference, sqnr_db, cosine, relative_error."""
+        return {"path": self.path, "reference": self.reference, **vars(self.distance)}
+
+
+@dataclass(frozen=True)
+class BenchedEngines:
+    """Latencies of engines on the GPU, ratios to the first one, and distances from the reference, if there is one."""
+
+    gpu: str
+    backend: str
+    runs: int
+    models: tuple[Timing, ...]
+    ratios: tuple[Ratio, ...]
+    compared: tuple[Compared, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """`schema_version, gpu, backend, runs, models, ratios, compared`."""
+        lists = {name: [x.to_json() for x in getattr(self, name)] for name in ("models", "ratios", "compared")}
+        return {"schema_version": SCHEMA_VERSION, "gpu": self.gpu, "backend": self.backend, "runs": self.runs, **lists}
+
+
+def bench_engines(paths: Sequence[Path], *, runs: int, seed: int = 0) -> BenchedEngines:
     """Time engines against the first one, on the same made-up inputs at the optimum shapes.
 
     ONNX models among `paths` are run once with ONNX Runtime; each engine's outputs are compared with the first of
     them (its Q/DQ pairs are simulated one by one, as TensorRT computes them).
-
-    Returns:
-        `schema_version, gpu, backend, runs, models` (`path, median_ms, min_ms`), `ratios` (`path, median, min`) and
-        `compared` (`path, reference, sqnr_db, cosine, relative_error`).
 
     Raises:
         ModelError, BackendError: see `run_engines`.
@@ -39,30 +75,22 @@ def bench_engines(paths: Sequence[Path], *, runs: int, seed: int = 0) -> dict[st
     if not engines or len(references) > 1:
         raise UsageError("bench with engines takes one engine or more, and at most one ONNX model to compare them with")
     ran = run_engines(engines, runs=runs, seed=seed)
-    models = [timing(p, t) for p, t in zip(engines, ran.milliseconds, strict=True)]
-    compared = [_compared(engines, ran, r) for r in references]
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "gpu": ran.gpu,
-        "backend": ran.backend,
-        "runs": runs,
-        "models": models,
-        "ratios": ratios(models),
-        "compared": compared[0] if compared else [],
-    }
+    models = tuple(timing(p, t) for p, t in zip(engines, ran.milliseconds, strict=True))
+    compared = tuple(c for reference in references for c in _compared(engines, ran, reference))
+    return BenchedEngines(ran.gpu, ran.backend, runs, models, ratios(models), compared)
 
 
-def _compared(engines: Sequence[Path], ran: EngineRuns, reference: Path) -> list[dict[str, Any]]:
+def _compared(engines: Sequence[Path], ran: EngineRuns, reference: Path) -> list[Compared]:
     model = Model.load(reference)
     session = make_session(reference, qdq_fusion=False) if runnable(model) is model else open_model(model)
     names = [o.name for o in session.get_outputs()]
     wanted = dict(zip(names, run(session, cast_feeds(session, ran.feeds)), strict=True))
     found = zip(engines, ran.outputs, strict=True)
-    return [{"path": str(p), "reference": str(reference), **distance(wanted, made)} for p, made in found]
+    return [Compared(str(p), str(reference), distance(wanted, made)) for p, made in found]
 
 
-def distance(reference: Arrays, made: Arrays) -> dict[str, float]:
-    """`sqnr_db, cosine, relative_error` over the outputs that both have.
+def distance(reference: Arrays, made: Arrays) -> OutputDistance:
+    """Over the outputs that both have.
 
     Raises:
         InputError: no output in common, or different shapes.
@@ -81,4 +109,4 @@ def distance(reference: Arrays, made: Arrays) -> dict[str, float]:
                 " the model that it was built from"
             )
         total.add(reference[name], made[name])
-    return {"sqnr_db": total.sqnr_db, "cosine": total.cosine, "relative_error": total.relative_error}
+    return OutputDistance(total.sqnr_db, total.cosine, total.relative_error)

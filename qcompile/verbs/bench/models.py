@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -18,14 +19,40 @@ from qcompile.errors import DataError, ModelError, UsageError
 from qcompile.execute.emulate.runnable import runnable
 from qcompile.execute.feeds import Feeds, cast_feeds, pad_batch
 from qcompile.execute.session import Session, make_session, run
-from qcompile.execute.timing import interleaved, made_up, ratios, timing
+from qcompile.execute.timing import Ratio, Timing, interleaved, made_up, ratios, timing
 from qcompile.ir.model import InputInfo, Model
 from qcompile.report import SCHEMA_VERSION
+from qcompile.verbs.options import Written
 
 DEFAULT_RUNS = 40
 DYNAMIC_LENGTH = 32
 BATCH_NAMES = frozenset({"n", "b", "batch", "batch_size", "bs"})
 Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """How they are timed."""
+
+    threads: Annotated[int, "ONNX Runtime threads.", Written(least=1)] = 2
+    runs: Annotated[int, "Timed runs of each model.", Written(least=1)] = DEFAULT_RUNS
+
+
+@dataclass(frozen=True)
+class Benched:
+    """Latencies of models on ONNX Runtime, and how many times as fast as the first each one is."""
+
+    threads: int
+    runs: int
+    models: tuple[Timing, ...]
+    ratios: tuple[Ratio, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """`schema_version, threads, runs, models, ratios`."""
+        return {
+            "schema_version": SCHEMA_VERSION, "threads": self.threads, "runs": self.runs,
+            "models": [m.to_json() for m in self.models], "ratios": [r.to_json() for r in self.ratios],
+        }  # fmt: skip
 
 
 def bench(
@@ -37,7 +64,7 @@ def bench(
     data: Dataset | None = None,
     use: Sequence[str] | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> Benched:
     """Time one sample through each model.
 
     Args:
@@ -47,10 +74,6 @@ def bench(
         data: real inputs (the first sample is used); None makes them up: standard normal reals, integers 0 and 1.
         use: execution providers; default CUDA when usable, else the CPU.
         progress: called with (runs done, runs in all).
-
-    Returns:
-        `schema_version, threads, runs, models` (`path, median_ms, min_ms`) and `ratios` (`path, median, min`): how many
-        times as fast as the first model.
 
     Raises:
         UsageError: no models, or fewer than one run.
@@ -67,8 +90,8 @@ def bench(
     feeds = [_feeds(m, s, data, seed) for m, s in zip(models, sessions, strict=True)]
     calls = [_call(s, f) for s, f in zip(sessions, feeds, strict=True)]
     times = interleaved(calls, runs, random.Random(seed), progress)
-    timings = [timing(p, t) for p, t in zip(paths, times, strict=True)]
-    return {"schema_version": SCHEMA_VERSION, "threads": threads, "runs": runs, "models": timings, "ratios": ratios(timings)}
+    timings = tuple(timing(p, t) for p, t in zip(paths, times, strict=True))
+    return Benched(threads, runs, timings, ratios(timings))
 
 
 def _require_kernels(path: str | Path, model: Model) -> None:

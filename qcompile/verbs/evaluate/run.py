@@ -1,0 +1,68 @@
+"""`qcompile eval`: two models on data, and an integer-only model beside the integer oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from qcompile.calib.data import load_data
+from qcompile.calib.data.checks import check_data
+from qcompile.errors import UsageError
+from qcompile.ir.model import Model
+from qcompile.report import SCHEMA_VERSION, Progress
+from qcompile.verbs.evaluate.conformance import conformance
+from qcompile.verbs.evaluate.outputs import evaluate
+from qcompile.verbs.options import Written
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """What is compared, on what."""
+
+    data: Annotated[str, "As --calib of compile; labels give top-1.", Written("DATA")]
+    preprocess: Annotated[str | None, "For pictures: a preset or a TOML file.", Written("SPEC")] = None
+    samples: Annotated[int | None, "Default: all.", Written(least=1)] = None
+    per_layer: Annotated[bool, "Also compare every tensor that both graphs name, worst first."] = False
+    threads: Annotated[int | None, "ONNX Runtime threads; default: all cores.", Written(least=1)] = None
+    oracle: Annotated[bool, "Integer-only models: is ONNX Runtime bit for bit what integer arithmetic gives?"] = False
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Both models and their distance (`evaluate`), the oracle's verdict (`conformance`), and what the data's checks say."""
+
+    comparison: dict[str, Any] | None
+    oracle: dict[str, Any] | None
+    notes: Sequence[str]
+
+    @property
+    def mismatches(self) -> int:
+        """Elements that ONNX Runtime computes differently from the oracle."""
+        return 0 if self.oracle is None else int(self.oracle["mismatches"])
+
+    def to_json(self) -> dict[str, Any]:
+        """`schema_version`, the keys of `evaluate`, `oracle` and `notes`."""
+        oracle = {} if self.oracle is None else {"oracle": self.oracle}
+        return {"schema_version": SCHEMA_VERSION, **(self.comparison or {}), **oracle, "notes": list(self.notes)}
+
+
+def run(reference: Path, candidate: Path | None, options: EvalOptions, progress: Progress) -> Evaluated:
+    """Compare `candidate` with `reference`, and with the oracle what is an integer-only model.
+
+    Raises:
+        UsageError: one model, and no oracle.
+        QcompileError: see `evaluate` and `conformance`.
+    """
+    if candidate is None and not options.oracle:
+        raise UsageError("eval compares two models; give REFERENCE and CANDIDATE (or --oracle and one integer-only model)")
+    inputs = Model.load(reference).inputs()
+    data = load_data(options.data, inputs, options.preprocess, options.samples)
+    notes = check_data(data, inputs, options.preprocess)
+    for text in notes:
+        progress.note(f"warning: {text}")
+    told: dict[str, Any] = {"threads": options.threads, "progress": progress.on_sweep}
+    comparison = None if candidate is None else evaluate(reference, candidate, data, per_layer=options.per_layer, **told)
+    oracle = conformance(candidate or reference, data, **told) if options.oracle else None
+    return Evaluated(comparison, oracle, notes)
