@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from qcompile.calib.data.dataset import Dataset, fixed_batch
@@ -13,7 +14,7 @@ from qcompile.pipeline.base import Needs
 from qcompile.pipeline.runner import Runner, drive
 from qcompile.report import SILENT
 from qcompile.verbs.compile.job import Job
-from qcompile.verbs.compile.statistics import open_calibration, open_data, sweeper
+from qcompile.verbs.compile.statistics import Calibration, open_calibration, open_data, sweeper
 
 SAMPLES = 8
 
@@ -43,19 +44,21 @@ def rehearse(job: Job) -> Rehearsal:
         calibration = open_calibration(job, SILENT)
         assert calibration is not None
         runner.known, found.samples = calibration.known, calibration.samples
-        answer = calibration.collect
+        answer: Callable[[Needs], Mapping[Probe[Any], Stat]] = partial(_from_file, calibration, found)
     else:
         data = open_data(job)
         if data is None:
             return found
         answer = _OnFew(job, data, found).collect
-
-    def answered(needs: Needs) -> Mapping[Probe[Any], Stat]:
-        found.sweeps.append(needs.by)
-        return answer(needs)
-
-    drive(runner.steps(job.model, job.plan.passes, job.context()), answered)
+    drive(runner.steps(job.model, job.plan.passes, job.context()), answer)
     return found
+
+
+def _from_file(calibration: Calibration, found: Rehearsal, needs: Needs) -> Mapping[Probe[Any], Stat]:
+    before = calibration.sweeps
+    answers = calibration.collect(needs)
+    found.sweeps += [needs.by] * (calibration.sweeps - before)
+    return answers
 
 
 @dataclass
@@ -67,6 +70,7 @@ class _OnFew:
     found: Rehearsal
 
     def collect(self, needs: Needs) -> Mapping[Probe[Any], Stat]:
+        self.found.sweeps.append(needs.by)
         if self.found.memory is None:
             whole = sweeper(self.job, self.data, SILENT)
             self.found.memory = whole.plan(needs.model, needs.probes)
