@@ -205,7 +205,7 @@ def models(args: argparse.Namespace, folder: Path) -> Iterator[tuple[Path, str]]
             yield path, source
     if not args.no_vit:
         path = folder / "vit_b.onnx"
-        onnx.save(graphs.vit_tiny(dim=768, heads=12), path)
+        onnx.save(graphs.vit_b(), path)
         np.savez(folder / "vit_b.npz", input=graphs.pictures(16))
         yield path, str(folder / "vit_b.npz")
 

@@ -2,12 +2,15 @@
 
 python tools/bench_compile.py                                      models/ and two generated graphs of well-known shapes
 python tools/bench_compile.py --model M.onnx --calib DATA.npz      another model (repeatable, in pairs)
+python tools/bench_compile.py --graph vit_b --samples 32 --target ort
+python tools/bench_compile.py --against DIR                        another checkout instead of onnxruntime
 
 Both read the same npz and write one INT8 Q/DQ model.  qcompile runs its default command (default pipeline, `--verify
 each`).  onnxruntime runs as its documentation shows: quant_pre_process, then quantize_static with min-max ranges, Q/DQ
 format, per-channel symmetric int8 and a reader of one sample a batch.  Time is that of the whole process, CPU time is
 user + system over all threads, memory is the peak resident set.  With several rounds the tools take turns and each
-cell is the median.
+cell is the median.  Ratios are those of the medians.  With `--out FILE` each finished run is kept there, and a second command
+goes on behind it.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA_VERSION = 1
 GENERATED = ("vit_tiny", "resnet18")
+GRAPHS = (*GENERATED, "vit_b")
 SHIPPED = ("vit_digits", "digits_cnn")
 # The parent imports nothing large: a child's peak memory counts from its parent's.
 _GENERATE = """
@@ -35,7 +39,7 @@ import graphs
 onnx.save(graphs.GRAPHS[sys.argv[2]](), sys.argv[3])
 np.savez(sys.argv[4], input=graphs.pictures(int(sys.argv[5])))
 """
-_QCOMPILE = "import sys; from qcompile.cli import main; sys.exit(main())"
+QCOMPILE = "import sys; from qcompile.cli import main; sys.exit(main())"
 _ORT = """
 import sys
 import numpy as np
@@ -81,28 +85,28 @@ class Cost:
 
 @dataclass(frozen=True)
 class Row:
-    """One model: the medians of both tools."""
+    """One model: the medians of qcompile and of what it is held against."""
 
     model: str
     qcompile: Cost
-    onnxruntime: Cost
+    other: Cost
 
     @property
     def ratios(self) -> Cost:
-        """qcompile's cost over onnxruntime's."""
-        a, b = self.qcompile, self.onnxruntime
+        """qcompile's cost over the other's."""
+        a, b = self.qcompile, self.other
         return Cost(a.wall_s / b.wall_s, a.cpu_s / b.cpu_s, a.peak_mb / b.peak_mb)
 
 
-def run(command: list[str], log: Path) -> Cost:
-    """Run `command` to its end with its output in `log`.
+def run(command: list[str], log: Path, checkout: Path = ROOT) -> Cost:
+    """Run `command` to its end with its output in `log`, importing qcompile from `checkout`.
 
     Raises:
         SystemExit: it failed; the message holds the end of its output.
     """
     start = time.perf_counter()
     actions = [(os.POSIX_SPAWN_OPEN, fd, str(log), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600) for fd in (1, 2)]
-    pid = os.posix_spawn(command[0], command, os.environ, file_actions=actions)
+    pid = os.posix_spawn(command[0], command, os.environ | {"PYTHONPATH": str(checkout)}, file_actions=actions)
     _, status, usage = os.wait4(pid, 0)
     wall = time.perf_counter() - start
     if status:
@@ -112,17 +116,36 @@ def run(command: list[str], log: Path) -> Cost:
 
 
 def measure(name: str, model: Path, data: Path, folder: Path, options: argparse.Namespace) -> Row:
-    """Both tools in turns, `rounds` times."""
-    ours: list[Cost] = []
-    theirs: list[Cost] = []
-    out, log = folder / f"{name}.out.onnx", folder / f"{name}.log"
-    given, prepared = ["--calib", str(data), "--samples", str(options.samples)], folder / f"{name}.prepared.onnx"
-    by_qcompile = ["-c", _QCOMPILE, str(model), "--target", options.target, *given, "-o", str(out)]
-    by_ort = ["-c", _ORT, str(model), str(data), str(prepared), str(out), str(options.samples)]
-    for _ in range(options.rounds):
-        ours.append(run([sys.executable, *by_qcompile], log))
-        theirs.append(run([sys.executable, *by_ort], log))
-    return Row(name, _median(ours), _median(theirs))
+    """Both in turns, `rounds` times, but for the runs that `--out` holds."""
+    log = folder / f"{name}.log"
+    commands = _commands(name, model, data, folder, options)
+    known: dict[str, list[list[float]]] = _kept(options.out)
+    key = " ".join([name, options.target, str(options.samples), options.against.name if options.against else "onnxruntime"])
+    done = known.setdefault(key, [])
+    while len(done) < options.rounds:
+        pair = [run(command, log, checkout) for command, checkout in commands]
+        done.append([figure for cost in pair for figure in (cost.wall_s, cost.cpu_s, cost.peak_mb)])
+        if options.out is not None:
+            options.out.write_text(json.dumps(known, indent=1))
+    costs = [(Cost(*each[:3]), Cost(*each[3:])) for each in done]
+    return Row(name, _median([a for a, _ in costs]), _median([b for _, b in costs]))
+
+
+def _commands(name: str, model: Path, data: Path, folder: Path, options: argparse.Namespace) -> list[tuple[list[str], Path]]:
+    """What runs, and where its qcompile is imported from."""
+    out, prepared = folder / f"{name}.out.onnx", folder / f"{name}.prepared.onnx"
+    given = ["--calib", str(data), "--samples", str(options.samples)]
+    ours = [sys.executable, "-c", QCOMPILE, str(model), "--target", options.target, *given, "-o", str(out)]
+    if options.against is not None:
+        return [(ours, ROOT), (ours, options.against.resolve())]
+    return [
+        (ours, ROOT),
+        ([sys.executable, "-c", _ORT, str(model), str(data), str(prepared), str(out), str(options.samples)], ROOT),
+    ]
+
+
+def _kept(out: Path | None) -> dict[str, list[list[float]]]:
+    return json.loads(out.read_text()) if out is not None and out.exists() else {}
 
 
 def _median(costs: list[Cost]) -> Cost:
@@ -133,8 +156,9 @@ def jobs(options: argparse.Namespace, folder: Path) -> list[tuple[str, Path, Pat
     """(name, model, data) of everything to measure; the generated graphs are written to `folder`."""
     if options.model:
         return [(m.stem, m, d) for m, d in zip(options.model, options.calib, strict=True)]
-    found = [(n, ROOT / "models" / f"{n}.onnx", ROOT / "models" / f"{n}.calib.npz") for n in SHIPPED]
-    for name in GENERATED:
+    shipped = () if options.graph else SHIPPED
+    found = [(n, ROOT / "models" / f"{n}.onnx", ROOT / "models" / f"{n}.calib.npz") for n in shipped]
+    for name in options.graph or GENERATED:
         model, data = folder / f"{name}.onnx", folder / f"{name}.npz"
         words = [str(ROOT / "tools"), name, str(model), str(data), str(options.samples)]
         run([sys.executable, "-c", _GENERATE, *words], folder / "generate.log")
@@ -153,7 +177,7 @@ def table(rows: list[Row]) -> str:
     """The same for people: one line a tool, and their ratio."""
     lines = [f"{'model':<24}{'tool':<14}{'wall s':>9}{'CPU s':>9}{'peak MB':>9}"]
     for r in rows:
-        for i, (tool, cost) in enumerate((("qcompile", r.qcompile), ("onnxruntime", r.onnxruntime), ("ratio", r.ratios))):
+        for i, (tool, cost) in enumerate((("qcompile", r.qcompile), ("other", r.other), ("ratio", r.ratios))):
             seconds, size = (".2f", ".2f") if tool == "ratio" else (".1f", ".0f")
             name = "" if i else r.model
             lines.append(f"{name:<24}{tool:<14}{cost.wall_s:>9{seconds}}{cost.cpu_s:>9{seconds}}{cost.peak_mb:>9{size}}")
@@ -165,6 +189,9 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", type=Path, action="append", default=[])
     p.add_argument("--calib", type=Path, action="append", default=[])
+    p.add_argument("--graph", action="append", default=[], choices=GRAPHS)
+    p.add_argument("--against", type=Path, metavar="DIR", help="a checkout of qcompile")
+    p.add_argument("--out", type=Path, help="keeps what is measured")
     p.add_argument("--samples", type=int, default=128)
     p.add_argument("--rounds", type=int, default=1)
     p.add_argument("--target", default="trt", choices=("trt", "rtx", "ort"))

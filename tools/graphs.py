@@ -17,6 +17,7 @@ from onnx import TensorProto as T
 from onnx import helper, numpy_helper
 
 SIDE, CLASSES = 224, 1000
+TOKENS, CHANNELS = 8, 16
 OUTLIERS, OUTLIER_SCALE = 6, 30.0
 
 
@@ -92,6 +93,17 @@ def vit_tiny(seed: int = 0, blocks: int = 12, dim: int = 192, heads: int = 3) ->
     return b.model(b.add("Gemm", "head", [x, b.he("head.w", (CLASSES, dim), dim), b.bias("head.b", CLASSES)], transB=1), 18)
 
 
+def deep(nodes: int, seed: int = 0) -> onnx.ModelProto:
+    """About `nodes` nodes: narrow transformer blocks on [N, 8, 16], opset 18."""
+    b, x = Builder(seed), "input"
+    while len(b.nodes) < nodes:
+        x = _block(b, f"b{len(b.nodes)}", x, (TOKENS, CHANNELS, 2), batch=-1)
+    shape = ["N", TOKENS, CHANNELS]
+    ends = [helper.make_tensor_value_info(name, T.FLOAT, shape) for name in ("input", x)]
+    graph = helper.make_graph(b.nodes, "deep", ends[:1], ends[1:], b.weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+
+
 def pictures(n: int, seed: int = 0) -> NDArray[np.float32]:
     """[n, 3, 224, 224] in [-1, 1]: smooth colour fields with texture, so that neighbouring pixels agree as in photographs."""
     rng = np.random.default_rng(seed)
@@ -102,7 +114,12 @@ def pictures(n: int, seed: int = 0) -> NDArray[np.float32]:
     return np.clip(out, -1, 1)
 
 
-GRAPHS: dict[str, Callable[[], onnx.ModelProto]] = {"resnet18": resnet18, "vit_tiny": vit_tiny}
+def vit_b(seed: int = 0) -> onnx.ModelProto:
+    """ViT-B/16: `vit_tiny` with 768 channels and 12 heads, 346 MB of weights."""
+    return vit_tiny(seed, dim=768, heads=12)
+
+
+GRAPHS: dict[str, Callable[[], onnx.ModelProto]] = {"resnet18": resnet18, "vit_tiny": vit_tiny, "vit_b": vit_b}
 
 
 def _conv(b: Builder, name: str, x: str, width: tuple[int, int], kernel: int, stride: int, relu: bool) -> str:
@@ -137,26 +154,26 @@ def _linear(b: Builder, name: str, x: str, width: tuple[int, int], scale: NDArra
     return b.add("Add", name, [y, b.bias(f"{name}.b", width[1])])
 
 
-def _block(b: Builder, name: str, x: str, sizes: tuple[int, int, int]) -> str:
+def _block(b: Builder, name: str, x: str, sizes: tuple[int, int, int], batch: int = 1) -> str:
     _, dim, _ = sizes
     normed, scale = _norm(b, f"{name}.norm1", x, dim)
-    x = b.add("Add", f"{name}.add1", [x, _attention(b, name, normed, scale, sizes)])
+    x = b.add("Add", f"{name}.add1", [x, _attention(b, name, normed, scale, sizes, batch)])
     normed, scale = _norm(b, f"{name}.norm2", x, dim)
     hidden = _gelu(b, f"{name}.gelu", _linear(b, f"{name}.fc1", normed, (dim, 4 * dim), scale))
     return b.add("Add", f"{name}.add2", [x, _linear(b, f"{name}.fc2", hidden, (4 * dim, dim))])
 
 
-def _attention(b: Builder, name: str, x: str, scale: NDArray[np.float64], sizes: tuple[int, int, int]) -> str:
+def _attention(b: Builder, name: str, x: str, scale: NDArray[np.float64], sizes: tuple[int, int, int], batch: int) -> str:
     tokens, dim, heads = sizes
     x = _linear(b, f"{name}.qkv", x, (dim, 3 * dim), scale)
-    x = b.add("Reshape", f"{name}.split", [x, b.constant(f"{name}.split.s", [1, tokens, 3, heads, dim // heads], np.int64)])
+    x = b.add("Reshape", f"{name}.split", [x, b.constant(f"{name}.split.s", [batch, tokens, 3, heads, dim // heads], np.int64)])
     x = b.add("Transpose", f"{name}.heads", [x], perm=[2, 0, 3, 1, 4])
     q, k, v = (b.add("Gather", f"{name}.{p}", [x, b.constant(f"{name}.{p}.i", i, np.int64)], axis=0) for i, p in enumerate("qkv"))
     q = b.add("Mul", f"{name}.scaled", [q, b.constant(f"{name}.scale", (dim // heads) ** -0.5)])
     scores = b.add("MatMul", f"{name}.qk", [q, b.add("Transpose", f"{name}.kt", [k], perm=[0, 1, 3, 2])])
     y = b.add("MatMul", f"{name}.pv", [b.add("Softmax", f"{name}.softmax", [scores], axis=-1), v])
     y = b.add("Transpose", f"{name}.joined", [y], perm=[0, 2, 1, 3])
-    y = b.add("Reshape", f"{name}.merged", [y, b.constant(f"{name}.merged.s", [1, tokens, dim], np.int64)])
+    y = b.add("Reshape", f"{name}.merged", [y, b.constant(f"{name}.merged.s", [batch, tokens, dim], np.int64)])
     return _linear(b, f"{name}.proj", y, (dim, dim))
 
 

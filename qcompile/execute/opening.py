@@ -8,7 +8,8 @@ serialized graph; a large model's go to a file.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Generator, Iterable, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,44 +69,61 @@ def _exact(model: Model, options: dict[str, Any]) -> ort.InferenceSession:
 
 
 def _shared(model: Model, options: dict[str, Any]) -> ort.InferenceSession:
+    return _mapped(model, options) if is_large(model.graph) else _open(model, options)
+
+
+def _mapped(model: Model, options: dict[str, Any]) -> ort.InferenceSession:
+    """Of a large model: what cannot be handed in lies in files."""
     copy = model.clone()
-    large = is_large(model.graph)
-    if large:
-        LiftConstantsToInitializersPass()(copy.ir)
-    weights = _taken(copy.graph)
-    held, folder = _in_files(copy) if large else ([], None)
-    data = ir.to_proto(copy.ir).SerializeToString()
-    session = make_session(data, weights=weights, external_folder=folder, qdq_fusion=False, **options)
+    LiftConstantsToInitializersPass()(copy.ir)
+    held, folder = _in_files(copy)
+    session = _open(copy, {**options, "external_folder": folder})
     del held  # a spilled tensor's file goes with the tensor
     return session
 
 
-def _taken(graph: ir.Graph) -> Arrays:
-    """The weights that a session can read where they are; the graph keeps their names, types and shapes."""
-    taken: Arrays = {}
-    for name, value in graph.initializers.items():
-        tensor = value.const_value
-        if tensor is None or tensor.nbytes < SHARED_TENSOR or tensor.dtype not in _SHARED_TYPES:
-            continue
-        taken[name] = stored_array(tensor)
-        shape = ir.Shape(tensor.shape.numpy())
-        value.const_value = ir.ExternalTensor(_ELSEWHERE, 0, int(tensor.nbytes), tensor.dtype, shape=shape, name=name)
-    return taken
+def _open(model: Model, options: dict[str, Any]) -> ort.InferenceSession:
+    with _taken(model.graph) as weights:
+        data = ir.to_proto(model.ir).SerializeToString()
+    return make_session(data, weights=weights, qdq_fusion=False, **options)
+
+
+@contextmanager
+def _taken(graph: ir.Graph) -> Generator[Arrays]:
+    """The weights that a session can read where they are; meanwhile the graph holds only their names, types and shapes."""
+    values = [v for v in graph.initializers.values() if _can_be_shared(v.const_value)]
+    tensors = [t for v in values if (t := v.const_value) is not None]
+    try:
+        for value, tensor in zip(values, tensors, strict=True):
+            value.const_value = _elsewhere(tensor, str(value.name))
+        yield {str(v.name): stored_array(t) for v, t in zip(values, tensors, strict=True)}
+    finally:
+        for value, tensor in zip(values, tensors, strict=True):
+            value.const_value = tensor
+
+
+def _can_be_shared(tensor: ir.TensorProtocol | None) -> bool:
+    return tensor is not None and tensor.nbytes >= SHARED_TENSOR and tensor.dtype in _SHARED_TYPES
+
+
+def _elsewhere(tensor: ir.TensorProtocol, name: str) -> ir.ExternalTensor:
+    shape = ir.Shape(tensor.shape.numpy())
+    return ir.ExternalTensor(_ELSEWHERE, 0, int(tensor.nbytes), tensor.dtype, shape=shape, name=name)
 
 
 def _in_files(copy: Model) -> tuple[list[ir.ExternalTensor], Path | None]:
-    """The large tensors that are left, each in a file, and the folder that holds them all."""
+    """The large tensors that cannot be shared, each in a file, and the folder that holds them all."""
 
     def in_a_file(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-        return tensor if isinstance(tensor, ir.ExternalTensor) or tensor.nbytes < SPILLED_TENSOR else spilled(tensor)
+        small = tensor.nbytes < SPILLED_TENSOR or _can_be_shared(tensor)
+        return tensor if isinstance(tensor, ir.ExternalTensor) or small else spilled(tensor)
 
     map_tensors(copy.ir, in_a_file)
-    held = [t for t in external_tensors(copy.ir) if t.location != _ELSEWHERE]
+    held = list(external_tensors(copy.ir))
     if not held:
         return [], None
     base = _common_folder(held)
-    own = {id(t) for t in held}
-    map_tensors(copy.ir, lambda t: placed(t, base) if isinstance(t, ir.ExternalTensor) and id(t) in own else t)
+    map_tensors(copy.ir, lambda t: placed(t, base) if isinstance(t, ir.ExternalTensor) else t)
     return held, base
 
 
