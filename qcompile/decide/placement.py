@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -49,19 +50,28 @@ class Placement:
     points: list[Point] = field(default_factory=list[Point])
     missed: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
     notes: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    _specs: dict[ir.Value, list[QuantSpec]] = field(default_factory=dict[ir.Value, list[QuantSpec]])
 
     def add(self, node: ir.Node, slot: int, spec: QuantSpec, like: ir.Value | None = None, *, carried: bool = False) -> None:
         """Quantize `slot` of `node`, once."""
         if all(s.node is not node or s.slot != slot for s in self.points[-64:]):
-            self.points.append(Point(node, slot, spec, like, carried))
+            self._append(Point(node, slot, spec, like, carried))
 
     def known(self, node: ir.Node, slot: int, spec: QuantSpec, bounds: tuple[float, float]) -> None:
         """Quantize `slot` of `node` over a range that is known."""
-        self.points.append(Point(node, slot, spec, bounds=bounds))
+        self._append(Point(node, slot, spec, bounds=bounds))
 
     def follow(self, node: ir.Node, slot: int, leader: Point) -> None:
         """Let `slot` of `node` read what `leader` reads."""
-        self.points.append(Point(node, slot, leader.spec, follows=leader))
+        self._append(Point(node, slot, leader.spec, follows=leader))
+
+    def specs(self, value: ir.Value | None) -> Sequence[QuantSpec]:
+        """How the uses of a tensor are quantized so far."""
+        return () if value is None else self._specs.get(value, ())
+
+    def _append(self, point: Point) -> None:
+        self.points.append(point)
+        self._specs.setdefault(point.value, []).append(point.spec)
 
     def miss(self, node: ir.Node, reason: str) -> None:
         """Leave `node` in float."""

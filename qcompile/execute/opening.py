@@ -85,7 +85,7 @@ def _mapped(model: Model, options: dict[str, Any]) -> ort.InferenceSession:
 def _open(model: Model, options: dict[str, Any]) -> ort.InferenceSession:
     with _taken(model.graph) as weights:
         data = ir.to_proto(model.ir).SerializeToString()
-    return make_session(data, weights=weights, qdq_fusion=False, **options)
+    return make_session(data, weights=weights, qdq_fusion=False, reuse=False, **options)
 
 
 @contextmanager

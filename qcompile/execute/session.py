@@ -78,6 +78,7 @@ def make_session(
     weights: Mapping[str, NDArray[Any]] | None = None,
     packed: bool = True,
     arena: bool = True,
+    reuse: bool = True,
 ) -> ort.InferenceSession:
     """A session on serialized bytes or a file.
 
@@ -91,6 +92,7 @@ def make_session(
         weights: data of initializers that `model` holds as external, read where the arrays lie as long as the session lives.
         packed: False lets kernels read weights as they are instead of copies that they pack for themselves.
         arena: False frees every tensor at once instead of keeping its memory for the next run: a smaller peak, slower.
+        reuse: False plans no reuse of buffers: planning takes time by the square of the nodes where shapes are not known.
 
     Raises:
         ModelError: ONNX Runtime cannot load the model; the message holds its last meaningful line.
@@ -99,6 +101,7 @@ def make_session(
         raise ModelError("a model above 2 GB cannot be loaded from memory; save it with external data and give its path")
     extra = (extra or {}) | ({} if packed else {"session.disable_prepacking": "1"})
     options = session_options(optimize=optimize, qdq_fusion=qdq_fusion, threads=threads, extra=extra)
+    options.enable_mem_reuse = reuse
     if not arena:
         options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     if external_folder is not None:

@@ -54,5 +54,4 @@ def _misfit(node: ir.Node, data: int, slot: int, size: int) -> str | None:
 
 def in_blocks(out: Placement, nodes: Sequence[ir.Node]) -> bool:
     """Whether an input of `nodes` is quantized in blocks already."""
-    blocked = {id(s.value) for s in out.points if block_format(s.spec) is not None}
-    return any(id(v) in blocked for n in nodes for v in n.inputs)
+    return any(block_format(spec) is not None for n in nodes for v in n.inputs for spec in out.specs(v))
