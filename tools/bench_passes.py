@@ -247,7 +247,8 @@ def main() -> None:
     for name in (p for p in options.pipeline or () if p not in PIPELINES):
         registry.parse(name)
     if options.float_rest:
-        TARGETS[options.target] = replace(TARGETS[options.target], half_body=False)
+        variant = replace(TARGETS[options.target], name=f"{options.target}-float", half_body=False)
+        options.target = TARGETS.add(variant)
     cells = measure(options)
     if options.json:
         print(json.dumps(document(cells, options), indent=2))

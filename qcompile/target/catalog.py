@@ -32,6 +32,17 @@ class Catalog(Mapping[str, Target]):
     def __len__(self) -> int:
         return len(self._found)
 
+    def add(self, target: Target) -> str:
+        """Take in a target that no folder holds (a variant, for a study); returns its name.
+
+        Raises:
+            UsageError: the name is taken.
+        """
+        if target.name in self._found:
+            raise UsageError(f"there is a target {target.name!r} already; give the variant a name of its own")
+        self._found[target.name] = target
+        return target.name
+
     @cached_property
     def _found(self) -> dict[str, Target]:
         own = [f"{__package__}.{m.name}.target" for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if m.ispkg]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,11 @@ def test_a_package_can_bring_a_target(monkeypatch: pytest.MonkeyPatch) -> None:
     Entry.value = "tests.target.graphs"
     with pytest.raises(UsageError, match="cannot be imported"):
         list(catalog.Catalog())
+
+
+def test_variants_have_names_of_their_own() -> None:
+    found = catalog.Catalog()
+    name = found.add(replace(found["rtx"], name="rtx-float", half_body=False))
+    assert found[name].lowering(SCHEMES["w8a8"]) == ("insert-qdq",) and "rtx-float" not in TARGETS
+    with pytest.raises(UsageError, match="already"):
+        found.add(found["rtx"])

@@ -1,8 +1,8 @@
 """Where OpenVINO's CPU plugin wants Q/DQ (measured on 2026.4 with `tools/bench_openvino.py` and `get_runtime_model()`).
 
-Inputs of layers in uint8 with a zero point (0 behind a ReLU), weights in int8 per channel; both inputs of a residual add, so
-that it is fused into the convolution; pooling and concatenation on codes.  In attention queries, keys and values are int8
-without a zero point and probabilities uint8: then both products and the softmax are one integer kernel.
+Inputs of layers in uint8 with a zero point (0 behind a ReLU), weights in int8 per channel; both inputs of a residual add of
+convolutions, so that it reads and writes codes; pooling on codes.  In attention queries, keys and values are int8 without a
+zero point and probabilities uint8, else the products are computed in float.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _attention(state: _State, softmax: ir.Node) -> None:
 
 
 def _residual(state: _State, add: ir.Node) -> None:
-    """Both inputs of a sum of convolutions: the plugin adds inside the second one, and reads the skip in 8 bit."""
+    """Both inputs of a sum of convolutions: the plugin adds codes, inside the second convolution where it can."""
     if any(is_const(v) for v in add.inputs) or not all(_from_convolution(v) for v in add.inputs):
         return
     if reason := state.request.selection.excluded(add):
