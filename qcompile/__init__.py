@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from qcompile.calib.observe import Rows as Rows
     from qcompile.calib.observe import SecondMoment as SecondMoment
     from qcompile.calib.observe import Told as Told
+    from qcompile.calib.observe.change import AffineMap as AffineMap
+    from qcompile.calib.observe.change import Changes as Changes
+    from qcompile.decide.placement import Placement as Placement
     from qcompile.ir.edit import add_constant as add_constant
     from qcompile.ir.edit import erase as erase
     from qcompile.ir.edit import erase_dead as erase_dead
@@ -44,6 +47,18 @@ if TYPE_CHECKING:
     from qcompile.pipeline.base import Pass as Pass
     from qcompile.pipeline.base import PassContext as PassContext
     from qcompile.pipeline.base import PassResult as PassResult
+    from qcompile.pipeline.base import Stage as Stage
+    from qcompile.pipeline.fold import Fold as Fold
+    from qcompile.pipeline.fold import FoldPass as FoldPass
+    from qcompile.pipeline.site import Applied as Applied
+    from qcompile.pipeline.site import Missed as Missed
+    from qcompile.pipeline.site import SitePass as SitePass
+    from qcompile.rewrite.fold import FoldSite as FoldSite
+    from qcompile.rewrite.linear import absorb_shift as absorb_shift
+    from qcompile.rewrite.linear import divide_outputs as divide_outputs
+    from qcompile.rewrite.linear import scale_inputs as scale_inputs
+    from qcompile.rewrite.linear import scale_outputs as scale_outputs
+    from qcompile.structure import Linear as Linear
     from qcompile.structure import Matches as Matches
     from qcompile.structure import Refusal as Refusal
     from qcompile.structure import find_activations as find_activations
@@ -55,6 +70,9 @@ if TYPE_CHECKING:
     from qcompile.structure import find_norms as find_norms
     from qcompile.structure import find_residual_streams as find_residual_streams
     from qcompile.structure import find_v_projections as find_v_projections
+    from qcompile.target.target import Choices as Choices
+    from qcompile.target.target import Request as Request
+    from qcompile.target.target import Target as Target
     from qcompile.verbs.compile.options import Options as Options
     from qcompile.verbs.compile.run import Result as Result
     from qcompile.verbs.compile.run import compile as compile
@@ -64,17 +82,24 @@ _FROM = {
         "AbsMax", "ChannelHistograms", "Extremes", "Histogram", "MinMax", "Moments", "Observer", "Probe", "Rows", "SecondMoment",
         "Told",
     ),
+    "calib.observe.change": ("AffineMap", "Changes"),
+    "decide.placement": ("Placement",),
     "ir.edit": (
         "add_constant", "erase", "erase_dead", "insert_after", "new_node", "redirect", "replace_value", "set_constant",
         "splice_after", "swap_output",
     ),
     "ir.model": ("Model",),
     "ir.surgeon": ("from_gs", "surgery", "to_gs"),
-    "pipeline.base": ("Kind", "Pass", "PassContext", "PassResult"),
+    "pipeline.base": ("Kind", "Pass", "PassContext", "PassResult", "Stage"),
+    "pipeline.fold": ("Fold", "FoldPass"),
+    "pipeline.site": ("Applied", "Missed", "SitePass"),
+    "rewrite.fold": ("FoldSite",),
+    "rewrite.linear": ("absorb_shift", "divide_outputs", "scale_inputs", "scale_outputs"),
     "structure": (
-        "Matches", "Refusal", "find_activations", "find_attentions", "find_conv_chains", "find_linears", "find_mlps",
+        "Linear", "Matches", "Refusal", "find_activations", "find_attentions", "find_conv_chains", "find_linears", "find_mlps",
         "find_norm_to_linears", "find_norms", "find_residual_streams", "find_v_projections",
     ),
+    "target.target": ("Choices", "Request", "Target"),
     "verbs.compile.options": ("Options",),
     "verbs.compile.run": ("Result", "compile"),
 }  # fmt: skip
