@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,59 +16,106 @@ from qcompile.target.view import GraphView, uniquely_named
 
 FLOAT = "float"
 ATTENTION = "_mha"  # in the names of fused attention kernels
-SUMMARY = ("gpu", "label", "version", "share", "coverage", "attention_blocks", "attention_fused_blocks")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a builder made of a node: `low` is a low type, "float", or None when no kernel names the node; the kernels' kinds."""
+
+    low: str | None
+    kernels: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ComputeNode:
+    """One compute node.
+
+    `inputs`: the type each compute input is read from (the codes' type, or the float type).  `planned`: the low type of all
+    inputs, or "float".  `weight_only`: the type of the weight's codes when only they are quantized.  `reasons`: why it was
+    left in float.  `chosen`: with an audit.
+    """
+
+    node: str
+    op_type: str
+    inputs: tuple[str, ...]
+    planned: str
+    weight_only: str | None
+    reasons: tuple[str, ...]
+    chosen: Chosen | None = None
+
+    @property
+    def audited(self) -> str | None:
+        """What was built; None without an audit, and where no kernel names the node."""
+        return None if self.chosen is None else self.chosen.low
+
+    @property
+    def kept(self) -> bool | None:
+        """Whether it was built as planned; None where that is not known."""
+        return None if self.audited is None else self.audited == self.planned
+
+    def to_json(self) -> dict[str, Any]:
+        """`node, op_type, inputs, planned, weight_only, reasons`, and with an audit `audited, kernels, kept`."""
+        head = {k: v for k, v in vars(self).items() if k != "chosen"} | {
+            "inputs": list(self.inputs), "reasons": list(self.reasons),
+        }  # fmt: skip
+        if self.chosen is None:
+            return head
+        return {**head, "audited": self.audited, "kernels": list(self.chosen.kernels), "kept": self.kept}
+
+
+@dataclass(frozen=True)
+class AuditFigures:
+    """The figures of an audit that stand for all of it (see `AuditResult`); None where the document lacks one."""
+
+    gpu: str | None
+    label: str | None
+    version: str | None
+    share: float | None
+    coverage: float | None
+    attention_blocks: int | None
+    attention_fused_blocks: int | None
+
+    @classmethod
+    def of(cls, audit: Mapping[str, Any]) -> AuditFigures:
+        """From the document of an audit."""
+        return cls(**{f.name: audit.get(f.name) for f in fields(cls)})
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dict."""
+        return asdict(self)
 
 
 def compute_nodes(
     model: ModelProto, path: Path, audit: Mapping[str, Any] | None = None, remarks: Sequence[Mapping[str, Any]] = ()
-) -> list[dict[str, Any]]:
-    """One dict for each compute node of `model` (read from `path`), in graph order.
+) -> tuple[ComputeNode, ...]:
+    """The compute nodes of `model` (read from `path`), in graph order.
 
     Args:
         audit: the document of `qcompile audit --json` for this model.
         remarks: those that `qcompile compile --remarks` wrote; they say why a node was left in float.
 
-    Returns:
-        `node, op_type, inputs` (the type each compute input is read from: the codes' type, or the float type),
-        `planned` (the low type of all inputs, or "float"), `weight_only` (the type of the weight's codes when only
-        they are quantized, else null), `reasons`, and with an audit `audited` (a low type, "float", or null when no
-        kernel names the node), `kernels` (their kinds) and `kept` (audited as planned; null with
-        `audited`).
-
     Raises:
         UsageError: the audit is of another model.
     """
     view = GraphView(uniquely_named(model), path.parent)
-    items = work_items(view, {})
     by_name = {n.name: n for n in view.nodes}
     reasons = _reasons(remarks)
-    nodes = [_planned(view, item, by_name[item.node], reasons.get(item.node, [])) for item in items]
+    nodes = tuple(_planned(view, item, by_name[item.node], reasons.get(item.node, ())) for item in work_items(view, {}))
     if audit is None:
         return nodes
     kernels = _kernels(audit)
-    if nodes and not any(n["node"] in kernels for n in nodes):
+    if nodes and not any(n.node in kernels for n in nodes):
         raise UsageError(
             f"the audit names no compute node of {path}: it is of another model; make it with: qcompile audit {path} --json"
         )
     floats = {n["node"] for n in audit["float_nodes"]}
-    return [{**n, **_audited(n, kernels.get(n["node"], []), n["node"] in floats)} for n in nodes]
+    return tuple(replace(n, chosen=_chosen(kernels.get(n.node, []), n.node in floats)) for n in nodes)
 
 
-def audit_figures(audit: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures of an audit document that stand for all of it."""
-    return {key: audit.get(key) for key in SUMMARY}
-
-
-def _planned(view: GraphView, item: WorkItem, node: NodeProto, reasons: Sequence[str]) -> dict[str, Any]:
+def _planned(view: GraphView, item: WorkItem, node: NodeProto, reasons: tuple[str, ...]) -> ComputeNode:
     slots = node.input[: 3 if node.op_type == "Attention" else 2]
-    return {
-        "node": item.node,
-        "op_type": item.op_type,
-        "inputs": [_read_type(view, name) for name in slots],
-        "planned": item.low_type or FLOAT,
-        "weight_only": item.weight_type,
-        "reasons": list(reasons),
-    }
+    types = tuple(_read_type(view, name) for name in slots)
+    return ComputeNode(item.node, item.op_type, types, item.low_type or FLOAT, item.weight_type, reasons)
 
 
 def _read_type(view: GraphView, name: str) -> str:
@@ -76,12 +124,12 @@ def _read_type(view: GraphView, name: str) -> str:
     return low or TensorProto.DataType.Name(view.elem_types.get(name, 0)).lower()
 
 
-def _reasons(remarks: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+def _reasons(remarks: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, ...]]:
     found: dict[str, list[str]] = {}
     for r in remarks:
         if r["kind"] == "missed":
             found.setdefault(r["node"], []).append(f"{r['pass']}: {r['reason']}")
-    return {node: list(dict.fromkeys(texts)) for node, texts in found.items()}
+    return {node: tuple(dict.fromkeys(texts)) for node, texts in found.items()}
 
 
 def _kernels(audit: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
@@ -97,8 +145,7 @@ def _computes(kernel: Mapping[str, Any]) -> bool:
     return kernel["type"] in COMPUTE_KERNELS or ATTENTION in kernel["name"]
 
 
-def _audited(node: Mapping[str, Any], kernels: Sequence[Mapping[str, Any]], runs_in_float: bool) -> dict[str, Any]:
+def _chosen(kernels: Sequence[Mapping[str, Any]], runs_in_float: bool) -> Chosen:
     low = [LOW_DATATYPES[t] for k in kernels for t in k["inputs"] if t in LOW_DATATYPES]
     audited = None if not kernels else FLOAT if runs_in_float or not low else low[0]
-    kinds = {"attention" if ATTENTION in k["name"] else str(k["type"]) for k in kernels}
-    return {"audited": audited, "kernels": sorted(kinds), "kept": None if audited is None else audited == node["planned"]}
+    return Chosen(audited, tuple(sorted({"attention" if ATTENTION in k["name"] else str(k["type"]) for k in kernels})))

@@ -1,12 +1,13 @@
-"""`qcompile inspect`: what is in a model, or known of an engine, as one JSON-ready dict."""
+"""`qcompile inspect`: what is in a model, or known of an engine."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import onnx
@@ -14,14 +15,16 @@ import onnx_ir as ir
 
 from qcompile import structure as match
 from qcompile.backend.audit import audit
-from qcompile.backend.engine_card import engine_card, engine_of
-from qcompile.backend.precision import audit_figures, compute_nodes
+from qcompile.backend.engine_card import EngineCard, engine_card, engine_of
+from qcompile.backend.precision import AuditFigures, ComputeNode, compute_nodes
 from qcompile.errors import UsageError
 from qcompile.ir import ops
 from qcompile.ir.model import Model
 from qcompile.ir.reader import read_proto
+from qcompile.oracle.cost import Cost
 from qcompile.oracle.ranges import prove
 from qcompile.report import SCHEMA_VERSION
+from qcompile.verbs.options import Written
 
 PREFIX = "qcompile."
 _JSON_KEYS = {"calibration", "facts", "shapes"}
@@ -36,32 +39,117 @@ _STRUCTURES = {
 }
 
 
-def inspect(
-    path: str | Path, *, audit_file: Path | None = None, gpu: str | None = None, remarks_file: Path | None = None
-) -> dict[str, Any]:
-    """Describe the ONNX model, engine or engine manifest at `path` (`kind`: "onnx" or "engine").
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions:
+    """What is set beside the plan."""
 
-    Args:
-        audit_file: what `qcompile audit --json` printed for this model.
-        gpu: audit the model now for this GPU, e.g. sm89 (needs tensorrt-rtx).
-        remarks_file: what `qcompile compile --remarks` wrote: why nodes were left in float.
+    audit: Annotated[Path | None, "What audit --json printed: plan beside kernels.", Written("RESULT.json")] = None
+    gpu: Annotated[str | None, "Audit MODEL now for this GPU, e.g. sm89; none is needed here.", Written("SM")] = None
+    remarks: Annotated[Path | None, "What compile --remarks wrote: why float.", Written("OUT.json")] = None
 
-    Returns:
-        See `inspect_model` and `qcompile.backend.engine_card.engine_card`.
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """An input or an output; an axis is its length, its name, or None."""
+
+    name: str | None
+    dtype: str | None
+    shape: tuple[int | str | None, ...] | None
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """A quantized tensor: "per-tensor", "per-axis N" or "per-block N"; no scales or zero points when computed or absent."""
+
+    tensor: str | None
+    role: Literal["activation", "weight"]
+    dtype: str | None
+    granularity: str
+    scale_min: float | None
+    scale_max: float | None
+    zero_point_min: float | None
+    zero_point_max: float | None
+
+
+@dataclass(frozen=True)
+class WeightShare:
+    """Elements of the weights of all matrix products and convolutions, and how many of them are stored quantized."""
+
+    elements: int
+    quantized: int
+
+    @property
+    def share(self) -> float | None:
+        """Quantized / all; None when there are none."""
+        return self.quantized / self.elements if self.elements else None
+
+    def to_json(self) -> dict[str, Any]:
+        """`elements, quantized, share`."""
+        return {**asdict(self), "share": self.share}
+
+
+@dataclass(frozen=True)
+class Found:
+    """How many structures of a kind there are, and how many candidates are none, by reason."""
+
+    found: int
+    refused: Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspected:
+    """What is in a model.
+
+    `nodes`: count by operator.  `parameters`: elements of the weights.  `metadata`: what qcompile wrote.  `integer`: what an
+    integer-only model costs a sample.  `structures`: None for a quantized model, whose weights are behind
+    DequantizeLinear, where the finders do not look.
+    """
+
+    path: Path
+    size_mb: float
+    ir_version: int
+    opset: int
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    nodes: Mapping[str, int]
+    parameters: int
+    metadata: Mapping[str, Any]
+    quantized: tuple[QuantizedTensor, ...]
+    weights: WeightShare
+    compute: tuple[ComputeNode, ...]
+    integer: Cost | None
+    audit: AuditFigures | None
+    structures: Mapping[str, Found] | None
+
+    def to_json(self) -> dict[str, Any]:
+        """`schema_version`, `kind` ("onnx") and the fields."""
+        return {
+            "schema_version": SCHEMA_VERSION, "kind": "onnx", **vars(self), "path": str(self.path),
+            "inputs": [asdict(v) for v in self.inputs], "outputs": [asdict(v) for v in self.outputs],
+            "quantized": [asdict(t) for t in self.quantized], "weights": self.weights.to_json(),
+            "compute": [n.to_json() for n in self.compute],
+            "integer": None if self.integer is None else self.integer.to_json(),
+            "audit": None if self.audit is None else self.audit.to_json(),
+            "structures": None if self.structures is None else {name: asdict(f) for name, f in self.structures.items()},
+        }  # fmt: skip
+
+
+def inspect(path: str | Path, options: InspectOptions | None = None) -> Inspected | EngineCard:
+    """Describe the ONNX model, engine or engine manifest at `path`; nothing is run.
 
     Raises:
         ModelError: the file cannot be used; an engine has no manifest.
         UsageError: two audits, or one of another model; or options of models for an engine.
         BackendError: the audit cannot be made.
     """
-    path = Path(path)
+    path, options = Path(path), options or InspectOptions()
     engine = engine_of(path)
-    if engine is None:
-        remarks = [] if remarks_file is None else _document(remarks_file, "remarks", "qcompile compile --remarks")["remarks"]
-        return inspect_model(path, _audit(path, audit_file, gpu), remarks)
-    if audit_file or gpu or remarks_file:
-        raise UsageError("--audit, --gpu and --remarks belong to an ONNX model; an engine's audit is in its manifest")
-    return {"schema_version": SCHEMA_VERSION, "kind": "engine", "path": str(engine), **engine_card(engine)}
+    if engine is not None:
+        if options != InspectOptions():
+            raise UsageError("--audit, --gpu and --remarks belong to an ONNX model; an engine's audit is in its manifest")
+        return engine_card(engine)
+    remarks = [] if options.remarks is None else _document(options.remarks, "remarks", "qcompile compile --remarks")["remarks"]
+    return inspect_model(path, _audit(path, options.audit, options.gpu), remarks)
 
 
 def _audit(path: Path, file: Path | None, gpu: str | None) -> dict[str, Any] | None:
@@ -82,53 +170,41 @@ def _document(file: Path, key: str, maker: str) -> dict[str, Any]:
     return found
 
 
-def inspect_model(
-    path: str | Path, audited: Mapping[str, Any] | None = None, remarks: Sequence[Mapping[str, Any]] = ()
-) -> dict[str, Any]:
-    """Describe the model at `path`; nothing is run.
+def inspect_model(path: Path, audited: Mapping[str, Any] | None = None, remarks: Sequence[Mapping[str, Any]] = ()) -> Inspected:
+    """Describe the model at `path`.
 
     Args:
         audited: the document of an audit of this model, set beside the plan.
         remarks: of its compilation.
 
-    Returns:
-        `schema_version, path, size_mb, ir_version, opset, inputs, outputs, nodes` (count by operator), `parameters`
-        (elements of the weights), `metadata` (what qcompile wrote), `quantized` (one entry a tensor), `weights`
-        (elements in all and quantized, `share`), `compute` (one entry a GEMM, convolution or attention product:
-        `qcompile.backend.precision.compute_nodes`), `integer` (what an integer-only model costs a sample:
-        `qcompile.oracle.ranges.Proof.cost`, else null), `audit` (the audit's figures or null) and `structures` (null for a
-        quantized model: its weights are behind DequantizeLinear, where the matchers do not look).
-
     Raises:
         ModelError: the file cannot be used.
     """
     proto = read_proto(path, weights=False)
-    model = Model.of_file(proto, Path(path))
-    quantized = quantized_tensors(model.graph)
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "kind": "onnx",
-        "path": str(path),
-        "size_mb": round(model_bytes(model) / 1e6, 3),
-        "ir_version": model.ir.ir_version,
-        "opset": model.opset,
-        "inputs": [_interface(v) for v in model.graph.inputs if v.name not in model.graph.initializers],
-        "outputs": [_interface(v) for v in model.graph.outputs],
-        "nodes": dict(sorted(Counter(n.op_type for n in model.graph.all_nodes()).items())),
-        "parameters": sum(_size(v.const_value) for v in model.graph.initializers.values() if _is_parameter(v)),
-        "metadata": _metadata(model),
-        "quantized": quantized,
-        "weights": _weight_share(model.graph),
-        "compute": compute_nodes(proto, Path(path), audited, remarks),
-        "integer": _integer_cost(model, proto, Path(path)),
-        "audit": None if audited is None else audit_figures(audited),
-        "structures": None if quantized else _structures(model.graph),
-    }
+    model = Model.of_file(proto, path)
+    graph, quantized = model.graph, quantized_tensors(model.graph)
+    return Inspected(
+        path=path,
+        size_mb=round(model_bytes(model) / 1e6, 3),
+        ir_version=model.ir.ir_version,
+        opset=model.opset,
+        inputs=tuple(_interface(v) for v in graph.inputs if v.name not in graph.initializers),
+        outputs=tuple(_interface(v) for v in graph.outputs),
+        nodes=dict(sorted(Counter(n.op_type for n in graph.all_nodes()).items())),
+        parameters=sum(_size(v.const_value) for v in graph.initializers.values() if _is_parameter(v)),
+        metadata=_metadata(model),
+        quantized=quantized,
+        weights=_weight_share(graph),
+        compute=compute_nodes(proto, path, audited, remarks),
+        integer=_integer_cost(model, proto, path),
+        audit=None if audited is None else AuditFigures.of(audited),
+        structures=None if quantized else _structures(graph),
+    )
 
 
-def _integer_cost(model: Model, proto: onnx.ModelProto, path: Path) -> dict[str, Any] | None:
-    """`macs, bops, weight_bytes, layers`; the widths follow from the proven ranges."""
-    return prove(proto, str(path.parent)).cost.to_json() if "qcompile.integer" in model.metadata else None
+def _integer_cost(model: Model, proto: onnx.ModelProto, path: Path) -> Cost | None:
+    """The widths follow from the proven ranges."""
+    return prove(proto, str(path.parent)).cost if "qcompile.integer" in model.metadata else None
 
 
 def model_bytes(model: Model) -> int:
@@ -139,29 +215,26 @@ def model_bytes(model: Model) -> int:
     return model.path.stat().st_size + sum(f.stat().st_size for f in files)
 
 
-def quantized_tensors(graph: ir.Graph) -> list[dict[str, Any]]:
-    """One dict for each quantized tensor, in graph order.
-
-    Keys: `tensor, role` ("activation" or "weight"), `dtype, granularity` ("per-tensor", "per-axis N", "per-block N"),
-    `scale_min, scale_max, zero_point_min, zero_point_max` (null when computed or absent).
-    """
-    activations = [_entry(n, "activation", n.inputs[0]) for n in graph.all_nodes() if ops.is_op(n, "QuantizeLinear")]
+def quantized_tensors(graph: ir.Graph) -> tuple[QuantizedTensor, ...]:
+    """The activations, then the stored tensors, in graph order."""
+    activations = [_entry(n, "activation") for n in graph.all_nodes() if ops.is_op(n, "QuantizeLinear")]
     stored = (n for n in graph.all_nodes() if ops.is_op(n, "DequantizeLinear") and ops.is_const(n.inputs[0]))
-    return activations + [_entry(n, "weight", n.inputs[0]) for n in stored]
+    return (*activations, *(_entry(n, "weight") for n in stored))
 
 
-def _entry(node: ir.Node, role: str, value: ir.Value | None) -> dict[str, Any]:
+def _entry(node: ir.Node, role: Literal["activation", "weight"]) -> QuantizedTensor:
+    value = node.inputs[0]
     scale, zero = ops.const_array(node.inputs[1]), ops.const_array(ops.input_at(node, 2))
-    return {
-        "tensor": value.name if value is not None else "",
-        "role": role,
-        "dtype": _code_type(node, role),
-        "granularity": _granularity(node, scale),
-        "scale_min": None if scale is None else float(scale.min()),
-        "scale_max": None if scale is None else float(scale.max()),
-        "zero_point_min": None if zero is None else float(np.asarray(zero, np.float64).min()),
-        "zero_point_max": None if zero is None else float(np.asarray(zero, np.float64).max()),
-    }
+    name = value.name if value is not None else ""
+    return QuantizedTensor(name, role, _code_type(node, role), _granularity(node, scale), *_span(scale), *_span(zero))
+
+
+def _span(array: Any) -> tuple[float, float] | tuple[None, None]:
+    """Smallest and largest."""
+    if array is None:
+        return None, None
+    reals = np.asarray(array, np.float64)
+    return float(reals.min()), float(reals.max())
 
 
 def _code_type(node: ir.Node, role: str) -> str | None:
@@ -179,8 +252,7 @@ def _granularity(node: ir.Node, scale: Any) -> str:
     return f"per-block {block}" if block else f"per-axis {ops.int_attr(node, 'axis', 1)}"
 
 
-def _weight_share(graph: ir.Graph) -> dict[str, Any]:
-    """Elements of the weights of all matrix products and convolutions, and how many of them are stored quantized."""
+def _weight_share(graph: ir.Graph) -> WeightShare:
     total = low = 0
     seen: set[str] = set()
     for node in graph.all_nodes():
@@ -191,7 +263,7 @@ def _weight_share(graph: ir.Graph) -> dict[str, Any]:
             if name and name not in seen:
                 seen.add(name)
                 total, low = total + elements, low + (elements if quantized else 0)
-    return {"elements": total, "quantized": low, "share": low / total if total else None}
+    return WeightShare(total, low)
 
 
 def _weight_of(value: ir.Value | None) -> tuple[str, int, bool]:
@@ -218,9 +290,9 @@ def _size(tensor: ir.TensorProtocol | None) -> int:
     return 0 if tensor is None else int(tensor.size)
 
 
-def _interface(value: ir.Value) -> dict[str, Any]:
-    shape = None if value.shape is None else [d if isinstance(d, int) else d.value for d in value.shape]
-    return {"name": value.name, "dtype": value.dtype.name.lower() if value.dtype is not None else None, "shape": shape}
+def _interface(value: ir.Value) -> TensorInfo:
+    shape = None if value.shape is None else tuple(d if isinstance(d, int) else d.value for d in value.shape)
+    return TensorInfo(value.name, value.dtype.name.lower() if value.dtype is not None else None, shape)
 
 
 def _metadata(model: Model) -> dict[str, Any]:
@@ -235,6 +307,6 @@ def _parsed(text: str) -> Any:
         return text
 
 
-def _structures(graph: ir.Graph) -> dict[str, dict[str, Any]]:
+def _structures(graph: ir.Graph) -> dict[str, Found]:
     found = {name: find(graph) for name, find in _STRUCTURES.items()}
-    return {name: {"found": len(m.found), "refused": dict(Counter(r.reason for r in m.refused))} for name, m in found.items()}
+    return {name: Found(len(m.found), dict(Counter(r.reason for r in m.refused))) for name, m in found.items()}

@@ -131,8 +131,9 @@ def test_widths_by_layer_show_in_every_report(tmp_path: Path, capsys: Capture) -
     found = [(x["weight_bits"], x["activation_bits"]) for x in checked["cost"]["layers"]]
     assert found == [(8, 8)] * 6 + [(4, 4)] * 4 + [(8, 8)]
     assert checked["cost"]["bops"] == sum(x["macs"] * w * a for x, (w, a) in zip(checked["cost"]["layers"], found, strict=True))
-    call(capsys, "check", out, "--target", "integer", "--proof")
-    call(capsys, "inspect", out)
+    assert call(capsys, "check", out, "--target", "integer", "--proof")[0] == 0
+    code, said, _ = call(capsys, "inspect", out)
+    assert code == 0 and "GBOPs a sample" in said and "activation bits" in said
 
 
 # ---- what fails, and how ------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 
 from qcompile.backend.manifest import sha256, write_manifest
 from qcompile.errors import ModelError, UsageError
-from qcompile.verbs.inspect import inspect
+from qcompile.verbs.inspect import InspectOptions, inspect
 from tests.cli.test_cli import call, document
 from tests.target.graphs import AttentionForm, Form, attention, single
 
@@ -45,7 +45,7 @@ def engine(folder: Path, **changes: Any) -> Path:
 
 
 def test_compute_nodes_say_what_they_read(tmp_path: Path) -> None:
-    made = inspect(saved(single(Form()), tmp_path))
+    made = inspect(saved(single(Form()), tmp_path)).to_json()
     assert made["kind"] == "onnx" and made["audit"] is None
     (node,) = made["compute"]
     assert node["planned"] == "int8" and node["inputs"] == ["int8", "int8"] and node["reasons"] == [] and "audited" not in node
@@ -58,10 +58,10 @@ def test_planned_beside_audited(tmp_path: Path, capsys: pytest.CaptureFixture[st
     code, text, _ = call(capsys, "audit", path, "--gpu", "sm86", "--json")
     assert code == 0
     (tmp_path / "audit.json").write_text(text)
-    made = inspect(path, audit_file=tmp_path / "audit.json")
+    made = inspect(path, InspectOptions(audit=tmp_path / "audit.json")).to_json()
     nodes = {n["node"]: n for n in made["compute"]}
     assert nodes["n_qkv"]["planned"] == "int8" and nodes["n_qkv"]["audited"] == "float" and nodes["n_qkv"]["kept"] is False
-    assert made["compute"] == inspect(path, gpu="sm86")["compute"]
+    assert made["compute"] == inspect(path, InspectOptions(gpu="sm86")).to_json()["compute"]
     fused = [n for n in made["compute"] if n["kernels"] == ["attention"]]
     assert len(fused) == 2 and {n["audited"] for n in fused} == {"int8"}
     code, text, _ = call(capsys, "inspect", path, "--gpu", "sm86")
@@ -71,11 +71,11 @@ def test_planned_beside_audited(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_remarks_say_why_a_node_is_float(tmp_path: Path) -> None:
     path = saved(single(Form()), tmp_path)
-    node = inspect(path)["compute"][0]["node"]
+    node = inspect(path).to_json()["compute"][0]["node"]
     remark = {"kind": "missed", "pass": "annotate", "node": node, "reason": "a final head", "numbers": {}}
     remarks = tmp_path / "remarks.json"
     remarks.write_text(json.dumps({"remarks": [remark, {**remark, "kind": "applied", "reason": "no"}]}))
-    assert inspect(path, remarks_file=remarks)["compute"][0]["reasons"] == ["annotate: a final head"]
+    assert inspect(path, InspectOptions(remarks=remarks)).to_json()["compute"][0]["reasons"] == ["annotate: a final head"]
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_remarks_say_why_a_node_is_float(tmp_path: Path) -> None:
 def test_a_wrong_audit(audit: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(audit)
     with pytest.raises(UsageError, match=says):
-        inspect(saved(single(Form()), tmp_path), audit_file=tmp_path / "a.json")
+        inspect(saved(single(Form()), tmp_path), InspectOptions(audit=tmp_path / "a.json"))
 
 
 def test_an_engine_by_its_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,12 +102,12 @@ def test_an_engine_whose_files_are_not_its_own(tmp_path: Path, capsys: pytest.Ca
     path = engine(tmp_path)
     path.write_bytes(b"ftrt")
     (tmp_path / "m.onnx").unlink()
-    made = inspect(path)
+    made = inspect(path).to_json()
     assert made["engine"]["matches"] is False and made["onnx"]["matches"] is None
     text = call(capsys, "inspect", path)[1]
     assert "DIFFERS from the file here" in text and "the file is not here" in text
     with pytest.raises(UsageError, match="belong to an ONNX model"):
-        inspect(path, gpu="sm89")
+        inspect(path, InspectOptions(gpu="sm89"))
 
 
 def test_engines_without_a_manifest(tmp_path: Path) -> None:
