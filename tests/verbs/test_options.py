@@ -16,11 +16,14 @@ from qcompile.verbs.build import AuditOptions, EngineBuildOptions, RefitOptions
 from qcompile.verbs.calibrate.options import CalibrateOptions, MergeOptions
 from qcompile.verbs.check import CheckOptions
 from qcompile.verbs.compile.options import Options
+from qcompile.verbs.deploy.options import DeployOptions
+from qcompile.verbs.evaluate.run import EvalOptions
+from qcompile.verbs.inspect import InspectOptions
 from qcompile.verbs.options import made, options_of, to_json, words
 
 VERBS = {
     "compile": Options, "calibrate": CalibrateOptions, "merge": MergeOptions, "build": EngineBuildOptions, "audit": AuditOptions,
-    "check": CheckOptions, "refit": RefitOptions,
+    "check": CheckOptions, "refit": RefitOptions, "inspect": InspectOptions, "deploy": DeployOptions, "eval": EvalOptions,
 }  # fmt: skip
 
 

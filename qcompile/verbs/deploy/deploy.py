@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 import numpy as np
 import onnx
 
-from qcompile.backend.manifest import is_engine, read_manifest, sha256
+from qcompile.backend.manifest import sha256
 from qcompile.backend.pbtxt import to_text
 from qcompile.backend.profile import Profile, ShapeRange, default_profile
 from qcompile.backend.repository import publish, require_room, staging, tree, warmup_file, warmup_path, write_staged
@@ -19,7 +19,6 @@ from qcompile.backend.triton import (
     FILES,
     NUMPY_TYPES,
     WARMUP,
-    Accelerator,
     Backend,
     Interface,
     Serving,
@@ -37,48 +36,66 @@ from qcompile.execute.feeds import Feeds
 from qcompile.ir.model import Model
 from qcompile.ir.reader import read_proto
 from qcompile.report import SCHEMA_VERSION
-from qcompile.target.catalog import TARGETS
 from qcompile.target.view import GraphView
+from qcompile.verbs.deploy.options import DEFAULT_SAMPLES, DeployOptions
 from qcompile.verbs.deploy.parity import Parity, as_requested, check_served, requests_of
-
-DEFAULT_SAMPLES = 32
+from qcompile.verbs.deploy.source import Source, source_of
 
 
 @dataclass(frozen=True)
-class DeployOptions:
-    """What to serve and how; the fields are the options of `qcompile deploy`.
+class Integrity:
+    """The digest of what was written, and the file whose digest it equals; of a plan also the model that it was built from."""
 
-    `data`: real requests for the warm-up and the parity check, by default the data beside the reference or the model.
+    sha256: str
+    same_as: str
+    onnx: Path | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """`sha256, same_as` and `onnx`."""
+        source = {} if self.onnx is None else {"onnx": str(self.onnx)}
+        return {"sha256": self.sha256, "same_as": self.same_as, **source}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployed:
+    """What stands in the repository.
+
+    `config` is the ModelConfig message; `warmup` are files; `parity` is None without data and for a plan.
     """
 
-    name: str | None = None
-    backend: Backend | None = None
-    version: int = 1
-    max_batch: int | None = None
-    preferred: tuple[int, ...] = ()
-    queue_delay_us: int | None = None
-    instances: int = 1
-    policy: Literal["latest", "all"] | tuple[int, ...] = "latest"
-    accelerator: Accelerator | None = None
-    labels: Path | None = None
-    data: str | None = None
-    preprocess: str | None = None
-    samples: int | None = None
-    reference: Path | None = None
-    min_sqnr: float | None = None
-    onnx: Path | None = None
-    replace: bool = False
+    repository: Path
+    name: str
+    version: int
+    backend: Backend
+    folder: Path
+    files: tuple[str, ...]
+    max_batch_size: int
+    config: Mapping[str, Any]
+    warmup: tuple[str, ...]
+    data: str | None
+    parity: Parity | None
+    integrity: Integrity
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """`schema_version` and the fields (see `Parity.to_json`)."""
+        parity = None if self.parity is None else self.parity.to_json()
+        return {
+            "schema_version": SCHEMA_VERSION, **vars(self), "repository": str(self.repository), "folder": str(self.folder),
+            "parity": parity, "integrity": self.integrity.to_json(),
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
-class _Source:
-    """The file to serve, the ONNX model that says what its interface is, and for a plan its manifest."""
+class Deployments:
+    """One or more models."""
 
-    file: Path
-    onnx: Path
-    backend: Backend
-    manifest: dict[str, Any]
-    profiles: tuple[Profile, ...]
+    models: tuple[Deployed, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of the only model, or `schema_version, models`."""
+        documents = [m.to_json() for m in self.models]
+        return documents[0] if len(documents) == 1 else {"schema_version": SCHEMA_VERSION, "models": documents}
 
 
 @dataclass(frozen=True)
@@ -90,15 +107,23 @@ class _Requests:
     source: str | None
 
 
-def deploy(model: str | Path, repository: str | Path, options: DeployOptions | None = None) -> dict[str, Any]:
-    """Write `repository`/NAME/config.pbtxt and NAME/VERSION/model.onnx (or model.plan), all at once or not at all.
+def deploy_all(models: Sequence[Path], options: DeployOptions) -> Deployments:
+    """Deploy each model.
 
-    An ONNX model is run before it appears (`qcompile.parity`); a plan runs only on its GPU, so its digest is compared
+    Raises:
+        UsageError: one name for several models.
+        QcompileError: see `deploy`.
+    """
+    if len(models) > 1 and options.name:
+        raise UsageError("--name names one model; drop it, or deploy the models one by one")
+    return Deployments(tuple(deploy(m, options) for m in models))
+
+
+def deploy(model: str | Path, options: DeployOptions) -> Deployed:
+    """Write NAME/config.pbtxt and NAME/VERSION/model.onnx (or model.plan) into the repository, all at once or not at all.
+
+    An ONNX model is run before it appears (see `check_served`); a plan runs only on its GPU, so its digest is compared
     with its manifest, and its interface is that of the ONNX file which the manifest names.
-
-    Returns:
-        `schema_version, repository, name, version, backend, folder, files, max_batch_size, config` (the message), `warmup`
-        (files), `data`, `parity` (see `Parity.to_json`; null without data or for a plan), `integrity` and `notes`.
 
     Raises:
         UsageError: options that contradict each other, the model, or what the repository holds.
@@ -106,10 +131,11 @@ def deploy(model: str | Path, repository: str | Path, options: DeployOptions | N
         BackendError: a TensorRT-RTX engine, a plan that is not the one of its manifest, or an unwritable folder.
         GateError: the served file is not the model that was meant.
     """
-    options = options or DeployOptions()
-    source = _source(Path(model), options)
+    if options.labels is not None and not options.labels.is_file():
+        raise UsageError(f"no labels at {options.labels}; name a file with one class a line")
+    source, place = source_of(Path(model), options), options.triton
     proto = read_proto(source.onnx, weights=False)
-    interface, place = interface_of(proto), Path(repository)
+    interface = interface_of(proto)
     serving = _serving(source, proto, interface, options)
     check_serving(serving)
     fields = to_text(interface_fields(interface, serving))
@@ -121,79 +147,34 @@ def deploy(model: str | Path, repository: str | Path, options: DeployOptions | N
         integrity = _integrity(source, proto, staged / str(options.version))
         parity = _parity(source, staged, config, requests, options)
         folder = publish(staged, place, options.version)
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "repository": str(place),
-        "name": serving.name,
-        "version": options.version,
-        "backend": serving.backend,
-        "folder": str(folder),
-        "files": tree(folder),
-        "max_batch_size": serving.max_batch,
-        "config": config,
-        "warmup": [warmup_path(options.version, i) for i in range(len(requests.warmup))],
-        "data": requests.source,
-        "parity": None if parity is None else parity.to_json(),
-        "integrity": integrity,
-        "notes": _notes(source, serving, requests, parity),
-    }
+    return Deployed(
+        repository=place,
+        name=serving.name,
+        version=options.version,
+        backend=serving.backend,
+        folder=folder,
+        files=tuple(tree(folder)),
+        max_batch_size=serving.max_batch,
+        config=config,
+        warmup=tuple(warmup_path(options.version, i) for i in range(len(requests.warmup))),
+        data=requests.source,
+        parity=parity,
+        integrity=integrity,
+        notes=tuple(_notes(source, serving, requests, parity)),
+    )
 
 
 # ---- what is served ------------------------------------------------------------------------------------------------
 
 
-def _source(model: Path, options: DeployOptions) -> _Source:
-    if not model.is_file():
-        raise ModelError(f"no model at {model}: check the path")
-    if not is_engine(model):
-        return _onnx_source(model, options)
-    manifest = read_manifest(model)
-    if "engine" not in manifest:
-        raise ModelError(f"{model} is an engine without its manifest {model.name}.json; build it with qcompile build")
-    return _plan_source(model, manifest, options)
-
-
-def _onnx_source(model: Path, options: DeployOptions) -> _Source:
-    if options.backend == "tensorrt":
-        raise UsageError("--backend tensorrt serves a plan: build one first (qcompile build --target trt), and give its engine")
-    if options.onnx is not None:
-        raise UsageError("--onnx belongs to an engine, and this is an ONNX model; drop it")
-    return _Source(model, model, "onnxruntime", {}, ())
-
-
-def _plan_source(engine: Path, manifest: dict[str, Any], options: DeployOptions) -> _Source:
-    onnx_path = options.onnx or engine.with_name(str(manifest.get("onnx", {}).get("file", "")))
-    served = {t.name for t in TARGETS.values() if t.engine is not None and t.engine.served}
-    if manifest.get("target") not in served:
-        raise BackendError(
-            f"{engine} is an engine of {manifest.get('backend')}, and Triton's tensorrt backend loads TensorRT plans only; "
-            "build one with --target trt on the GPU machine, or serve the ONNX model: "
-            f"qcompile deploy {onnx_path.name} --accelerator tensorrt"
-        )
-    if options.backend == "onnxruntime" or options.accelerator:
-        raise UsageError("an engine is served by the tensorrt backend; drop --backend and --accelerator, or give the ONNX model")
-    if options.reference is not None or options.min_sqnr is not None:
-        raise UsageError(
-            "--reference and --min-sqnr run the model, and an engine runs on its GPU only: qcompile bench compares it there"
-        )
-    if not onnx_path.is_file():
-        raise ModelError(f"the ONNX model {onnx_path} that {engine.name} was built from is not there; name it with --onnx")
-    return _Source(engine, onnx_path, "tensorrt", manifest, tuple(_profile(p) for p in manifest.get("profiles", [])))
-
-
-def _profile(document: dict[str, Any]) -> Profile:
-    shapes = {name: ShapeRange(*(tuple(s) for s in three)) for name, three in document["shapes"].items()}
-    return Profile(shapes, document.get("source", "given"))
-
-
-def _serving(source: _Source, proto: onnx.ModelProto, interface: Interface, options: DeployOptions) -> Serving:
+def _serving(source: Source, proto: onnx.ModelProto, interface: Interface, options: DeployOptions) -> Serving:
     batch = choose_batch(interface, options.max_batch, source.profiles)
     guessed = default_profile(proto) if options.accelerator else None
     return Serving(
         name=options.name or source.file.name.split(".")[0],
         backend=source.backend,
         max_batch=batch,
-        preferred=options.preferred,
+        preferred=options.preferred_batch,
         queue_delay_us=options.queue_delay_us,
         instances=options.instances,
         policy=options.policy,
@@ -226,7 +207,7 @@ def _precision(proto: onnx.ModelProto) -> Literal["INT8", "FP16"] | None:
 
 
 def _contents(
-    source: _Source, proto: onnx.ModelProto, options: DeployOptions, config: dict[str, Any], warmup: Sequence[WarmupFile]
+    source: Source, proto: onnx.ModelProto, options: DeployOptions, config: dict[str, Any], warmup: Sequence[WarmupFile]
 ) -> dict[str, bytes | Path]:
     """{path in the model's folder: bytes, or the file to copy}."""
     version, contents = str(options.version), dict[str, bytes | Path]()
@@ -246,7 +227,7 @@ def _external(proto: onnx.ModelProto) -> list[str]:
 # ---- requests ------------------------------------------------------------------------------------------------------
 
 
-def _requests(source: _Source, interface: Interface, serving: Serving, options: DeployOptions) -> _Requests:
+def _requests(source: Source, interface: Interface, serving: Serving, options: DeployOptions) -> _Requests:
     data = _data(source, options)
     if data is None:
         return _Requests((), (), None)
@@ -255,7 +236,7 @@ def _requests(source: _Source, interface: Interface, serving: Serving, options: 
     return _Requests(feeds, _warmup(feeds[0], model_config(interface, serving), options.version), data.source)
 
 
-def _data(source: _Source, options: DeployOptions) -> Dataset | None:
+def _data(source: Source, options: DeployOptions) -> Dataset | None:
     beside = next((d for m in (options.reference, source.onnx) if m is not None and (d := find_beside(m))), None)
     spec = options.data or beside
     if spec is None:
@@ -297,14 +278,14 @@ def _read_back(staged: Path, config: dict[str, Any]) -> Feeds:
 # ---- checks --------------------------------------------------------------------------------------------------------
 
 
-def _integrity(source: _Source, proto: onnx.ModelProto, folder: Path) -> dict[str, Any]:
+def _integrity(source: Source, proto: onnx.ModelProto, folder: Path) -> Integrity:
     """Digests of what was written against what was meant."""
     written = sha256(folder / FILES[source.backend])
     if source.backend == "onnxruntime":
         names = {FILES["onnxruntime"]: source.file, **{n: source.file.parent / n for n in _external(proto)}}
         if any(sha256(folder / n) != sha256(original) for n, original in names.items()):
             raise GateError(f"{source.file} changed while it was copied; nothing was deployed, run the command again")
-        return {"sha256": written, "same_as": str(source.file)}
+        return Integrity(written, str(source.file))
     recorded = source.manifest
     if written != recorded["engine"]["sha256"]:
         raise BackendError(f"{source.file} is not the engine that its manifest describes (SHA-256 differs); build it again")
@@ -312,10 +293,10 @@ def _integrity(source: _Source, proto: onnx.ModelProto, folder: Path) -> dict[st
         raise ModelError(
             f"{source.onnx} is not the model that {source.file.name} was built from (SHA-256 differs); name it with --onnx"
         )
-    return {"sha256": written, "same_as": f"{source.file.name}.json", "onnx": str(source.onnx)}
+    return Integrity(written, f"{source.file.name}.json", source.onnx)
 
 
-def _parity(source: _Source, staged: Path, config: dict[str, Any], requests: _Requests, options: DeployOptions) -> Parity | None:
+def _parity(source: Source, staged: Path, config: dict[str, Any], requests: _Requests, options: DeployOptions) -> Parity | None:
     if source.backend == "tensorrt" or not requests.feeds:
         if options.reference is not None or options.min_sqnr is not None:
             raise UsageError("--reference and --min-sqnr compare outputs: give requests with --data")
@@ -344,7 +325,7 @@ def _gate(parity: Parity, options: DeployOptions) -> None:
         )
 
 
-def _notes(source: _Source, serving: Serving, requests: _Requests, parity: Parity | None) -> list[str]:
+def _notes(source: Source, serving: Serving, requests: _Requests, parity: Parity | None) -> list[str]:
     notes: list[str] = []
     if not requests.feeds:
         notes.append("no data: there is no warm-up request, and no outputs were compared (--data DATA)")
@@ -357,7 +338,7 @@ def _notes(source: _Source, serving: Serving, requests: _Requests, parity: Parit
     return notes + _plan_notes(source)
 
 
-def _plan_notes(source: _Source) -> list[str]:
+def _plan_notes(source: Source) -> list[str]:
     if source.backend != "tensorrt":
         return []
     manifest = source.manifest

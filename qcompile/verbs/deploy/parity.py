@@ -18,6 +18,7 @@ from qcompile.execute.metrics import MAX_SQNR_DB, Distance
 from qcompile.execute.session import Session, make_session, meaningful_line
 
 CPU = ("CPUExecutionProvider",)
+PROVIDER = "ONNX Runtime, CPU"
 # ONNX Runtime's own default, which Triton leaves as it is: weight-only MatMuls may read int8 activations.
 AS_SERVED = {"session.qdq_matmulnbits_accuracy_level": "4"}
 Array = NDArray[Any]
@@ -46,7 +47,7 @@ class Parity:
         """`reference, samples, simulated, sqnr_db, equal, outputs` of `name, sqnr_db, max_error, relative_error`."""
         return {
             "reference": str(self.reference),
-            "provider": "ONNX Runtime, CPU",
+            "provider": PROVIDER,
             "samples": self.samples,
             "simulated": self.simulated,
             "sqnr_db": self.sqnr_db,
