@@ -1,6 +1,6 @@
 """Run by test_memory.py in a process of its own: how far a compilation's first sweep grows it, against `--dry-run`.
 
-python -m tests.calib.first_sweep_memory MODEL DATA LIMIT        (LIMIT 0: none)
+python -m tests.calib.sweep.first_sweep_memory MODEL DATA LIMIT        (LIMIT 0: none)
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Run by test_memory.py in a process of its own: how much a sweep makes this process grow, and what was predicted.
 
-python -m tests.calib.sweep_memory OBSERVER BATCH LIMIT SAMPLES        (LIMIT 0: none)
+python -m tests.calib.sweep.sweep_memory OBSERVER BATCH LIMIT SAMPLES        (LIMIT 0: none)
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def measured(kind: str, batch: int, limit: int, samples: int) -> dict[str, Any]:
 
 def run_module(name: str, *arguments: object) -> dict[str, Any]:
     """Through a shell: ru_maxrss starts at the resident memory of the process that forks."""
-    words = [sys.executable, "-m", f"tests.calib.{name}", *map(str, arguments)]
+    words = [sys.executable, "-m", f"tests.calib.sweep.{name}", *map(str, arguments)]
     done = subprocess.run(["sh", "-c", '"$@" && true', "sh", *words], capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
 
