@@ -37,7 +37,7 @@ from qcompile.verbs.check import check_file  # noqa: E402
 from qcompile.verbs.compile.options import Options  # noqa: E402
 from qcompile.verbs.compile.run import compile as compile_model  # noqa: E402
 from qcompile.verbs.evaluate.conformance import conformance  # noqa: E402
-from qcompile.verbs.evaluate.outputs import evaluate  # noqa: E402
+from qcompile.verbs.evaluate.outputs import Evaluation, evaluate  # noqa: E402
 
 SCHEMA_VERSION = 1
 METRICS = ("top1", "nll", "mse")
@@ -123,20 +123,19 @@ def _figures(source: Path, paths: Mapping[str, Path], options: argparse.Namespac
     model = onnx.load(path)
     return {
         "samples": len(data),
-        "metric": {name: whole["reference"][name] for name in METRICS if name in whole["reference"]},
+        "metric": dict(whole.reference.metrics),
         "qdq": _accuracy(qdq),
         "integer": _accuracy(whole),
         **proof(path),
-        "oracle": {key: exact[key] for key in ("samples", "matches", "mismatches")},
+        "oracle": {"samples": exact.samples, "matches": exact.matches, "mismatches": exact.mismatches},
         "dyadic": rounding(integer_graph(model), dataset(source, options, options.rounded)),
         "bytes": {"float": source.stat().st_size, **{target: p.stat().st_size for target, p in paths.items()}},
         "nodes": len(model.graph.node),
     }
 
 
-def _accuracy(found: Mapping[str, Any]) -> dict[str, Any]:
-    metrics = {name: found["candidate"][name] for name in METRICS if name in found["candidate"]}
-    return {**metrics, "sqnr_db": found["sqnr_db"], "agreement": found["agreement"], "cosine": found["cosine"]}
+def _accuracy(found: Evaluation) -> dict[str, Any]:
+    return {**found.candidate.metrics, "sqnr_db": found.sqnr_db, "agreement": found.agreement, "cosine": found.cosine}
 
 
 def proof(path: Path) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from qcompile.calib.data import load_data
 from qcompile.execute.timing import Ratio, Timing
 from qcompile.ir.model import Model
 from qcompile.verbs.bench.models import bench
-from qcompile.verbs.evaluate.outputs import evaluate
+from qcompile.verbs.evaluate.outputs import Evaluation, evaluate
 
 CALIBRATION, MEASURED = 128, 32
 PICTURES = {".jpeg", ".jpg", ".png"}
@@ -112,8 +112,8 @@ def compare(model: Path, folder: Path, args: argparse.Namespace) -> list[dict[st
     return [_row(model.stem, label, path, figure, time, ratio) for (label, path), figure, time, ratio in rows]
 
 
-def _row(name: str, label: str, path: Path, figure: dict[str, Any], time: Timing, ratio: Ratio) -> dict[str, Any]:
-    quality = {k: figure[k] for k in ("sqnr_db", "agreement")}
+def _row(name: str, label: str, path: Path, figure: Evaluation, time: Timing, ratio: Ratio) -> dict[str, Any]:
+    quality = {"sqnr_db": figure.sqnr_db, "agreement": figure.agreement}
     times = {"min_ms": time.min_ms, "median_ms": time.median_ms, "x_min": ratio.min, "x_median": ratio.median}
     return {"model": name, "form": label, "size_mb": path.stat().st_size / 1e6, **quality, **times}
 

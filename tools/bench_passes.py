@@ -46,7 +46,6 @@ from tools.transplant import transplant  # noqa: E402
 
 SCHEMA_VERSION = 1
 SCHEMES = ("w8a8", "w6a6", "w4a8", "w4a4", "w4a16")
-METRICS = ("top1", "nll", "mse")
 PIPELINES: dict[str, str] = {
     "none": "",
     "smooth": "smooth{search}",
@@ -134,13 +133,13 @@ def judged(case: Case, source: Path, candidate: Path, options: argparse.Namespac
     """SQNR, metrics and the share of equal top-1 answers on the evaluation samples."""
     data = dataset(case, source, options)
     found = evaluate(source, candidate, data, threads=options.threads)
-    metrics = [{k: v for k, v in found[side].items() if k in METRICS} for side in ("candidate", "reference")]
+    metrics = [dict(side.metrics) for side in (found.candidate, found.reference)]
     pairs = (options.calib or options.models) / f"{case.model}.pairs.npy"
     if pairs.is_file():
         metrics = [m | {"spearman": pair_spearman(p, data, pairs)} for m, p in zip(metrics, (candidate, source), strict=True)]
-    elif not metrics[0] and found["agreement"] is not None:
-        metrics = [{"agreement": found["agreement"]}, {"agreement": 1.0}]
-    return {"sqnr_db": found["sqnr_db"], "metrics": metrics[0], "float_metrics": metrics[1], "samples": found["samples"]}
+    elif not metrics[0] and found.agreement is not None:
+        metrics = [{"agreement": found.agreement}, {"agreement": 1.0}]
+    return {"sqnr_db": found.sqnr_db, "metrics": metrics[0], "float_metrics": metrics[1], "samples": found.samples}
 
 
 def pair_spearman(path: Path, data: Dataset, scores: Path) -> float:

@@ -31,10 +31,9 @@ def measure(path: Path, method: str, options: argparse.Namespace, folder: Path) 
     used = Counter(str(r.numbers["range"]) for r in result.remarks if "range" in r.numbers)
     seconds = time.perf_counter() - start
     data = load_data(str(path.with_name(f"{path.stem}.eval.npz")), Model.load(path).inputs()).take(options.samples)
-    document = evaluate(path, out, data, threads=1)
-    task = {k: document["candidate"][k] for k in ("top1", "nll", "mse") if k in document["candidate"]}
-    task |= {f"float_{k}": document["reference"][k] for k in task}
-    figures = {"sqnr_db": round(document["sqnr_db"], 2), "seconds": round(seconds, 1), "used": dict(used.most_common())}
+    found = evaluate(path, out, data, threads=1)
+    task = {**found.candidate.metrics, **{f"float_{k}": v for k, v in found.reference.metrics.items()}}
+    figures = {"sqnr_db": round(found.sqnr_db, 2), "seconds": round(seconds, 1), "used": dict(used.most_common())}
     return {"model": path.stem, "range": method, **task, **figures}
 
 

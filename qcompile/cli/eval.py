@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,9 @@ import click
 from qcompile.cli.options import MODEL, Command, as_json, options
 from qcompile.cli.output import answer, number, percent, print_table, print_text
 from qcompile.cli.progress import reporter
+from qcompile.verbs.evaluate.conformance import Conformance, OracleRun
+from qcompile.verbs.evaluate.layers import LayerError
+from qcompile.verbs.evaluate.outputs import Evaluation
 from qcompile.verbs.evaluate.run import EvalOptions, Evaluated, run
 from qcompile.verbs.options import made
 
@@ -43,43 +46,47 @@ def show_evaluated(found: Evaluated) -> None:
         show_conformance(found.oracle)
 
 
-def show_evaluation(document: dict[str, Any]) -> None:
+def show_evaluation(found: Evaluation) -> None:
     """Both models on the data, their distance, and the worst layers."""
-    ref, new = document["reference"], document["candidate"]
-    rows = [("path", ref["path"], new["path"]), ("size", f"{ref['size_mb']:.2f} MB", f"{new['size_mb']:.2f} MB")]
-    if "top1" in ref:
-        rows.append(("top-1", percent(ref["top1"]), percent(new["top1"])))
-    rows += [(key, number(ref[key], ".4g"), number(new[key], ".4g")) for key in ("nll", "mse") if key in ref]
+    ref, new = found.reference, found.candidate
+    rows = [("path", str(ref.path), str(new.path)), ("size", f"{ref.size_mb:.2f} MB", f"{new.size_mb:.2f} MB")]
+    rows += [_metric_row(name, value, new.metrics[name]) for name, value in ref.metrics.items()]
     print_table(["", "reference", "candidate"], rows)
-    if new.get("simulated"):
+    if found.simulated:
         print_text("ONNX Runtime cannot fuse the candidate's Q/DQ pairs: it was simulated, pair by pair")
-    print_text("", f"samples      {document['samples']}", f"agreement    {percent(document['agreement'])}")
-    print_text(f"SQNR         {number(document['sqnr_db'], unit=' dB')}", f"KL           {number(document['kl'], '.3g')}")
-    print_text(f"cosine       {number(document['cosine'], '.6f')}")
-    if "per_layer" in document:
-        _show_layers(document["per_layer"])
+    print_text("", f"samples      {found.samples}", f"agreement    {percent(found.agreement)}")
+    print_text(f"SQNR         {number(found.sqnr_db, unit=' dB')}", f"KL           {number(found.kl, '.3g')}")
+    print_text(f"cosine       {number(found.cosine, '.6f')}")
+    if found.per_layer is not None:
+        _show_layers(found.per_layer)
 
 
-def show_conformance(found: dict[str, Any]) -> None:
+def _metric_row(name: str, reference: float, candidate: float) -> tuple[str, str, str]:
+    if name == "top1":
+        return "top-1", percent(reference), percent(candidate)
+    return name, number(reference, ".4g"), number(candidate, ".4g")
+
+
+def show_conformance(found: Conformance) -> None:
     """ONNX Runtime against the integer oracle, a line for each setting."""
-    rows = [_conformance_row(r) for r in found["runs"]]
+    rows = [_conformance_row(r) for r in found.runs]
     print_table(["optimizations", "threads", "equal", "different", "first sample"], rows, right=(1, 2, 3, 4))
-    verdict = "bit for bit equal" if not found["mismatches"] else "DIFFERENT: qcompile check --target integer may say why"
-    print_text("", f"oracle       {verdict} on {found['samples']} samples")
+    verdict = "bit for bit equal" if not found.mismatches else "DIFFERENT: qcompile check --target integer may say why"
+    print_text("", f"oracle       {verdict} on {found.samples} samples")
 
 
-def _conformance_row(r: dict[str, Any]) -> tuple[str, ...]:
-    first = "" if r["first_sample"] is None else str(r["first_sample"])
-    return r["optimize"], str(r["threads"]), str(r["matches"]), str(r["mismatches"]), first
+def _conformance_row(r: OracleRun) -> tuple[str, ...]:
+    first = "" if r.first_sample is None else str(r.first_sample)
+    return r.optimize, str(r.threads), str(r.matches), str(r.mismatches), first
 
 
-def _show_layers(layers: list[dict[str, Any]]) -> None:
+def _show_layers(layers: Sequence[LayerError]) -> None:
     count = f"{min(WORST_LAYERS, len(layers))} of {len(layers)}"
     print_text("", f"worst layers ({count}; a node far below its inputs is where the error enters)")
     rows = [_layer_row(x) for x in layers[:WORST_LAYERS]]
     print_table(["node", "operator", "SQNR", "its inputs", "note"], rows, right=(2, 3))
 
 
-def _layer_row(x: dict[str, Any]) -> tuple[str, ...]:
-    note = "rescaled by a fold" if x["rescaled"] else ""
-    return x["node"], x["op_type"], number(x["sqnr_db"], unit=" dB"), number(x["input_sqnr_db"], unit=" dB"), note
+def _layer_row(x: LayerError) -> tuple[str, ...]:
+    note = "rescaled by a fold" if x.rescaled else ""
+    return x.node, x.op_type, number(x.sqnr_db, unit=" dB"), number(x.input_sqnr_db, unit=" dB"), note

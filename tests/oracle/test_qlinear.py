@@ -129,7 +129,7 @@ def test_a_fused_model_is_bit_exact_and_near_the_strict_one(tmp_path: Path) -> N
     reads = [(n.op_type, i) for n in model.graph.node for i, x in enumerate(n.input) if x in floats]
     assert all(i in SCALES if op in SUMS else i == 1 for op, i in reads)
     found = conformance(fused, dataset(data))
-    assert found["mismatches"] == 0 and found["matches"] > 0
+    assert found.mismatches == 0 and found.matches > 0
     a, b = (np.asarray(make_session(p, optimize="all").run(None, data)[0]) for p in (strict, fused))  # pyright: ignore[reportArgumentType]
     assert np.abs(a - b).max() <= 0.02 * np.abs(a).max()
 

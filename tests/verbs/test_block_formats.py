@@ -47,9 +47,9 @@ def test_eval_simulates_it(done: tuple[Path, Result]) -> None:
     folder, result = done
     data = load_data(str(folder / "m.calib.npz"), Model.load(folder / "m.onnx").inputs(), None, 8, 0)
     found = evaluate(folder / "m.onnx", folder / "q.onnx", data, per_layer=True, threads=1)
-    assert found["candidate"]["simulated"] is True
-    assert found["sqnr_db"] == pytest.approx(result.sqnr_db, abs=6)
-    assert found["per_layer"] and all(np.isfinite(row["sqnr_db"]) for row in found["per_layer"])
+    assert found.simulated is True
+    assert found.sqnr_db == pytest.approx(result.sqnr_db, abs=6)
+    assert found.per_layer and all(np.isfinite(row.sqnr_db) for row in found.per_layer)
 
 
 def test_bench_refuses_it(done: tuple[Path, Result]) -> None:

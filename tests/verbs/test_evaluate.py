@@ -38,7 +38,7 @@ def run(path: Path, x: NDArray[Any]) -> NDArray[Any]:
 
 
 def test_a_model_against_itself(tmp_path: Path, reference: Path) -> None:
-    result = evaluate(reference, reference, graphs.dataset(tmp_path / "d.npz", reference))
+    result = evaluate(reference, reference, graphs.dataset(tmp_path / "d.npz", reference)).to_json()
     assert set(result) == KEYS
     assert (result["agreement"], result["kl"], result["sqnr_db"], result["samples"]) == (1.0, 0.0, metrics.MAX_SQNR_DB, 20)
     assert result["cosine"] == pytest.approx(1.0)
@@ -51,7 +51,7 @@ def test_metrics_are_those_of_the_whole_data(tmp_path: Path, reference: Path) ->
     candidate = graphs.coarse_model(tmp_path / "coarse.onnx")
     data = graphs.dataset(tmp_path / "d.npz", reference, 37, labels)
     seen: list[tuple[int, int]] = []
-    result = evaluate(reference, candidate, data, progress=lambda done, total: seen.append((done, total)))
+    result = evaluate(reference, candidate, data, progress=lambda done, total: seen.append((done, total))).to_json()
     x = np.concatenate([b["x"] for b in data.batches(37)])
     r, c = run(reference, x), run(candidate, x)
     assert result["sqnr_db"] == pytest.approx(metrics.sqnr_db(r, c), rel=1e-3)
@@ -64,7 +64,7 @@ def test_metrics_are_those_of_the_whole_data(tmp_path: Path, reference: Path) ->
 
 def test_real_valued_labels_give_the_squared_error(tmp_path: Path, reference: Path) -> None:
     labels = np.zeros((20, graphs.CLASSES), np.float32)
-    result = evaluate(reference, reference, graphs.dataset(tmp_path / "d.npz", reference, labels=labels))
+    result = evaluate(reference, reference, graphs.dataset(tmp_path / "d.npz", reference, labels=labels)).to_json()
     assert result["reference"]["mse"] > 0 and "top1" not in result["reference"]
 
 
@@ -76,21 +76,21 @@ def test_labels_outside_the_classes_are_an_error(tmp_path: Path, reference: Path
 
 def test_half_precision_interfaces(tmp_path: Path, reference: Path) -> None:
     half = graphs.half_model(tmp_path / "half.onnx")
-    result = evaluate(reference, half, graphs.dataset(tmp_path / "d.npz", reference))
+    result = evaluate(reference, half, graphs.dataset(tmp_path / "d.npz", reference)).to_json()
     assert 40 < result["sqnr_db"] < 100
 
 
 def test_a_fixed_batch_that_the_data_does_not_fill(tmp_path: Path, reference: Path) -> None:
     fixed = graphs.float_model(tmp_path / "fixed.onnx", batch=8)
     data = graphs.dataset(tmp_path / "d.npz", reference, 20)
-    result = evaluate(reference, fixed, data, per_layer=True)
+    result = evaluate(reference, fixed, data, per_layer=True).to_json()
     assert result["samples"] == 20 and result["sqnr_db"] > 100
     assert result["per_layer"][0]["sqnr_db"] > 100
 
 
 def test_other_outputs_are_listed(tmp_path: Path) -> None:
     reference = graphs.float_model(tmp_path / "float.onnx", more=("hidden",))
-    result = evaluate(reference, reference, graphs.dataset(tmp_path / "d.npz", reference))
+    result = evaluate(reference, reference, graphs.dataset(tmp_path / "d.npz", reference)).to_json()
     assert result["outputs"] == [{"name": "hidden", "sqnr_db": metrics.MAX_SQNR_DB}]
 
 
@@ -111,7 +111,7 @@ def test_nan_in_the_candidate_is_an_error(tmp_path: Path, reference: Path) -> No
 @pytest.mark.parametrize(("tensor", "hurt"), [("hidden", "fc2"), ("normed", "fc1")])
 def test_per_layer_finds_where_the_error_enters(tmp_path: Path, reference: Path, tensor: str, hurt: str) -> None:
     candidate = graphs.coarse_model(tmp_path / "coarse.onnx", tensor, 1.0)
-    rows = evaluate(reference, candidate, graphs.dataset(tmp_path / "d.npz", reference), per_layer=True)["per_layer"]
+    rows = evaluate(reference, candidate, graphs.dataset(tmp_path / "d.npz", reference), per_layer=True).to_json()["per_layer"]
     assert [r["sqnr_db"] for r in rows] == sorted(r["sqnr_db"] for r in rows)
     assert {r["node"] for r in rows} == {"norm", "fc1", "act", "fc2"}
     row = next(r for r in rows if r["node"] == hurt)
@@ -121,6 +121,6 @@ def test_per_layer_finds_where_the_error_enters(tmp_path: Path, reference: Path,
 
 def test_per_layer_undoes_folded_scales(tmp_path: Path, reference: Path) -> None:
     folded = graphs.folded_model(tmp_path / "folded.onnx")
-    rows = evaluate(reference, folded, graphs.dataset(tmp_path / "d.npz", reference), per_layer=True)["per_layer"]
+    rows = evaluate(reference, folded, graphs.dataset(tmp_path / "d.npz", reference), per_layer=True).to_json()["per_layer"]
     assert {r["node"] for r in rows if r["rescaled"]} == {"norm"}
     assert min(r["sqnr_db"] for r in rows) > 80

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,49 @@ from qcompile.oracle.graph import IntegerGraph, integer_graph
 from qcompile.oracle.run import decode, encode, run_integer
 
 Array = NDArray[Any]
-Progress = Callable[[int, int], None]
 BATCH = 16
 LEVELS: tuple[Optimize, ...] = ("off", "basic", "all")
 THREADS = (1, 2)
 
 
+@dataclass(frozen=True)
+class OracleRun:
+    """Elements of one session's outputs that equal the oracle's, those that do not, and the first sample that has one."""
+
+    optimize: Optimize
+    threads: int
+    matches: int
+    mismatches: int
+    first_sample: int | None
+
+
+@dataclass(frozen=True)
+class Conformance:
+    """ONNX Runtime beside the oracle, a run for each of its settings."""
+
+    path: Path
+    samples: int
+    runs: tuple[OracleRun, ...]
+
+    @property
+    def matches(self) -> int:
+        """Equal elements of all runs."""
+        return sum(r.matches for r in self.runs)
+
+    @property
+    def mismatches(self) -> int:
+        """Different elements of all runs."""
+        return sum(r.mismatches for r in self.runs)
+
+    def to_json(self) -> dict[str, Any]:
+        """`path, samples, matches, mismatches, runs`."""
+        total = {"matches": self.matches, "mismatches": self.mismatches}
+        return {"path": str(self.path), "samples": self.samples, **total, "runs": [asdict(r) for r in self.runs]}
+
+
 @dataclass
 class _Tally:
-    """Elements of one session's outputs that equal the oracle's, and those that do not."""
+    """What is counted while a session runs."""
 
     optimize: Optimize
     threads: int
@@ -47,27 +81,18 @@ class _Tally:
             if wrong and self.first_sample is None:
                 self.first_sample = first + int(np.argwhere(differs)[0][0])
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "optimize": self.optimize,
-            "threads": self.threads,
-            "matches": self.matches,
-            "mismatches": self.mismatches,
-            "first_sample": self.first_sample,
-        }
+    def counted(self) -> OracleRun:
+        """What is known at the end."""
+        return OracleRun(self.optimize, self.threads, self.matches, self.mismatches, self.first_sample)
 
 
 def conformance(
-    model: str | Path, data: Dataset, *, threads: int | None = None, progress: Progress | None = None
-) -> dict[str, Any]:
+    model: str | Path, data: Dataset, *, threads: int | None = None, progress: Callable[[int, int], None] | None = None
+) -> Conformance:
     """Run an integer-only model with the oracle and with ONNX Runtime's CPU provider on all of `data`.
 
     ONNX Runtime runs with optimizations off, basic and all, on 1 and 2 threads (or on `threads` only).  Outputs are
     compared element by element, for equality.
-
-    Returns:
-        `path, samples, matches, mismatches, runs` of `optimize, threads, matches, mismatches,
-        first_sample` (the first sample that differs, null if none does).
 
     Raises:
         ModelError: not an integer-only ONNX model.
@@ -82,9 +107,7 @@ def conformance(
     graph = integer_graph(proto, str(path.parent))
     tallies = [_tally(path, level, t) for level in LEVELS for t in (THREADS if threads is None else (threads,))]
     _run(graph, tallies, data, _fixed_batch(proto), progress)
-    total = {key: sum(getattr(t, key) for t in tallies) for key in ("matches", "mismatches")}
-    head = {"path": str(path), "samples": len(data)}
-    return {**head, **total, "runs": [t.to_json() for t in tallies]}
+    return Conformance(path, len(data), tuple(t.counted() for t in tallies))
 
 
 def _fixed_batch(model: onnx.ModelProto) -> int | None:
@@ -100,7 +123,9 @@ def _tally(path: Path, level: Optimize, threads: int) -> _Tally:
     return _Tally(level, threads, session)
 
 
-def _run(graph: IntegerGraph, tallies: list[_Tally], data: Dataset, fixed: int | None, progress: Progress | None) -> None:
+def _run(
+    graph: IntegerGraph, tallies: list[_Tally], data: Dataset, fixed: int | None, progress: Callable[[int, int], None] | None
+) -> None:
     done = 0
     for batch in data.batches(fixed or BATCH):
         feeds = cast_feeds(tallies[0].session, batch if fixed is None else pad_batch(batch, fixed))

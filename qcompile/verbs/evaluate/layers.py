@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import onnx_ir as ir
 
@@ -22,6 +21,23 @@ RESCALED_GAIN_DB = 10.0
 RESCALED_SLOPE = 0.02
 _NOT_LAYERS = {"QuantizeLinear", "DequantizeLinear", "Constant", "Shape"}
 _FLOATS = {"tensor(float)", "tensor(float16)", "tensor(double)"}
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """The error of tensor `value`, which `node` makes.
+
+    `input_sqnr_db`: the worst SQNR among the node's own compared inputs (None when none is): a node far below it is where
+    the error enters.  `rescaled`: a fold's per-channel affine map was undone first.
+    """
+
+    node: str
+    op_type: str
+    value: str
+    sqnr_db: float
+    input_sqnr_db: float | None
+    relative_error: float
+    rescaled: bool
 
 
 @dataclass
@@ -54,14 +70,10 @@ def layer_errors(
     *,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> list[dict[str, Any]]:
+) -> tuple[LayerError, ...]:
     """The error of every float tensor that nodes of both main graphs make under the same name, worst first.
 
     Sessions run unfused (no Q/DQ fusion), one sample a run, at most 16 samples.
-
-    Returns:
-        Dicts of `node, op_type, value, sqnr_db, input_sqnr_db, relative_error, rescaled`.  `input_sqnr_db` is the worst
-        SQNR among the node's own compared inputs (null when none is): a node far below it is where the error enters.
 
     Raises:
         ModelError: the graphs share no tensor, or a graph does not load.
@@ -120,23 +132,16 @@ def _float_outputs(sessions: list[Session], layers: dict[str, _Layer]) -> list[s
     return [name for name in layers if all(name in f for f in floats)]
 
 
-def _rows(layers: dict[str, _Layer]) -> list[dict[str, Any]]:
+def _rows(layers: dict[str, _Layer]) -> tuple[LayerError, ...]:
     found = {name: layer.sqnr_db for name, layer in layers.items()}
     rows = [_row(layer, *found[name], found) for name, layer in layers.items()]
-    return sorted(rows, key=lambda row: (row["sqnr_db"], row["node"]))
+    return tuple(sorted(rows, key=lambda row: (row.sqnr_db, row.node)))
 
 
-def _row(layer: _Layer, sqnr: float, rescaled: bool, found: dict[str, tuple[float, bool]]) -> dict[str, Any]:
-    inputs = [found[name][0] for v in layer.node.inputs for name in _sources(v, found)]
-    return {
-        "node": layer.node.name,
-        "op_type": layer.node.op_type,
-        "value": layer.value,
-        "sqnr_db": sqnr,
-        "input_sqnr_db": min(inputs, default=None),
-        "relative_error": layer.distance.relative_error,
-        "rescaled": rescaled,
-    }
+def _row(layer: _Layer, sqnr: float, rescaled: bool, found: dict[str, tuple[float, bool]]) -> LayerError:
+    node, error = layer.node, layer.distance.relative_error
+    worst = min((found[name][0] for v in node.inputs for name in _sources(v, found)), default=None)
+    return LayerError(str(node.name), node.op_type, layer.value, sqnr, worst, error, rescaled)
 
 
 def _sources(value: ir.Value | None, found: dict[str, tuple[float, bool]]) -> set[str]:

@@ -1,9 +1,9 @@
-"""`qcompile eval`: a candidate against its float reference on data, as one JSON-ready dict."""
+"""`qcompile eval`: a candidate against its float reference on data."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,65 @@ from qcompile.execute.session import MAPPED, Session, batch_length, make_session
 from qcompile.ir.model import Model
 from qcompile.ir.spill import is_large
 from qcompile.report import SCHEMA_VERSION
-from qcompile.verbs.evaluate.layers import layer_errors
+from qcompile.verbs.evaluate.layers import LayerError, layer_errors
 
-Progress = Callable[[int, int], None]
 Array = NDArray[Any]
 DEFAULT_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two models, and what its first output is worth against the labels.
+
+    `metrics`: `top1, nll` (integer labels [...] for logits [..., C]) or `mse` (reals of the output's shape); else none.
+    """
+
+    path: Path
+    size_mb: float
+    metrics: Mapping[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """`path, size_mb` and the metrics."""
+        return {"path": str(self.path), "size_mb": self.size_mb, **self.metrics}
+
+
+@dataclass(frozen=True)
+class OutputDistance:
+    """Of an output that is not the first."""
+
+    name: str
+    sqnr_db: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """How far the candidate's first output is from the reference's.
+
+    `simulated`: ONNX Runtime refuses to fuse the candidate, or lacks its formats.  `agreement`, `kl`: None for outputs that
+    are not [..., C].  `per_layer`: worst first, when asked for.
+    """
+
+    reference: Side
+    candidate: Side
+    simulated: bool
+    samples: int
+    sqnr_db: float
+    cosine: float
+    relative_error: float
+    agreement: float | None
+    kl: float | None
+    outputs: tuple[OutputDistance, ...]
+    per_layer: tuple[LayerError, ...] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """`schema_version` and the fields; `simulated` stands in `candidate`, `per_layer` only when asked for."""
+        shown = {k: v for k, v in vars(self).items() if k not in ("simulated", "per_layer")}
+        layers = {} if self.per_layer is None else {"per_layer": [asdict(x) for x in self.per_layer]}
+        candidate = {**self.candidate.to_json(), "simulated": self.simulated}
+        return {
+            "schema_version": SCHEMA_VERSION, **shown, "reference": self.reference.to_json(), "candidate": candidate,
+            "outputs": [asdict(o) for o in self.outputs], **layers,
+        }  # fmt: skip
 
 
 @dataclass
@@ -46,24 +100,18 @@ def evaluate(
     *,
     per_layer: bool = False,
     threads: int | None = None,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
     """Compare `candidate` with `reference` on `data`.
 
     Both run on ONNX Runtime with full optimization, as deployed; a candidate that ONNX Runtime refuses to fuse, or whose
-    formats it lacks (FP4, MXFP8), is simulated (`candidate.simulated`).  Metrics are of the first output; the others are
+    formats it lacks (FP4, MXFP8), is simulated (`simulated`).  Metrics are of the first output; the others are
     listed under `outputs`.
 
     Args:
         per_layer: also compare the intermediate tensors that both graphs name (Q/DQ fusion off, first 16 samples).
         threads: of ONNX Runtime.
         progress: called with (samples done, samples in all).
-
-    Returns:
-        `schema_version, reference, candidate, samples, sqnr_db, cosine, relative_error, agreement, kl, outputs` and, when
-        asked for, `per_layer` (worst first).  `agreement` and `kl` are null for outputs that are not [..., C]; `reference` and
-        `candidate` hold `path, size_mb` and with labels `top1, nll` (integers [...] for logits [..., C]) or `mse` (reals of
-        the output's shape).
 
     Raises:
         ModelError: a model does not load, or the two do not have the same outputs.
@@ -75,10 +123,8 @@ def evaluate(
     models = Model.load(reference), Model.load(candidate)
     sessions, simulated = _sessions(models, Path(reference), Path(candidate), threads)
     tallies = _run(sessions, data, _fixed(*models), progress)
-    result = _summary(Path(reference), Path(candidate), tallies, simulated, len(data))
-    if per_layer:
-        result["per_layer"] = layer_errors(*models, data, threads=threads, progress=progress)
-    return result
+    layers = layer_errors(*models, data, threads=threads, progress=progress) if per_layer else None
+    return _summary((Path(reference), Path(candidate)), tallies, simulated, len(data), layers)
 
 
 def _fixed(reference: Model, candidate: Model) -> int | None:
@@ -105,7 +151,9 @@ def _session(model: Model, path: Path, threads: int | None) -> tuple[Session, bo
         return open_model(model, threads=threads), True
 
 
-def _run(sessions: tuple[Session, Session], data: Dataset, fixed: int | None, progress: Progress | None) -> _Tallies:
+def _run(
+    sessions: tuple[Session, Session], data: Dataset, fixed: int | None, progress: Callable[[int, int], None] | None
+) -> _Tallies:
     names = _output_names(*sessions)
     tallies, labels, done = _Tallies(others={n: Distance() for n in names[1:]}), data.labels, 0
     for feeds in data.batches(fixed or DEFAULT_BATCH):
@@ -179,25 +227,29 @@ def _are_logits(output: Array) -> bool:
     return output.dtype.kind == "f" and output.ndim in (2, 3) and output.shape[-1] > 1
 
 
-def _summary(reference: Path, candidate: Path, tallies: _Tallies, simulated: bool, samples: int) -> dict[str, Any]:
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "reference": _side(reference, tallies.reference_task),
-        "candidate": {**_side(candidate, tallies.candidate_task), "simulated": simulated},
-        "samples": samples,
-        "sqnr_db": tallies.first.sqnr_db,
-        "cosine": tallies.first.cosine,
-        "relative_error": tallies.first.relative_error,
-        "agreement": tallies.logits.agreement if tallies.has_classes else None,
-        "kl": tallies.logits.kl if tallies.has_classes else None,
-        "outputs": [{"name": name, "sqnr_db": d.sqnr_db} for name, d in tallies.others.items()],
-    }
+def _summary(
+    paths: tuple[Path, Path], tallies: _Tallies, simulated: bool, samples: int, layers: tuple[LayerError, ...] | None
+) -> Evaluation:
+    return Evaluation(
+        reference=_side(paths[0], tallies.reference_task),
+        candidate=_side(paths[1], tallies.candidate_task),
+        simulated=simulated,
+        samples=samples,
+        sqnr_db=tallies.first.sqnr_db,
+        cosine=tallies.first.cosine,
+        relative_error=tallies.first.relative_error,
+        agreement=tallies.logits.agreement if tallies.has_classes else None,
+        kl=tallies.logits.kl if tallies.has_classes else None,
+        outputs=tuple(OutputDistance(name, d.sqnr_db) for name, d in tallies.others.items()),
+        per_layer=layers,
+    )
 
 
-def _side(path: Path, task: LabelTally | ErrorTally | None) -> dict[str, Any]:
-    side: dict[str, Any] = {"path": str(path), "size_mb": round(path.stat().st_size / 1e6, 3)}
+def _side(path: Path, task: LabelTally | ErrorTally | None) -> Side:
+    return Side(path, round(path.stat().st_size / 1e6, 3), _metrics(task))
+
+
+def _metrics(task: LabelTally | ErrorTally | None) -> dict[str, float]:
     if isinstance(task, LabelTally):
-        side |= {"top1": task.top1, "nll": task.nll}
-    if isinstance(task, ErrorTally):
-        side |= {"mse": task.mse}
-    return side
+        return {"top1": task.top1, "nll": task.nll}
+    return {} if task is None else {"mse": task.mse}

@@ -12,8 +12,8 @@ from qcompile.calib.data.checks import check_data
 from qcompile.errors import UsageError
 from qcompile.ir.model import Model
 from qcompile.report import SCHEMA_VERSION, Progress
-from qcompile.verbs.evaluate.conformance import conformance
-from qcompile.verbs.evaluate.outputs import evaluate
+from qcompile.verbs.evaluate.conformance import Conformance, conformance
+from qcompile.verbs.evaluate.outputs import Evaluation, evaluate
 from qcompile.verbs.options import Written
 
 
@@ -33,19 +33,20 @@ class EvalOptions:
 class Evaluated:
     """Both models and their distance (`evaluate`), the oracle's verdict (`conformance`), and what the data's checks say."""
 
-    comparison: dict[str, Any] | None
-    oracle: dict[str, Any] | None
+    comparison: Evaluation | None
+    oracle: Conformance | None
     notes: Sequence[str]
 
     @property
     def mismatches(self) -> int:
         """Elements that ONNX Runtime computes differently from the oracle."""
-        return 0 if self.oracle is None else int(self.oracle["mismatches"])
+        return 0 if self.oracle is None else self.oracle.mismatches
 
     def to_json(self) -> dict[str, Any]:
-        """`schema_version`, the keys of `evaluate`, `oracle` and `notes`."""
-        oracle = {} if self.oracle is None else {"oracle": self.oracle}
-        return {"schema_version": SCHEMA_VERSION, **(self.comparison or {}), **oracle, "notes": list(self.notes)}
+        """`schema_version`, the keys of `Evaluation`, `oracle` and `notes`."""
+        comparison = {} if self.comparison is None else self.comparison.to_json()
+        oracle = {} if self.oracle is None else {"oracle": self.oracle.to_json()}
+        return {"schema_version": SCHEMA_VERSION, **comparison, **oracle, "notes": list(self.notes)}
 
 
 def run(reference: Path, candidate: Path | None, options: EvalOptions, progress: Progress) -> Evaluated:
