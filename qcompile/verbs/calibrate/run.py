@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
-import shutil
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +14,16 @@ import onnx_ir as ir
 import psutil
 
 from qcompile._version import __version__
-from qcompile.calib.data.checks import check_ranges, shapes, with_extremes
+from qcompile.calib.data.checks import check_ranges, shapes
 from qcompile.calib.data.dataset import Dataset, fixed_batch
-from qcompile.calib.observe import Observer, Probe, Stat
+from qcompile.calib.observe import Observer, Probe
 from qcompile.calib.observe.chunks import chunk_samples
+from qcompile.calib.store.gather import Enough, Gatherer
 from qcompile.calib.store.merge import merge, words
-from qcompile.calib.store.shards import DataSpec, ShardTask, merge_shards, run_shard, shard_range, split
-from qcompile.calib.store.store import Gathered, Key, Range, Statistics, from_bytes, joined, load, probe_to_json, save
-from qcompile.calib.sweep.provider import Sweeps
+from qcompile.calib.store.shards import shard_range
+from qcompile.calib.store.store import Key, Range, Statistics, load, save
 from qcompile.calib.sweep.sweep import batch_size
-from qcompile.errors import DataError, QcompileError, UsageError, near
+from qcompile.errors import DataError, UsageError, near
 from qcompile.execute.dask_executor import DaskExecutor
 from qcompile.execute.executor import Executor, ProcessExecutor
 from qcompile.execute.session import RUNTIME_VERSION
@@ -42,8 +39,6 @@ from qcompile.verbs.guards import require_place
 FEEDS_BYTES = 1 << 24
 FEEDS_SAMPLES = 8
 INDEX_KEPT = 4096
-SYNC_SECONDS = 5.0
-TASKS_PER_WORKER = 4
 
 
 @dataclass(frozen=True)
@@ -67,112 +62,6 @@ class Calibrated:
     def missing_words(self) -> str:
         """The samples that are missing, in words."""
         return words(self.missing)
-
-
-class _Enough(QcompileError):
-    """This shard is done: what follows needs the statistics of all shards."""
-
-
-@dataclass
-class Gatherer:
-    """Answers probes by sweeps over samples `span` of the data, saved after every batch, continued from the file at `path`."""
-
-    path: Path
-    statistics: Statistics
-    data: Dataset
-    spec: DataSpec
-    span: Range
-    progress: Progress
-    threads: int | None = None
-    mem_limit: int | None = None
-    executor: Executor | None = None
-    resumed: int = 0
-    synced: float = field(default_factory=time.monotonic)
-
-    def collect(self, model: Model, probes: Sequence[Probe]) -> dict[Probe, Stat]:
-        """Statistics over all samples.
-
-        Raises:
-            DataError: the file holds other probes of this graph.
-            _Enough: the statistics of other shards are still missing.
-        """
-        held = self._held(model.digest(), with_extremes(probes))
-        gaps = held.missing(*self.span)
-        self.resumed += self.span[1] - self.span[0] - sum(b - a for a, b in gaps)
-        if gaps and self.executor is not None:
-            held = self._spread(model, held, gaps, self.executor)
-        for gap in gaps if self.executor is None else ():
-            held = self._sweep(model, held, gap)
-        self._keep(held, sync=True)
-        if held.missing(0, len(self.data)):
-            raise _Enough("the rest needs all shards")
-        return {p: held.stats[p] for p in probes}
-
-    def _held(self, graph: str, probes: Sequence[Probe]) -> Gathered:
-        held = self.statistics.sweep_of(graph)
-        if held is None:
-            return Gathered(graph, (), {p: p.observer.empty() for p in probes})
-        if odd := held.stats.keys() ^ set(probes):
-            raise DataError(
-                f"{self.path} holds other probes than this command asks for ({len(odd)} differ, first: tensor"
-                f" {next(iter(odd)).tensor!r}); give the options that it was made with, or choose another -o"
-            )
-        return held
-
-    def _sweep(self, model: Model, held: Gathered, gap: Range) -> Gathered:
-        start, stop = gap
-
-        def on_batch(stats: dict[Probe, Stat], done: int) -> None:
-            now = replace(held, ranges=tuple(joined([*held.ranges, (start, done)])), stats=dict(stats))
-            self._keep(now, sync=time.monotonic() - self.synced > SYNC_SECONDS)
-
-        sweeps = Sweeps(self.data, self.threads, self.statistics.key.batch, self.progress.on_sweep, self.mem_limit)
-        found = sweeps.part(model, list(held.stats), start, stop, held.stats, on_batch)
-        return replace(held, ranges=tuple(joined([*held.ranges, gap])), stats=found)
-
-    def _spread(self, model: Model, held: Gathered, gaps: Sequence[Range], executor: Executor) -> Gathered:
-        """Chunks as tasks; what comes back is merged and saved at once."""
-        length = self.statistics.key.chunk
-        with self._model_file(model) as (path, digest):
-            ranges = split(gaps, length, TASKS_PER_WORKER * executor.workers)
-            tasks = [self._task(path, digest, held, r) for r in ranges]
-            total, done = sum(b - a for a, b in ranges), set[int]()
-
-            def on_task(index: int) -> None:
-                done.add(index)
-                self.progress.on_sweep(sum(ranges[i][1] - ranges[i][0] for i in list(done)), total)
-
-            for _, result in executor.results(run_shard, tasks, merge_shards, on_task):
-                if (part := from_bytes(result).sweep_of(held.graph)) is None:
-                    raise DataError("a worker sent statistics of another graph; give all workers the same qcompile")
-                held = _added(held, part, self.statistics.key)
-                self._keep(held, sync=True)
-        return held
-
-    def _task(self, path: Path, digest: str, held: Gathered, r: Range) -> ShardTask:
-        key = json.dumps(dataclasses.asdict(self.statistics.key))
-        probes = json.dumps([probe_to_json(p) for p in held.stats])
-        return ShardTask(str(path), digest, held.graph, self.spec, key, probes, *r, self.threads, self.mem_limit)
-
-    @contextlib.contextmanager
-    def _model_file(self, model: Model) -> Any:
-        """(path, digest) of a file that workers can load: the source where nothing was rewritten, else one beside the output."""
-        digest = model.digest()
-        if digest == self.statistics.key.model and model.path is not None:
-            yield model.path.resolve(), digest
-            return
-        folder = self.path.resolve().with_name(f".{self.path.name}.{digest[:12]}")
-        folder.mkdir(exist_ok=True)
-        try:
-            yield model.save(folder / "model.onnx"), digest
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-    def _keep(self, held: Gathered, *, sync: bool) -> None:
-        self.statistics = self.statistics.with_sweep(held)
-        save(self.path, self.statistics, sync=sync)
-        if sync:
-            self.synced = time.monotonic()
 
 
 def run(model: Path, options: CalibrateOptions, progress: Progress) -> Calibrated:
@@ -275,7 +164,7 @@ def executor_for(workers: int | None, dask: str | None) -> Callable[[], Executor
 
 
 def _gather(job: Job, gatherer: Gatherer, observers: Sequence[str], progress: Progress) -> None:
-    with contextlib.suppress(_Enough):
+    with contextlib.suppress(Enough):
         if observers:
             gatherer.collect(job.model, _probes_of_all(job.model, observers))
             return
@@ -350,11 +239,6 @@ def _opened(output: Path, resume: bool, fresh: Statistics) -> Statistics:
             " delete it, choose another -o, or give the options that it was made with"
         )
     return there
-
-
-def _added(held: Gathered, part: Gathered, key: Key) -> Gathered:
-    merged = merge([("the file", Statistics(key, (held,))), ("a shard", Statistics(key, (part,)))]).sweeps[0]
-    return merged.folded(key.chunk, key.samples)
 
 
 def _finished(statistics: Statistics) -> Statistics:
