@@ -19,8 +19,10 @@ import pytest
 from qcompile.calib.store.store import load
 from qcompile.cli import main
 from qcompile.errors import UsageError
+from qcompile.ir.model import Model
+from qcompile.pipeline.base import Needs, Pass, PassContext, Rounds
 from qcompile.report import Silent
-from qcompile.verbs.calibrate.run import calibrate
+from qcompile.verbs.calibrate.run import calibrate, until_last_reader
 from qcompile.verbs.compile.job import prepare
 from qcompile.verbs.compile.options import Options
 
@@ -111,6 +113,31 @@ def test_statistics_stand_in_for_the_data(whole: Path, tmp_path: Path, capsys: C
     assert (tmp_path / "data.onnx").read_bytes() == (tmp_path / "stats.onnx").read_bytes()
     assert (first["sweeps"], second["sweeps"]) == (1, 0) and first["sqnr_db"] == second["sqnr_db"]
     assert str(whole) in second["calibration"] and second["samples"] == 128
+
+
+def test_statistics_of_every_round_are_kept(tmp_path: Path, capsys: Capture) -> None:
+    """Each level of a sequential correction is measured behind the corrected ones in front of it."""
+    alone, stats = tmp_path / "m.onnx", tmp_path / "s.qstats"
+    shutil.copy(CNN, alone)
+    words = ["--target", "ort", "--threads", "1", "--passes", "bias-correct{mode=sequential}"]
+    data = ["--calib", str(DATA), "--samples", "16"]
+    assert call("calibrate", alone, *words, *data, "-o", stats) == 0
+    capsys.readouterr()
+    assert call(alone, *words, *data, "-o", tmp_path / "data.onnx", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["sweeps"] > 3
+    assert call(alone, *words, "--stats", stats, "-o", tmp_path / "stats.onnx", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["sweeps"] == 0
+    assert (tmp_path / "data.onnx").read_bytes() == (tmp_path / "stats.onnx").read_bytes()
+
+
+def test_passes_run_up_to_the_last_that_asks_for_statistics() -> None:
+    class Asks(Pass):
+        def rounds(self, model: Model, ctx: PassContext) -> Rounds:
+            yield Needs(model, (), "asks")
+            return self.apply(model, ctx)
+
+    silent, asks = Pass(), Asks()
+    assert until_last_reader([silent, asks, silent]) == [silent, asks] and until_last_reader([silent]) == []
 
 
 def test_what_the_file_does_not_hold_is_swept_or_refused(whole: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -168,7 +168,7 @@ def _gather(job: Job, gatherer: Gatherer, observers: Sequence[str], progress: Pr
         if observers:
             gatherer.collect(job.model, _probes_of_all(job.model, observers))
             return
-        passes = _until_last_reader(job.plan.passes)
+        passes = until_last_reader(job.plan.passes)
         steps = Runner(verify="off").steps(job.model, passes, job.context())
         drive(steps, lambda needs: gatherer.collect(needs.model, needs.probes), lambda event: _tell(event, progress))
 
@@ -178,9 +178,14 @@ def _tell(event: Starts | Ran, progress: Progress) -> None:
         progress.on_pass(event.spec, event.index, event.total)
 
 
-def _until_last_reader(passes: Sequence[Pass]) -> Sequence[Pass]:
-    last = max((i for i, p in enumerate(passes) if type(p).probes is not Pass.probes), default=-1)
+def until_last_reader(passes: Sequence[Pass]) -> Sequence[Pass]:
+    """The passes up to the last one that may ask for statistics: with `probes`, or while it works."""
+    last = max((i for i, p in enumerate(passes) if _reads(type(p))), default=-1)
     return passes[: last + 1]
+
+
+def _reads(cls: type[Pass]) -> bool:
+    return cls.probes is not Pass.probes or cls.rounds is not Pass.rounds
 
 
 def _probes_of_all(model: Model, observers: Sequence[str]) -> list[Probe]:
