@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
 SCHEMA_VERSION = 1
 
 RemarkKind = Literal["applied", "missed", "note"]
+Meter = Callable[[int, int], None]  # is told how many samples (or runs) are done, and how many there are
+Note = Callable[[str], None]  # is told a line for the user
 
 
 @dataclass(frozen=True)

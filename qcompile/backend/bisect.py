@@ -21,13 +21,13 @@ from qcompile.backend.profile import Profile
 from qcompile.backend.tensorrt import plan_profiles, run_worker
 from qcompile.errors import BuildError
 from qcompile.ir.model import EXTERNAL_BYTES
+from qcompile.report import Note
 from qcompile.target.check import check
 from qcompile.target.findings import Finding
 from qcompile.target.view import GraphView
 
 MAX_BUILDS = 40
 NAMED = 6
-Progress = Callable[[str], None]
 Fails = Callable[[Sequence[Group]], bool]
 
 
@@ -96,7 +96,7 @@ def bisect(
     gpus: Sequence[str],
     profiles: Sequence[Profile] | None = None,
     limit: int = MAX_BUILDS,
-    progress: Progress | None = None,
+    progress: Note | None = None,
 ) -> Bisection:
     """Find the Q/DQ groups that make `onnx_path` fail to build.
 
@@ -131,7 +131,7 @@ class _Trials:
         profiles: Sequence[Profile],
         limit: int,
         groups: Sequence[Group],
-        progress: Progress | None,
+        progress: Note | None,
     ) -> None:
         self.view, self.folder, self.target, self.gpus, self.profiles = view, folder, target, gpus, profiles
         self.limit, self.groups, self.progress = limit, groups, progress

@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import tempfile
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,11 @@ from qcompile.backend.profile import Profile, check_profile, default_profile, ou
 from qcompile.errors import BackendError, BuildError, ModelError, UsageError
 from qcompile.ir.atomic import write_atomic
 from qcompile.ir.reader import read_proto
+from qcompile.report import Note
 
 ERROR_LINES = 4
 _NOISE = re.compile(r"^ModelImporter\.cpp:\d+: (ERROR: )?|\[checkMacros\.cpp::catchCudaError.*$")
 _WORKER = "qcompile.backend.worker"
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def build_engine(
     gpus: Sequence[str] = ("sm89",),
     profiles: Sequence[Profile] | None = None,
     options: BuildOptions = DEFAULTS,
-    progress: Progress | None = None,
+    progress: Note | None = None,
 ) -> BuildResult:
     """Build `onnx_path` (strongly typed: its Q/DQ alone decide the precision) and write engine and manifest atomically.
 

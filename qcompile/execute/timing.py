@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qcompile.report import Meter
+
 WARM_UP = 5
-Progress = Callable[[int, int], None]
 
 
 def interleaved(
-    calls: Sequence[Callable[[], object]], runs: int, order: random.Random, progress: Progress | None = None
+    calls: Sequence[Callable[[], object]], runs: int, order: random.Random, progress: Meter | None = None
 ) -> list[list[float]]:
     """Milliseconds of `runs` calls of each candidate, after 5 untimed ones; a call must return when its work is done."""
     for call in calls:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,14 +17,12 @@ from qcompile.backend.profile import Profile, parse_profile
 from qcompile.backend.refit import refit_engine
 from qcompile.backend.tensorrt import BuildResult, build_engine, capability, graph_of
 from qcompile.errors import BackendError, BuildError, GateError, UsageError
-from qcompile.report import SCHEMA_VERSION, Progress
+from qcompile.report import SCHEMA_VERSION, Note, Progress
 from qcompile.target.catalog import DEFAULT, TARGETS, engine_targets
 from qcompile.target.check import check
 from qcompile.verbs.compile.options import DEFAULT_GPU, EngineOptions
 from qcompile.verbs.guards import require_place
 from qcompile.verbs.options import Written, part
-
-Note = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)

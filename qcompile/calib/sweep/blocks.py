@@ -28,6 +28,7 @@ from qcompile.errors import DataError
 from qcompile.ir.cut import Block, computed_bytes, cut, part, typed
 from qcompile.ir.model import Model
 from qcompile.ir.spill import is_large, mark_large, scratch_folder
+from qcompile.report import Meter
 
 _SAMPLES = "qcompile_samples"
 _LOADING = 5  # times its weights (see `qcompile.calib.sweep.memory`)
@@ -58,7 +59,7 @@ def blocked_sweep(
     limit: int,
     batch: int | None = None,
     threads: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Meter | None = None,
     start: int = 0,
     stop: int | None = None,
     known: Mapping[Probe, Stat] | None = None,
@@ -120,7 +121,7 @@ class _Part:
 class _Progress:
     """Samples done over all blocks."""
 
-    tell: Callable[[int, int], None] | None
+    tell: Meter | None
     blocks: int
     start: int
     first: int

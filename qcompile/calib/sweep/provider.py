@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -14,6 +14,7 @@ from qcompile.calib.sweep.memory import MemoryPlan, plan_memory
 from qcompile.calib.sweep.sweep import OnBatch, batch_size, sweep
 from qcompile.execute.emulate.runnable import runnable
 from qcompile.ir.model import Model
+from qcompile.report import Meter
 
 
 @dataclass
@@ -27,7 +28,7 @@ class Sweeps:
     data: Dataset
     threads: int | None = None
     batch: int | None = None
-    progress: Callable[[int, int], None] | None = None
+    progress: Meter | None = None
     mem_limit: int | None = None
     sweeps: int = 0
     warnings: list[str] = field(default_factory=list[str])

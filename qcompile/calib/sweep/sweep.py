@@ -26,13 +26,13 @@ from qcompile.errors import DataError
 from qcompile.execute.opening import open_model
 from qcompile.execute.session import batch_length, run
 from qcompile.ir.model import Model
+from qcompile.report import Meter
 
 DEFAULT_BATCH = 8
 _MERGERS = os.cpu_count() or 1
 _SEGMENT_CHUNKS = 16
 
 OnBatch = Callable[[dict[Probe, Stat], int], None]
-Progress = Callable[[int, int], None]
 
 
 def sweep(
@@ -42,7 +42,7 @@ def sweep(
     *,
     batch: int | None = None,
     threads: int | None = None,
-    progress: Progress | None = None,
+    progress: Meter | None = None,
     start: int = 0,
     stop: int | None = None,
     known: Mapping[Probe, Stat] | None = None,
@@ -107,7 +107,7 @@ def batch_size(model: Model, available: int, batch: int | None = None) -> int:
 class _Counted:
     """Progress over several sweeps."""
 
-    progress: Progress | None
+    progress: Meter | None
     total: int
     before: int = 0
 
@@ -144,7 +144,7 @@ class Sweep:
         stats: dict[Probe, Stat],
         start: int,
         end: int,
-        progress: Progress | None = None,
+        progress: Meter | None = None,
         on_batch: OnBatch | None = None,
     ) -> dict[Probe, Stat]:
         """`stats` with samples `start` to `end` merged in: the batches in order, each merged while the next one runs."""

@@ -21,13 +21,12 @@ from qcompile.execute.feeds import Feeds, cast_feeds, pad_batch
 from qcompile.execute.session import Session, make_session, run
 from qcompile.execute.timing import Ratio, Timing, interleaved, made_up, ratios, timing
 from qcompile.ir.model import InputInfo, Model
-from qcompile.report import SCHEMA_VERSION
+from qcompile.report import SCHEMA_VERSION, Meter
 from qcompile.verbs.options import Written
 
 DEFAULT_RUNS = 40
 DYNAMIC_LENGTH = 32
 BATCH_NAMES = frozenset({"n", "b", "batch", "batch_size", "bs"})
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +62,7 @@ def bench(
     seed: int = 0,
     data: Dataset | None = None,
     use: Sequence[str] | None = None,
-    progress: Progress | None = None,
+    progress: Meter | None = None,
 ) -> Benched:
     """Time one sample through each model.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from qcompile.execute.session import Optimize, Session, batch_length, make_sessi
 from qcompile.ir.reader import read_proto
 from qcompile.oracle.graph import IntegerGraph, integer_graph
 from qcompile.oracle.run import decode, encode, run_integer
+from qcompile.report import Meter
 
 Array = NDArray[Any]
 BATCH = 16
@@ -86,9 +87,7 @@ class _Tally:
         return OracleRun(self.optimize, self.threads, self.matches, self.mismatches, self.first_sample)
 
 
-def conformance(
-    model: str | Path, data: Dataset, *, threads: int | None = None, progress: Callable[[int, int], None] | None = None
-) -> Conformance:
+def conformance(model: str | Path, data: Dataset, *, threads: int | None = None, progress: Meter | None = None) -> Conformance:
     """Run an integer-only model with the oracle and with ONNX Runtime's CPU provider on all of `data`.
 
     ONNX Runtime runs with optimizations off, basic and all, on 1 and 2 threads (or on `threads` only).  Outputs are
@@ -123,9 +122,7 @@ def _tally(path: Path, level: Optimize, threads: int) -> _Tally:
     return _Tally(level, threads, session)
 
 
-def _run(
-    graph: IntegerGraph, tallies: list[_Tally], data: Dataset, fixed: int | None, progress: Callable[[int, int], None] | None
-) -> None:
+def _run(graph: IntegerGraph, tallies: list[_Tally], data: Dataset, fixed: int | None, progress: Meter | None) -> None:
     done = 0
     for batch in data.batches(fixed or BATCH):
         feeds = cast_feeds(tallies[0].session, batch if fixed is None else pad_batch(batch, fixed))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -15,6 +14,7 @@ from qcompile.execute.opening import open_model
 from qcompile.execute.session import Session, batch_length
 from qcompile.ir.model import Model
 from qcompile.ir.ops import is_data_movement
+from qcompile.report import Meter
 
 SAMPLES = 16
 RESCALED_GAIN_DB = 10.0
@@ -69,7 +69,7 @@ def layer_errors(
     data: Dataset,
     *,
     threads: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Meter | None = None,
 ) -> tuple[LayerError, ...]:
     """The error of every float tensor that nodes of both main graphs make under the same name, worst first.
 
@@ -103,7 +103,7 @@ def _run(
     candidate: Model,
     data: Dataset,
     threads: int | None,
-    progress: Callable[[int, int], None] | None,
+    progress: Meter | None,
 ) -> None:
     fixed = fixed_batch(reference.inputs()) or fixed_batch(candidate.inputs())
     sessions = [_exposed(m, layers, threads) for m in (reference, candidate)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from qcompile.execute.opening import open_model
 from qcompile.execute.session import MAPPED, Session, batch_length, make_session
 from qcompile.ir.model import Model
 from qcompile.ir.spill import is_large
-from qcompile.report import SCHEMA_VERSION
+from qcompile.report import SCHEMA_VERSION, Meter
 from qcompile.verbs.evaluate.layers import LayerError, layer_errors
 
 Array = NDArray[Any]
@@ -100,7 +100,7 @@ def evaluate(
     *,
     per_layer: bool = False,
     threads: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Meter | None = None,
 ) -> Evaluation:
     """Compare `candidate` with `reference` on `data`.
 
@@ -151,9 +151,7 @@ def _session(model: Model, path: Path, threads: int | None) -> tuple[Session, bo
         return open_model(model, threads=threads), True
 
 
-def _run(
-    sessions: tuple[Session, Session], data: Dataset, fixed: int | None, progress: Callable[[int, int], None] | None
-) -> _Tallies:
+def _run(sessions: tuple[Session, Session], data: Dataset, fixed: int | None, progress: Meter | None) -> _Tallies:
     names = _output_names(*sessions)
     tallies, labels, done = _Tallies(others={n: Distance() for n in names[1:]}), data.labels, 0
     for feeds in data.batches(fixed or DEFAULT_BATCH):
