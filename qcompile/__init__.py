@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from qcompile.calib.observe import Rows as Rows
     from qcompile.calib.observe import SecondMoment as SecondMoment
     from qcompile.calib.observe import Told as Told
+    from qcompile.calib.observe.change import FOLDABLE as FOLDABLE
     from qcompile.calib.observe.change import AffineMap as AffineMap
     from qcompile.calib.observe.change import Changes as Changes
     from qcompile.decide.placement import Placement as Placement
@@ -44,9 +45,11 @@ if TYPE_CHECKING:
     from qcompile.ir.surgeon import surgery as surgery
     from qcompile.ir.surgeon import to_gs as to_gs
     from qcompile.pipeline.base import Kind as Kind
+    from qcompile.pipeline.base import Needs as Needs
     from qcompile.pipeline.base import Pass as Pass
     from qcompile.pipeline.base import PassContext as PassContext
     from qcompile.pipeline.base import PassResult as PassResult
+    from qcompile.pipeline.base import Rounds as Rounds
     from qcompile.pipeline.base import Stage as Stage
     from qcompile.pipeline.fold import Fold as Fold
     from qcompile.pipeline.fold import FoldPass as FoldPass
@@ -82,7 +85,7 @@ _FROM = {
         "AbsMax", "ChannelHistograms", "Extremes", "Histogram", "MinMax", "Moments", "Observer", "Probe", "Rows", "SecondMoment",
         "Told",
     ),
-    "calib.observe.change": ("AffineMap", "Changes"),
+    "calib.observe.change": ("FOLDABLE", "AffineMap", "Changes"),
     "decide.placement": ("Placement",),
     "ir.edit": (
         "add_constant", "erase", "erase_dead", "insert_after", "new_node", "redirect", "replace_value", "set_constant",
@@ -90,7 +93,7 @@ _FROM = {
     ),
     "ir.model": ("Model",),
     "ir.surgeon": ("from_gs", "surgery", "to_gs"),
-    "pipeline.base": ("Kind", "Pass", "PassContext", "PassResult", "Stage"),
+    "pipeline.base": ("Kind", "Needs", "Pass", "PassContext", "PassResult", "Rounds", "Stage"),
     "pipeline.fold": ("Fold", "FoldPass"),
     "pipeline.site": ("Applied", "Missed", "SitePass"),
     "rewrite.fold": ("FoldSite",),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
@@ -12,6 +14,12 @@ import pytest
 import qcompile
 from qcompile.cli.app import COMMANDS
 
+WRITERS = """
+    Pass SitePass FoldPass Fold Applied Missed Kind Stage Changes AffineMap PassContext PassResult Needs Rounds Told Probe Observer
+    MinMax AbsMax Histogram Moments SecondMoment Rows FOLDABLE Matches Refusal Target Placement
+    find_norms find_linears find_norm_to_linears find_attentions find_mlps find_conv_chains
+    set_constant add_constant new_node insert_after replace_value erase
+"""
 HEAVY = ("numpy", "onnx", "onnxruntime", "onnx_ir", "onnxscript", "scipy", "sympy", "rich", "polygraphy")
 
 
@@ -36,5 +44,14 @@ def test_the_list_says_what_the_command_says_itself(name: str) -> None:
 
 def test_every_exported_name_is_there() -> None:
     assert all(getattr(qcompile, name) is not None for name in dir(qcompile))
+    assert {*WRITERS.split()} <= {*dir(qcompile)}
     with pytest.raises(AttributeError, match="no attribute 'compil'"):
         qcompile.compil  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_type_checkers_see_the_names_that_are_exported() -> None:
+    tree = ast.parse(Path(str(qcompile.__file__)).read_text(encoding="utf-8"))
+    (guarded,) = (n for n in tree.body if isinstance(n, ast.If))
+    seen = {(a.name, a.asname, n.module) for n in guarded.body if isinstance(n, ast.ImportFrom) for a in n.names}
+    homes = {name: f"qcompile.{module}" for module, names in qcompile._FROM.items() for name in names}  # pyright: ignore[reportPrivateUsage]
+    assert seen == {(name, name, home) for name, home in homes.items()}
