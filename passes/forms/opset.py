@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -43,14 +44,14 @@ class RaiseOpset(Pass):
             if v.const_value is not None and v.const_value.nbytes > _SMALL
         }
         nodes = {n.name: n for n in model.graph}
-        model.ir = _convert(model, set(big), wanted)
+        model.ir = _convert(model, list(big), wanted)
         _restore(model, big, nodes)
         model.name_nodes()
         ctx.remarks.applied("", f"opset {before} raised to {wanted}")
         return PassResult(True)
 
 
-def _convert(model: Model, big: set[str], wanted: int) -> ir.Model:
+def _convert(model: Model, big: Sequence[str], wanted: int) -> ir.Model:
     """Convert without the large weights: they travel as graph inputs."""
     slim = model.clone()
     for name in big:
