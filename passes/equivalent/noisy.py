@@ -10,7 +10,7 @@ import numpy as np
 from qcompile.calib.observe import MinMax, Rows
 from qcompile.calib.observe.change import FOLD_ROWS
 from qcompile.decide.ranges import Seen, automatic, choose
-from qcompile.pipeline.base import Kind, PassContext
+from qcompile.pipeline.base import PassContext
 from qcompile.pipeline.fold import Fold, FoldPass
 from qcompile.pipeline.site import Missed
 from qcompile.quant.affine import fake_quant, qparams_from_range
@@ -31,7 +31,7 @@ class NoisyQuant(FoldPass):
     """
 
     name = "noisy"
-    kind = Kind.EQUIVALENT
+    claims = False  # an offset undoes no other fold
     grid: Annotated[int, "offsets in a step that are tried"] = 16
 
     def __post_init__(self) -> None:

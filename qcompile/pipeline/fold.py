@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from qcompile.calib.observe import Probe
 from qcompile.calib.observe.change import FOLDABLE, Changes
 from qcompile.ir.model import Model
-from qcompile.pipeline.base import PassContext
+from qcompile.pipeline.base import Kind, PassContext
 from qcompile.pipeline.site import Applied, Missed, SitePass
 from qcompile.rewrite.fold import FoldSite, fold, norm_sites
 from qcompile.structure.core import Matches
@@ -38,6 +38,7 @@ class FoldPass(SitePass[FoldSite]):
     A site's statistics are those of `FOLDABLE`, which follow the fold: `annotate` needs no other sweep behind it.
     """
 
+    kind = Kind.EQUIVALENT
     claims = True
 
     def choose(self, site: FoldSite, ctx: PassContext) -> Fold | Missed:
