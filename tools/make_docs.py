@@ -1,5 +1,5 @@
-"""Write docs/passes/ (one page a pass), docs/guide/options.md (of commands), docs/guide/rules.md (the rules of `check`) and
-docs/guide/targets.md.
+"""Write docs/passes/ (one page a pass, see pass_facts.py), docs/guide/options.md (of commands), docs/guide/rules.md (the rules
+of `check`) and docs/guide/targets.md.
 
 python tools/make_docs.py            write the pages
 python tools/make_docs.py --check    fail if a page is missing or differs
@@ -8,11 +8,15 @@ python tools/make_docs.py --check    fail if a page is missing or differs
 from __future__ import annotations
 
 import importlib
+import logging
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 
 import click
+import pass_facts
 
 from qcompile.cli.app import COMMANDS
 from qcompile.pipeline import registry
@@ -31,21 +35,57 @@ OPTIONS_NOTE = "<!-- made by tools/make_docs.py from the options of the verbs: c
 TARGETS_PAGE = "guide/targets.md"
 RULES_NOTE = "<!-- made by tools/make_docs.py from qcompile/target: change it there -->\n"
 EFFECTS = {"refused": "no engine", "float": "runs in float", "wrong": "wrong numbers", "notice": "builds"}
+CODE = re.compile(r"(before|after): |\s+\S|\w+_c = ")
+ITEM = re.compile(r"([\w, =-]{1,30}): ")
+NEW = re.compile(r"Exact|Refuse|Skipped|Weight-side|Simulated|Zero points|Between|In front|Elsewhere")
 NOTE = "<!-- made by tools/make_docs.py from the pass's docstring: change it there -->\n"
 
 
 def page(p: PassHelp) -> str:
     """The page of one pass."""
-    facts = [f"* kind: {p.kind}"]
-    facts += [f"* needs: a {p.needs} model" + (f", behind {', '.join(p.after)}" if p.after else "")]
-    facts += [f"* makes it: {p.reaches}"] if p.reaches is not None else []
-    body = p.text.partition("\n")[2].strip()
-    parts = [NOTE, f"# {p.name}\n", f"{p.help}\n", "\n".join(facts) + "\n"]
-    if body:
-        parts.append(f"```text\n{body}\n```\n")
-    if p.options:
-        parts.append(options(p))
-    return "\n".join(parts)
+    stages = [f"* kind: {p.kind}"]
+    stages += [f"* needs: a {p.needs} model" + (f", behind {', '.join(p.after)}" if p.after else "")]
+    stages += [f"* makes it: {p.reaches}"] if p.reaches is not None else []
+    listed = "\n".join([*stages, *pass_facts.facts(p.name)])
+    tail = [f"## In a compilation\n\n{listed}\n", f"## Options\n\n{options(p)}" if p.options else ""]
+    parts = [NOTE, f"# {p.name}\n", f"{p.help}\n", prose(p), *tail]
+    return "\n".join(filter(None, parts))
+
+
+def prose(p: PassHelp) -> str:
+    """The docstring behind its first line: what becomes what as it stands, what options do as a list, the rest as paragraphs."""
+    lines = p.text.partition("\n")[2].strip("\n").splitlines()
+    blocks = groupby(zip(paragraphs(p, lines), lines, strict=True), lambda pair: pair[0])
+    return "\n".join(block(p, kind, [line for _, line in pairs]) for (kind, _), pairs in blocks)
+
+
+def paragraphs(p: PassHelp, lines: Sequence[str]) -> Iterator[tuple[str, int]]:
+    """The kind of each line (code, item, text) and the number of its paragraph."""
+    kind, number = "text", 0
+    for line in lines:
+        if CODE.match(line):
+            kind, number = "code", number + (kind != "code")
+        elif item(p, line):
+            kind, number = "item", number + (kind != "item")
+        elif kind == "code" or NEW.match(line):
+            kind, number = "text", number + 1
+        yield kind, number
+
+
+def item(p: PassHelp, line: str) -> re.Match[str] | None:
+    """A line that tells of an option or one of its values: `by=weights: text`."""
+    known = {word for o in p.options for word in (o.name, *o.takes.split(" or "))}
+    found = ITEM.match(line)
+    return found if found and {*re.split(r", |=", found[1])} <= known else None
+
+
+def block(p: PassHelp, kind: str, lines: Sequence[str]) -> str:
+    """A paragraph in markdown; lines of a list start with a name, or go on."""
+    if kind == "code":
+        lines = ["```text", *lines, "```"]
+    if kind == "item":
+        lines = [re.sub(r"^([\w, =-]+):", r"* **\1**:", x) if item(p, x) else f"  {x}" for x in lines]
+    return "\n".join(lines) + "\n"
 
 
 def options(p: PassHelp) -> str:
@@ -59,7 +99,7 @@ def index(passes: list[PassHelp]) -> str:
     """The list of all passes."""
     kinds = (
         "EQUIVALENT passes keep the float function (checked), ANNOTATE passes only decide, FIT passes change values to lower\n"
-        "the quantization error, LOWER passes bring in quantized arithmetic. `qcompile passes NAME` shows the same pages.\n"
+        "the quantization error, LOWER passes bring in quantized arithmetic. `qcompile passes NAME` prints the docstring and the options.\n"
     )
     rows = [f"| [{p.name}]({p.name}.md) | {p.kind} | {p.help} |" for p in passes]
     return "\n".join([NOTE, "# Passes\n", kinds, "| pass | kind | what |", "| --- | --- | --- |", *rows]) + "\n"
@@ -214,6 +254,7 @@ def present() -> dict[str, str]:
 
 def main() -> int:
     """Write or check the pages; the number of stale ones decides the exit code of a check."""
+    logging.disable()  # shape inference tells of each type that it does not know
     wanted = pages()
     have = present()
     stale = sorted(name for name in wanted.keys() | have.keys() if wanted.get(name) != have.get(name))
