@@ -24,7 +24,7 @@ from qcompile.execute.session import make_session, run
 from qcompile.ir.cut import cut, part, typed
 from qcompile.ir.mapped import let_go
 from qcompile.ir.model import Model
-from qcompile.ir.spill import SPILLED_TENSOR, is_large, mark_large, scratch_folder, spilled
+from qcompile.ir.spill import SPILLED_TENSOR, hollow_file, is_large, mark_large, scratch_folder, spilled
 from qcompile.ir.tensors import external_tensors, map_tensors, placed, stored_array
 
 Arrays = dict[str, NDArray[Any]]
@@ -34,7 +34,6 @@ _SHARED_TYPES = frozenset({
     ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.INT8, ir.DataType.INT16, ir.DataType.INT32,
     ir.DataType.INT64, ir.DataType.UINT8, ir.DataType.UINT16, ir.DataType.UINT32, ir.DataType.UINT64, ir.DataType.BOOL,
 })  # fmt: skip
-_ELSEWHERE = "shared"  # the location of data that is handed in
 
 
 def open_model(model: Model, *, exact: bool = False, **options: Any) -> ort.InferenceSession:
@@ -77,25 +76,29 @@ def _mapped(model: Model, options: dict[str, Any]) -> ort.InferenceSession:
     copy = model.clone()
     LiftConstantsToInitializersPass()(copy.ir)
     held, folder = _in_files(copy)
-    session = _open(copy, {**options, "external_folder": folder})
+    session = _open(copy, options, folder)
     del held  # a spilled tensor's file goes with the tensor
     return session
 
 
-def _open(model: Model, options: dict[str, Any]) -> ort.InferenceSession:
-    with _taken(model.graph) as weights:
+def _open(model: Model, options: dict[str, Any], folder: Path | None = None) -> ort.InferenceSession:
+    folder = folder or scratch_folder()
+    with _taken(model.graph, folder) as weights:
         data = ir.to_proto(model.ir).SerializeToString()
-    return make_session(data, weights=weights, qdq_fusion=False, reuse=False, **options)
+    return make_session(data, weights=weights, qdq_fusion=False, reuse=False, external_folder=folder, **options)
 
 
 @contextmanager
-def _taken(graph: ir.Graph) -> Generator[Arrays]:
-    """The weights that a session can read where they are; meanwhile the graph holds only their names, types and shapes."""
+def _taken(graph: ir.Graph, folder: Path) -> Generator[Arrays]:
+    """The weights that a session can read where they are; meanwhile the graph holds only their names, types and shapes, and for
+    data a file of zeros in `folder` that takes no room: ONNX Runtime wants to see one, and reads it where nothing else is given.
+    """
     values = [v for v in graph.initializers.values() if _can_be_shared(v.const_value)]
     tensors = [t for v in values if (t := v.const_value) is not None]
+    location = hollow_file(max((int(t.nbytes) for t in tensors), default=0)).relative_to(folder).as_posix()
     try:
         for value, tensor in zip(values, tensors, strict=True):
-            value.const_value = _elsewhere(tensor, str(value.name))
+            value.const_value = _elsewhere(tensor, str(value.name), location)
         yield {str(v.name): stored_array(t) for v, t in zip(values, tensors, strict=True)}
     finally:
         for value, tensor in zip(values, tensors, strict=True):
@@ -106,9 +109,9 @@ def _can_be_shared(tensor: ir.TensorProtocol | None) -> bool:
     return tensor is not None and tensor.nbytes >= SHARED_TENSOR and tensor.dtype in _SHARED_TYPES
 
 
-def _elsewhere(tensor: ir.TensorProtocol, name: str) -> ir.ExternalTensor:
+def _elsewhere(tensor: ir.TensorProtocol, name: str, location: str) -> ir.ExternalTensor:
     shape = ir.Shape(tensor.shape.numpy())
-    return ir.ExternalTensor(_ELSEWHERE, 0, int(tensor.nbytes), tensor.dtype, shape=shape, name=name)
+    return ir.ExternalTensor(location, 0, int(tensor.nbytes), tensor.dtype, shape=shape, name=name)
 
 
 def _in_files(copy: Model) -> tuple[list[ir.ExternalTensor], Path | None]:
@@ -130,7 +133,7 @@ def _in_files(copy: Model) -> tuple[list[ir.ExternalTensor], Path | None]:
 def _common_folder(tensors: Iterable[ir.ExternalTensor]) -> Path:
     """The folder that holds all files, however deep: ONNX Runtime reads nothing outside of the one it is given."""
     files = {os.path.realpath(t.path) for t in tensors}
-    return Path(os.path.commonpath([os.path.dirname(f) for f in files] or [scratch_folder()]))
+    return Path(os.path.commonpath([scratch_folder(), *(os.path.dirname(f) for f in files)]))
 
 
 def run_in_parts(model: Model, feeds: Sequence[Arrays], limit: int, **options: Any) -> list[list[NDArray[Any]]]:

@@ -119,12 +119,14 @@ def make_session(
 
 
 def _share(options: ort.SessionOptions, weights: Mapping[str, NDArray[Any]], *, in_place: bool) -> list[ort.OrtValue]:
-    """Hand weights to a session; `in_place` where no optimization makes others of them and they need not move to a device."""
+    """Hand weights to a session; `in_place` where no optimization makes others of them and they need not move to a device: the
+    session then copies none."""
     values = [ort.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
-    if values:
+    if in_place:
+        for name, value in zip(weights, values, strict=True):
+            options.add_initializer(name, value)
+    elif values:  # copies each
         options.add_external_initializers(list(weights), values)
-    for name, value in zip(weights, values, strict=True) if in_place else ():
-        options.add_initializer(name, value)
     return values
 
 

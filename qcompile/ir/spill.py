@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 import tempfile
 import weakref
 from pathlib import Path
@@ -83,7 +84,16 @@ def spilled(tensor: ir.TensorProtocol) -> SpilledTensor:
 
 def scratch_folder() -> Path:
     """The process's folder for spilled data, made when it is first needed."""
-    return Path(_scratch().name)
+    return Path(os.path.realpath(_scratch().name))
+
+
+def hollow_file(size: int) -> Path:
+    """A file of at least `size` zeros in the scratch folder; it takes no room on the disk."""
+    path = scratch_folder() / "hollow"
+    with path.open("ab") as file:
+        if file.tell() < size:
+            file.truncate(size)
+    return path
 
 
 @functools.cache

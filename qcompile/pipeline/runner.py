@@ -85,6 +85,7 @@ class Runner:
         keep_found(current.graph)
         for i, p in enumerate(passes):
             yield Starts(format_pass(p), i, len(passes))
+            verifier.meets(p, current, reports)
             before = current.clone()
             report, result = yield from self._one(p, current, passes[i + 1 :], replace(ctx, remarks=Remarks(p.name)), before)
             self._gate(report, user[i] if user else True)

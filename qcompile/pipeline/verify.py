@@ -48,6 +48,11 @@ class Verifier:
     def __post_init__(self) -> None:
         self.start = self.source
 
+    def meets(self, p: Pass, model: Model, reports: list[PassReport]) -> None:
+        """`p` is about to run on `model`: forms that wait are compared before a pass that is none makes memory dear."""
+        if not p.is_form():
+            self._settle(model, reports)
+
     def saw(self, p: Pass, modified: bool, before: Model, after: Model, reports: list[PassReport]) -> None:
         """`p` has run, between `before` and `after`; its report is the last of `reports`."""
         if self.comparator is None:
@@ -57,8 +62,6 @@ class Verifier:
         if modified and p.is_form() and self.mode == "each":
             self.waiting.append(_Form(p, len(reports) - 1, before))
             return
-        if not p.is_form():
-            self._settle(before, reports)
         if p.changes_function and modified:
             self.source = self.start = after.clone()
             self.reference, self.step, self.fresh = None, None, True

@@ -82,9 +82,11 @@ def best_alpha(parts: list[Half], weight: F64, ratios: Ratios, types: Types, fix
     if not parts:
         return 0.0, 0.0
     columns = weight[:, :: max(1, weight.shape[1] // _COLUMNS)]
+    narrow = columns.astype(np.float32)
+    exact = [part.judged @ narrow for part in parts]
 
     def error(alpha: float) -> float:
-        return sum(_output_error(part, columns, *ratios(part.extremes, alpha), types) for part in parts)
+        return sum(_output_error(p, y, columns, *ratios(p.extremes, alpha), types) for p, y in zip(parts, exact, strict=True))
 
     errors = {a: error(a) for a in (_COARSE if fixed is None else (0.0, fixed))}
     best = min(errors, key=lambda a: (errors[a], a))
@@ -94,8 +96,8 @@ def best_alpha(parts: list[Half], weight: F64, ratios: Ratios, types: Types, fix
     return best, 10 * float(np.log10((errors[0.0] + 1e-30) / (errors[best] + 1e-30)))
 
 
-def _output_error(half: Half, w: F64, t: F64, r: F64, types: Types) -> float:
-    """|| Q((x - t) / r) Q(diag(r) W) - (x - t) W ||^2 over the judged rows x."""
+def _output_error(half: Half, exact: F32, w: F64, t: F64, r: F64, types: Types) -> float:
+    """|| Q((x - t) / r) Q(diag(r) W) - (x - t) W ||^2 over the judged rows x; `exact` is x W."""
     spec = types.activation
     method = _range_method(spec)
     rows_matter = method != "minmax" or _searches_scales(types.weight)
@@ -104,7 +106,7 @@ def _output_error(half: Half, w: F64, t: F64, r: F64, types: Types) -> float:
     a, b = ((half.judged - t) / r).astype(np.float32), (w * r[:, None]).astype(np.float32)
     qa = fake_quant(a, qparams_from_range(found.lo, found.hi, spec.qtype, spec.symmetric), spec.qtype)
     qb = fake_quant(b, _weight_scales(b, fitted.rows, types.weight), types.weight, PerAxis(1))
-    residual = qa @ qb - a @ b
+    residual = qa @ qb - (a @ b if np.any(t) else exact)
     return float(np.einsum("ij,ij->", residual, residual))
 
 

@@ -24,6 +24,7 @@ from qcompile.verbs.compile.job import Job
 from qcompile.verbs.compile.options import DEFAULT_SAMPLES
 
 VERIFY_SAMPLES = 8
+_FEWER = 1 << 27  # bytes of weights
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,10 @@ class Calibration:
 
 
 def _feeds(data: Dataset, model: Model) -> list[dict[str, NDArray[Any]]]:
-    """Eight samples, as many a run as the model takes."""
+    """Eight samples, as many a run as the model takes; fewer from 128 MB of weights on, that comparing costs less than a sweep."""
     fixed = fixed_batch(model.inputs())
-    feeds = [f for f in data.take(VERIFY_SAMPLES).batches(fixed or VERIFY_SAMPLES) if fixed in (None, batch_length(f))]
+    count = min(VERIFY_SAMPLES, max(2, VERIFY_SAMPLES * _FEWER // max(1, model.weight_bytes())))
+    feeds = [f for f in data.take(max(count, fixed or 1)).batches(fixed or count) if fixed in (None, batch_length(f))]
     if not feeds:
         raise DataError(f"the data holds {len(data)} samples and the model needs {fixed} a run; give more samples")
     return feeds
