@@ -64,7 +64,7 @@ class Calibration:
 
 
 def _feeds(data: Dataset, model: Model) -> list[dict[str, NDArray[Any]]]:
-    """Eight samples, as many a run as the model takes; fewer from 128 MB of weights on, that comparing costs less than a sweep."""
+    """Eight samples, as many a run as the model takes; fewer from 128 MB of weights on, so that it costs less than a sweep."""
     fixed = fixed_batch(model.inputs())
     count = min(VERIFY_SAMPLES, max(2, VERIFY_SAMPLES * _FEWER // max(1, model.weight_bytes())))
     feeds = [f for f in data.take(max(count, fixed or 1)).batches(fixed or count) if fixed in (None, batch_length(f))]
