@@ -26,7 +26,7 @@ class NoisyQuant(FoldPass):
     after:  LayerNorm(gamma, beta + N) -> MatMul(W), c - N W
     Q(x + N) W + (c - N W) (Liu et al. 2023, arXiv:2211.16056, eq. 5).  Only N modulo the step matters: it is searched, where the
     paper draws it at random, for each channel on half of the rows, and kept where the error falls on the other half too.
-    Exact in float on every target, without a new node.
+    Exact in float on every target, without a new node.  Put it behind repq or smooth: on outliers alone it hurts.
     Refused where a shift is: behind an RMSNorm, and in front of padding that is not zero.
     """
 
