@@ -1,23 +1,17 @@
-"""docs/architecture.md says what tests/test_architecture.py holds, and links and paths on the pages of the house are there."""
+"""docs/architecture.md says what tests/test_architecture.py holds, and the links and paths of all pages lead somewhere."""
 
 from __future__ import annotations
 
 import re
-
-import pytest
+from collections.abc import Iterator
+from pathlib import Path
 
 from tests.docs.pages import ROOT
 from tests.test_architecture import FOR_ALL, MAY_IMPORT
 
 DOCS = ROOT / "docs"
-HOUSE = [
-    "architecture.md",
-    "glossary.md",
-    "guide/own-passes.md",
-    "guide/own-targets.md",
-    *(f"adr/{p.name}" for p in DOCS.glob("adr/*")),
-]
-LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)]*)?\)")
+PAGES = [*DOCS.rglob("*.md"), *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "models/README.md"))]
+LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]*)#?([^)\s]*)\)")
 PATH = re.compile(r"`((?:qcompile|passes|tests|tools|docs)/[\w./-]+)`")
 
 
@@ -31,15 +25,24 @@ def test_the_table_of_rooms_is_the_tested_one() -> None:
     assert rows == {room: ", ".join(may) or "-" for room, may in wanted.items() if room != "verbs"}
 
 
-@pytest.mark.parametrize("page", HOUSE)
-def test_links_and_paths_exist(page: str) -> None:
-    path = DOCS / page
-    text = path.read_text(encoding="utf-8")
-    targets = [path.parent / t for t in LINK.findall(text) if "://" not in t]
-    targets += [ROOT / t for t in PATH.findall(text) if t not in _examples(text)]
-    assert not [str(t) for t in targets if not t.exists()]
+def test_links_lead_to_pages_and_headings() -> None:
+    assert not {f"{page.relative_to(ROOT)}: {link}" for page in PAGES for link in _broken(page)}
 
 
-def _examples(text: str) -> set[str]:
-    """Paths of files that the page asks its reader to make."""
-    return {p for p in PATH.findall(text) if re.search(r"merge_factor|even\.py|/NAME/", p)}
+def _broken(page: Path) -> Iterator[str]:
+    for target, heading in LINK.findall(page.read_text(encoding="utf-8")):
+        path = page.parent / target if target else page
+        if ":" not in target and (not path.exists() or (heading and heading not in _headings(path))):
+            yield f"{target}#{heading}"
+
+
+def _headings(page: Path) -> set[str]:
+    """Headings as links spell them."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+
+
+def test_files_that_pages_name_are_there() -> None:
+    named = {(page, path) for page in PAGES for text in [page.read_text(encoding="utf-8")] for path in PATH.findall(text)}
+    gone = {f"{page.relative_to(ROOT)}: {path}" for page, path in named if not (ROOT / path).exists()}
+    assert not {g for g in gone if not re.search(r"merge_factor|even\.py|/NAME/", g)}, "or is it an example?"

@@ -65,7 +65,7 @@ CONVOLUTIONS = [
     row("conv sm80", CONV, "low", gpu="sm80"),
     row("conv sm86", CONV, "low", gpu="sm86"),
     row("conv sm120", CONV, "low", gpu="sm120"),
-    row("conv sm75", CONV, "float", 34, gpu="sm75"),  # the sheet says so of int8 altogether; GEMMs do run (below)
+    row("conv sm75", CONV, "float", 34, gpu="sm75"),  # convolutions only: GEMMs do run (below)
     row("conv per tensor", CONV.but(per_channel=False), "low"),
     row("conv axis 1", CONV.but(weight_axis=1), "float", 7),
     row("conv activation per channel", CONV.but(activation_axis=1), "float", 8),
@@ -100,7 +100,7 @@ CONVOLUTIONS = [
 
 GEMMS = [
     row("matmul", MATMUL, "low"),
-    row("matmul sm75", MATMUL, "low", gpu="sm75"),  # differs from the sheet, which has float for all int8 on sm75
+    row("matmul sm75", MATMUL, "low", gpu="sm75"),  # unlike convolutions (above)
     row("matmul sm120", MATMUL, "low", gpu="sm120"),
     row("matmul float32 sm75", MATMUL.but(activation=None, weight=None, **IN_FLOAT), "refused", 45, gpu="sm75"),
     row("matmul bfloat16 sm75", MATMUL.but(body=BF16, scale_type=BF16), "refused", 21, gpu="sm75"),
