@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from qcompile import compile
-from qcompile.calib.sweep import blocks
+from qcompile.calib.sweep import provider
 from qcompile.execute import compare as compare_module
 from qcompile.execute import opening
 from qcompile.ir import spill
@@ -29,15 +29,15 @@ def test_quantized_in_blocks(target: str, blocked: bool, tmp_path: Path, monkeyp
     ):  # fmt: skip
         monkeypatch.setattr(module, name, size)
     limits: list[int] = []
-    sweep = blocks.blocked_sweep
+    sweep = provider.blocked_sweep
 
     def spied(*args: Any, limit: int, **options: Any) -> Any:
         limits.append(limit)
         return sweep(*args, limit=limit // 16, **options)
 
-    monkeypatch.setattr(blocks, "blocked_sweep", spied)
+    monkeypatch.setattr(provider, "blocked_sweep", spied)
     if blocked:
-        monkeypatch.setattr(blocks, "block_bytes", lambda model, limit: model.weight_bytes())
+        monkeypatch.setattr(provider, "block_bytes", lambda model, limit: model.weight_bytes())
     options: dict[str, Any] = {
         "target": target,
         "scheme": "w8a8",
