@@ -114,6 +114,11 @@ def _elsewhere(tensor: ir.TensorProtocol, name: str, location: str) -> ir.Extern
     return ir.ExternalTensor(location, 0, int(tensor.nbytes), tensor.dtype, shape=shape, name=name)
 
 
+def is_shared(tensor: ir.TensorProtocol) -> bool:
+    """Whether a session reads the tensor where it is; others travel in the serialized graph."""
+    return tensor.nbytes >= SHARED_TENSOR and tensor.dtype in _SHARED_TYPES
+
+
 def _in_files(copy: Model) -> tuple[list[ir.ExternalTensor], Path | None]:
     """The large tensors that cannot be shared, each in a file, and the folder that holds them all."""
 

@@ -20,7 +20,7 @@ from qcompile.calib.data.dataset import Dataset, fixed_batch
 from qcompile.calib.observe import Probe, Stat
 from qcompile.calib.observe.chunks import chunk_samples, segments
 from qcompile.calib.sweep.instrument import Instrumented, instrument, raw_tensor
-from qcompile.calib.sweep.memory import plan_memory
+from qcompile.calib.sweep.memory import give_back, plan_memory
 from qcompile.calib.sweep.readout import Arrays, Batch
 from qcompile.errors import DataError
 from qcompile.execute.opening import open_model
@@ -123,7 +123,7 @@ class _Counted:
 class Sweep:
     """One session that answers `probes` over ranges of samples; each probe's tally is only touched by one thread at a time.
 
-    `arena` False gives memory back after every use (see `qcompile.execute.session.make_session`).
+    `arena` False gives memory back after every use and every batch (see `qcompile.execute.session.make_session`).
     """
 
     model: Model
@@ -162,6 +162,8 @@ class Sweep:
                 return
             for merged in pending:
                 merged.result()
+            if not self.arena:
+                give_back()
             if progress is not None:
                 progress(done - start, end - start)
             if on_batch is not None:
