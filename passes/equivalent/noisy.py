@@ -7,8 +7,7 @@ from typing import Annotated
 
 import numpy as np
 
-from qcompile.calib.observe import MinMax, Rows
-from qcompile.calib.observe.change import FOLD_ROWS
+from qcompile.calib.observe.change import Foldable
 from qcompile.decide.ranges import Seen, automatic, choose
 from qcompile.pipeline.base import PassContext
 from qcompile.pipeline.fold import Fold, FoldPass
@@ -39,18 +38,19 @@ class NoisyQuant(FoldPass):
 
     def choose(self, site: FoldSite, ctx: PassContext) -> Fold | Missed:
         """The offset of each channel that pays."""
-        rows, extremes = ctx.told[Rows(FOLD_ROWS).of(site.tensor)], ctx.told[MinMax(-1).of(site.tensor)]
-        if site.shift_refusal or len(rows.rows) < 2:
+        seen = Foldable.of(site.tensor).told(ctx.told)
+        rows = seen.rows.rows
+        if site.shift_refusal or len(rows) < 2:
             return Missed(site.shift_refusal or "there are no rows to judge by")
         spec = activation_spec(ctx.request())
-        found = choose(automatic(spec), spec, Seen(extremes, rows), ())
+        found = choose(automatic(spec), spec, Seen(seen.extremes, seen.rows), ())
         params = qparams_from_range(found.lo, found.hi, spec.qtype, spec.symmetric)
 
         def errors(x: np.ndarray, n: np.ndarray) -> np.ndarray:
             moved = (x + n).astype(np.float32)
             return np.square(fake_quant(moved, params, spec.qtype) - moved, dtype=np.float64).sum(0)
 
-        fitted, judged, grid = rows.rows[::2], rows.rows[1::2], np.arange(self.grid) / self.grid * float(params.scale)
+        fitted, judged, grid = rows[::2], rows[1::2], np.arange(self.grid) / self.grid * float(params.scale)
         best = grid[np.argmin([errors(fitted, n) for n in grid], axis=0)]
         before, after = errors(judged, np.zeros(1)), errors(judged, best)
         n = np.where(after < before, best, 0.0)

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from qcompile.calib.observe import MinMax, Probe, Rows
-from qcompile.calib.observe.change import FOLD_ROWS
+from qcompile.calib.observe import Probe, Rows
+from qcompile.calib.observe.change import FOLD_ROWS, Foldable
 from qcompile.pipeline.base import Kind, Pass, PassContext
 from qcompile.pipeline.fold import Fold, FoldPass
 from qcompile.pipeline.site import Missed
@@ -68,7 +68,7 @@ class RepQ(FoldPass):
     def _ranges(self, site: FoldSite, ctx: PassContext, bits: int) -> tuple[F64, F64]:
         if self.percentile == "search":
             return best_percentile(ctx.told[_SEEN.of(site.tensor)].rows.astype(np.float64), bits)
-        stat = ctx.told[MinMax(-1).of(site.tensor)]
+        stat = ctx.told[Foldable.of(site.tensor).extremes]
         return stat.lo, stat.hi
 
 

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompile.calib.observe import Histogram, HistogramStat, MinMax, MinMaxStat, Probe, Rows, RowsStat, Told
-from qcompile.calib.observe.change import FOLD_ROWS
+from qcompile.calib.observe.change import Foldable
 from qcompile.decide.placement import Point
 from qcompile.ir.notes import input_folded
 from qcompile.ir.ops import const_array, int_attr
@@ -101,7 +101,7 @@ class Readers:
         """What `choose` reads."""
         value = point.measured
         if point.carried or (input_folded(point.node) and point.slot >= 0):
-            return Asked(MinMax(-1).of(value), Rows(FOLD_ROWS).of(value))
+            return Asked(*Foldable.of(value).probes)
         if method == "minmax":
             return Asked(MinMax().of(value))
         sampled = method in ("weighted", "search") and value in self.weights

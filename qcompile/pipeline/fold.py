@@ -11,7 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompile.calib.observe import Probe
-from qcompile.calib.observe.change import FOLDABLE, Changes
+from qcompile.calib.observe.change import Changes, Foldable
 from qcompile.ir.model import Model
 from qcompile.pipeline.base import Kind, PassContext
 from qcompile.pipeline.site import Applied, Missed, SitePass
@@ -35,7 +35,7 @@ class Fold:
 class FoldPass(SitePass[FoldSite]):
     """Norm -> linears (or other `sites`), each folded by what `choose` says; later folds leave a folded site alone.
 
-    A site's statistics are those of `FOLDABLE`, which follow the fold: `annotate` needs no other sweep behind it.
+    A site's statistics are those of `Foldable`, which follow the fold: `annotate` needs no other sweep behind it.
     """
 
     kind = Kind.EQUIVALENT
@@ -63,7 +63,7 @@ class FoldPass(SitePass[FoldSite]):
 
     def asks(self, site: FoldSite, ctx: PassContext) -> Iterable[Probe[Any]]:
         """Per-channel extremes and a sample of rows."""
-        return (observer.of(site.tensor) for observer in FOLDABLE)
+        return Foldable.of(site.tensor).probes
 
     def rewrite(self, model: Model, site: FoldSite, ctx: PassContext, changes: Changes) -> Applied | Missed:
         """Fold as chosen."""

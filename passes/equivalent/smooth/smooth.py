@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from qcompile.calib.observe import MinMax, MinMaxStat, Rows
-from qcompile.calib.observe.change import FOLD_ROWS
+from qcompile.calib.observe import MinMaxStat
+from qcompile.calib.observe.change import Foldable
 from qcompile.ir.model import Model
 from qcompile.passes.equivalent.smooth.search import Types, best_alpha, halves
 from qcompile.pipeline.base import Kind, PassContext
@@ -67,7 +67,7 @@ class SmoothQuant(FoldPass):
 
     def choose(self, site: FoldSite, ctx: PassContext) -> Fold | Missed:
         """The ratios, if they pay."""
-        stat, weight = ctx.told[MinMax(-1).of(site.tensor)], site.weight_rows()
+        stat, weight = ctx.told[Foldable.of(site.tensor).extremes], site.weight_rows()
         if stat.lo.shape != (weight.shape[0],):
             return Missed("the measured channels do not match the weight's rows")
         shift = self._shift(site, stat)
@@ -92,7 +92,7 @@ class SmoothQuant(FoldPass):
 
     def _best(self, site: FoldSite, stat: MinMaxStat, weight: F64, ctx: PassContext) -> tuple[float, float]:
         """The alpha that pays most on rows that it was not fitted to, and its gain over no smoothing in dB."""
-        rows = ctx.told[Rows(FOLD_ROWS).of(site.tensor)]
+        rows = ctx.told[Foldable.of(site.tensor).rows]
 
         largest = largest_of_rows(weight)
 

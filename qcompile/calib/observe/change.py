@@ -6,14 +6,44 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qcompile.calib.observe.extrema import MinMax
-from qcompile.calib.observe.rows import Rows
+from qcompile.calib.observe.extrema import MinMax, MinMaxStat
+from qcompile.calib.observe.observer import Probe, Told
+from qcompile.calib.observe.rows import Rows, RowsStat
 
 FOLD_ROWS = 512
-FOLDABLE = (MinMax(-1), Rows(FOLD_ROWS))
-"""What a fold asks of its tensor: both follow the fold, so that `annotate` finds the range without another sweep."""
+
+
+@dataclass(frozen=True)
+class FoldStat:
+    """The answer to a `Foldable`: extremes by channel and a sample of rows."""
+
+    extremes: MinMaxStat
+    rows: RowsStat
+
+
+@dataclass(frozen=True)
+class Foldable:
+    """What is asked of a tensor that is folded: both answers follow the fold, so that `annotate` needs no other sweep."""
+
+    extremes: Probe[MinMaxStat]
+    rows: Probe[RowsStat]
+
+    @classmethod
+    def of(cls, value: ir.Value) -> Foldable:
+        """Channels are the last axis."""
+        return cls(MinMax(-1).of(value), Rows(FOLD_ROWS).of(value))
+
+    @property
+    def probes(self) -> tuple[Probe[MinMaxStat], Probe[RowsStat]]:
+        """Both."""
+        return self.extremes, self.rows
+
+    def told(self, told: Told) -> FoldStat:
+        """Both answers."""
+        return FoldStat(told[self.extremes], told[self.rows])
 
 
 @dataclass(frozen=True)
