@@ -2,14 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import numpy as np
 import onnx_ir as ir
 
+from qcompile.calib.observe import MinMax, MinMaxStat, Probe
+from qcompile.calib.observe.change import Changes
 from qcompile.ir.edit import add_constant, insert_after, new_node, redirect, splice_after
+from qcompile.ir.model import Model
 from qcompile.ir.notes import keep_float
+from qcompile.passes.equivalent.center.shift import PAYS, centre
+from qcompile.pipeline.base import PassContext
+from qcompile.structure import Attention, find_attentions
 from qcompile.structure.scores import Values
 
 _AXES_AS_INPUT = 13
+
+
+@dataclass(frozen=True)
+class Probabilities:
+    """Centre the probabilities (`softmax`)."""
+
+    softmax: bool
+
+    def probes(self, model: Model) -> Iterator[Probe]:
+        """Extremes of the probabilities."""
+        yield from (_probability_probe(a) for a in self._attentions(model))
+
+    def apply(self, model: Model, ctx: PassContext, changes: Changes) -> bool:
+        """Every attention whose probabilities are off centre."""
+        done = [_centred(model.graph, a, ctx, changes) for a in list(self._attentions(model))]
+        return any(done)
+
+    def _attentions(self, model: Model) -> Iterator[Attention]:
+        yield from find_attentions(model.graph) if self.softmax else ()
+
+
+def _centred(graph: ir.Graph, a: Attention, ctx: PassContext, changes: Changes) -> bool:
+    reason, stat = ctx.selection.any_excluded((a.softmax, a.pv)), ctx.told[_probability_probe(a)]
+    t, before, after = centre(stat.lo, stat.hi)
+    if reason or after > PAYS * before:
+        ctx.remarks.missed(str(a.softmax.name), reason or "probabilities are centred already", largest=before, centred=after)
+        return False
+    changes.move([str(a.pv.outputs[0].name)])
+    centre_probabilities(graph, a.values, float(t))
+    ctx.remarks.applied(str(a.softmax.name), "probabilities centred", largest=before, centred=after)
+    return True
+
+
+def _probability_probe(a: Attention) -> Probe[MinMaxStat]:
+    return MinMax().of(probabilities(a.values))
 
 
 def probabilities(values: Values) -> ir.Value:
