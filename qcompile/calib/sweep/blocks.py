@@ -31,7 +31,7 @@ from qcompile.ir.spill import is_large, mark_large, scratch_folder
 from qcompile.report import Meter
 
 _SAMPLES = "qcompile_samples"
-_LOADING = 3  # times its weights: packed once, and as much again to run it (see `qcompile.calib.sweep.memory`)
+_LOADING = 5  # times its weights: a smaller limit leaves too little beside them to run at once
 _COMPUTED = 1 << 28  # bytes of dequantized weights at a time
 
 
