@@ -99,7 +99,8 @@ def index(passes: list[PassHelp]) -> str:
     """The list of all passes."""
     kinds = (
         "EQUIVALENT passes keep the float function (checked), ANNOTATE passes only decide, FIT passes change values to lower\n"
-        "the quantization error, LOWER passes bring in quantized arithmetic. `qcompile passes NAME` prints the docstring and the options.\n"
+        "the quantization error, LOWER passes bring in quantized arithmetic. `qcompile passes NAME` prints the docstring and\n"
+        "the options.\n"
     )
     rows = [f"| [{p.name}]({p.name}.md) | {p.kind} | {p.help} |" for p in passes]
     return "\n".join([NOTE, "# Passes\n", kinds, "| pass | kind | what |", "| --- | --- | --- |", *rows]) + "\n"
