@@ -188,11 +188,6 @@ def pads_zeros(conv: ir.Node) -> bool:
     return any(ints_attr(conv, "pads") or ()) or str_attr(conv, "auto_pad", "NOTSET").startswith("SAME")
 
 
-def activation_slot(node: ir.Node) -> int:
-    """Input slot of the activation of a node with a constant weight."""
-    return 1 - _weight(node)[0]
-
-
 def bias_slot(node: ir.Node) -> int | None:
     """Slot that holds the bias when there is one (Gemm, Conv, ConvTranspose: 2), None if the operator has no such slot."""
     return 2 if node.domain == "" and node.op_type in COMPUTE_OPS - {"MatMul"} else None
@@ -224,11 +219,6 @@ def input_channel_axis(node: ir.Node) -> int:
             return 1 if int_attr(node, "transB", 0) else 0
         case _:
             return rank - 2 if slot == 1 else rank - 1
-
-
-def reduction_axis(node: ir.Node) -> int:
-    """Axis of the weight along which blocks run (PerBlock): the input-channel axis."""
-    return input_channel_axis(node)
 
 
 def activation_channel_axis(node: ir.Node) -> int:

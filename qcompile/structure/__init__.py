@@ -9,7 +9,7 @@ from __future__ import annotations
 from qcompile.structure.activation import Activation, find_activations, match_activation
 from qcompile.structure.attention import Attention, Part, find_attentions, head_channel_columns
 from qcompile.structure.channels.heads import Projection
-from qcompile.structure.conv import ConcatShortcut, ConvChain, find_concat_shortcuts, find_conv_chains
+from qcompile.structure.conv import ConvChain, find_conv_chains
 from qcompile.structure.core import Matches, Refusal, Site
 from qcompile.structure.folds import NormToLinears, find_norm_to_linears, match_norm_to_linears
 from qcompile.structure.linear import Linear, find_linears, linears_by_output, match_linear
@@ -21,7 +21,6 @@ from qcompile.structure.values import VProjection, find_v_projections, match_v_p
 __all__ = [
     "Activation",
     "Attention",
-    "ConcatShortcut",
     "ConvChain",
     "Linear",
     "Matches",
@@ -36,7 +35,6 @@ __all__ = [
     "VProjection",
     "find_activations",
     "find_attentions",
-    "find_concat_shortcuts",
     "find_conv_chains",
     "find_linears",
     "find_mlps",

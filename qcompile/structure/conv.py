@@ -1,4 +1,4 @@
-"""Convolution structures: Conv -> (BatchNorm) -> activation -> Conv chains, and channel Concats in front of convolutions."""
+"""Convolution structures: Conv -> (BatchNorm) -> activation -> Conv chains."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from qcompile.ir import ops
-from qcompile.ir.shapes import dims, rank
 from qcompile.structure.activation import Activation, find_activations
 from qcompile.structure.core import Matches, Refusal, data_uses, label, once, only_user
 
@@ -20,16 +19,6 @@ class ConvChain:
     batch_norm: ir.Node | None
     activation: Activation | None
     second: ir.Node
-
-
-@dataclass(frozen=True)
-class ConcatShortcut:
-    """A Concat on the channel axis whose output `convs` read directly; `sizes[i]` channels come from `parts[i]`."""
-
-    concat: ir.Node
-    parts: tuple[ir.Value, ...]
-    sizes: tuple[int | None, ...]
-    convs: tuple[ir.Node, ...]
 
 
 @once
@@ -69,33 +58,3 @@ def _chain(first: ir.Node, activations: dict[ir.Value, Activation]) -> ConvChain
 
 def _batch_norm_behind(conv: ir.Node) -> ir.Node | None:
     return only_user(conv.outputs[0], "BatchNormalization")
-
-
-@once
-def find_concat_shortcuts(graph: ir.Graph) -> Matches[ConcatShortcut]:
-    """All Concats on axis 1 that at least one convolution reads directly; other channel Concats are refused."""
-    found: list[ConcatShortcut] = []
-    refused: list[Refusal] = []
-    for node in graph:
-        if not ops.is_op(node, "Concat") or not _joins_channels(node):
-            continue
-        convs = tuple(n for n, slot in node.outputs[0].uses() if slot == 0 and ops.is_op(n, "Conv") and ops.weight_slot(n))
-        if not convs:
-            refused.append(Refusal(node, "no convolution reads the joined channels directly"))
-            continue
-        parts = tuple(v for v in node.inputs if v is not None)
-        found.append(ConcatShortcut(node, parts, tuple(_channel_count(v) for v in parts), convs))
-    return Matches(tuple(found), tuple(refused))
-
-
-def _joins_channels(node: ir.Node) -> bool:
-    axis, known = ops.int_attr(node, "axis", 0), rank(node.outputs[0])
-    if known is not None and known < 3:
-        return False
-    return axis == 1 or (known is not None and axis + known == 1)
-
-
-def _channel_count(value: ir.Value) -> int | None:
-    shape = dims(value)
-    size = shape[1] if shape is not None and len(shape) > 1 else None
-    return size if isinstance(size, int) else None

@@ -22,7 +22,7 @@ class NormToLinears:
     """Every consumer of the norm's output, behind the movement nodes `path`, is one of `linears` and reads its channels in order.
 
     So x' = (x - t) / r may be folded into the norm's gamma and beta and the linears' weights and biases.
-    `shift_refusal` says why t must stay 0, or is None; `needs_affine`: gamma has no node yet, a Mul must be appended.
+    `shift_refusal` says why t must stay 0, or is None.
     """
 
     norm: Norm
@@ -34,11 +34,6 @@ class NormToLinears:
     def shift_ok(self) -> bool:
         """True if a shift t may be folded too."""
         return self.shift_refusal is None
-
-    @property
-    def needs_affine(self) -> bool:
-        """True if the norm has no scale constant to edit."""
-        return self.norm.gamma_site is None
 
 
 @once

@@ -56,8 +56,8 @@ class Platform:
 
     `schemes` it can run; `half_body`: the float rest and the scales are float16; `symmetric`: zero points must be 0;
     `activations` and `weights` are the code types it computes with; `ops` says how each operator is quantized;
-    `bias_float`: biases stay floating point; `capabilities` maps a code type to the lowest compute capability
-    (89 = sm89); `gpus` lists the targets that can be compiled for (empty: any); `max_opset` is the newest that loads;
+    `capabilities` maps a code type to the lowest compute capability (89 = sm89); `gpus` lists the targets that can be
+    compiled for (empty: any); `max_opset` is the newest that loads;
     `caveats` maps a scheme to what its user must know; `engine`: who builds engines for it.
     `one_quantizer`: two unequal quantizers of one tensor cannot run; `mixed_widths`: layers may differ in width (--bits);
     `tables`: companded codes can be simulated; `fuses_elementwise`: one more Mul behind an activation costs no time;
@@ -79,7 +79,6 @@ class Platform:
         OpRule("MatMul", "last"),
         OpRule("Gemm", "trans_b"),
     )
-    bias_float: bool = True
     capabilities: tuple[tuple[str, int], ...] = ()
     gpus: tuple[str, ...] = ()
     caveats: tuple[tuple[str, str], ...] = ()

@@ -63,10 +63,8 @@ def test_weight_and_channel_axes(
 ) -> None:
     node = last(body, w=shape)
     assert ops.weight_slot(node) == slot
-    assert ops.activation_slot(node) == 1 - slot
     assert (ops.output_channel_axis(node), ops.input_channel_axis(node)) == (out_axis, in_axis)
     assert (ops.activation_channel_axis(node), ops.output_activation_axis(node)) == (x_axis, y_axis)
-    assert ops.reduction_axis(node) == in_axis
 
 
 def test_nodes_without_a_constant_weight_have_no_axes() -> None:

@@ -9,6 +9,7 @@ import pytest
 from onnx_ir.passes.common import ShapeInferencePass
 
 from qcompile import structure as match
+from qcompile.passes.equivalent.split_shortcut import find_shortcuts
 
 C = 6
 SHAPES = {"g": (C,), "b": (C,), "w": (C, C), "c": (C,), "w2": (C, C), "wt": (C, C), "w3": (1, C, C), "wh": (C // 2, C)}
@@ -275,8 +276,8 @@ def test_convolutions() -> None:
     for name, shape in (("w1", (2, 3, 3, 3)), ("w2", (4, 4, 1, 1)), ("s", (2,))):
         proto.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(shape, np.float32), name))
     graph = ir.from_proto(onnx.shape_inference.infer_shapes(proto)).graph
-    (shortcut,) = match.find_concat_shortcuts(graph).found
-    assert shortcut.sizes == (2, 2) and len(shortcut.convs) == 1
+    (shortcut,) = find_shortcuts(graph).found
+    assert shortcut.sizes == (2, 2) and shortcut.parts is not None
     chains = match.find_conv_chains(graph)
     assert [r.reason for r in chains.refused] == ["its output feeds 2 nodes", "its output is a graph output"]
     assert [linear.padded for linear in match.find_linears(graph)] == [True, False]

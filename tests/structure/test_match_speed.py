@@ -96,7 +96,7 @@ def transformer(blocks: int) -> ir.Graph:
 
 COUNTS = {
     "find_linears": 4, "find_norms": 2, "find_norm_to_linears": 2, "find_activations": 1, "find_mlps": 1, "find_attentions": 1,
-    "find_v_projections": 1, "find_residual_streams": 0, "find_conv_chains": 0, "find_concat_shortcuts": 0,
+    "find_v_projections": 1, "find_residual_streams": 0, "find_conv_chains": 0,
 }  # fmt: skip
 
 

@@ -58,7 +58,6 @@ TARGETS = (
         min_opset=21,
         activations=(INT8,),
         weights=(INT8,),
-        bias_float=False,
         mixed_widths=True,
     ),
 )

@@ -52,7 +52,6 @@ TARGETS = (
         ("w8a8", "fp16", "w6a6", "w4a8", "w4a4", "w4a16"),
         activations=(UINT8, INT8),
         weights=(INT8, UINT8, INT4),
-        bias_float=False,
         tables=True,
     ),
 )
