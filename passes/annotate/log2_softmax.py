@@ -82,7 +82,7 @@ class Log2Softmax(Pass):
             return None if fits else f"deploy=fp8 needs the scheme fp8 on trt or rtx, this is {ctx.scheme.name} on {target}"
         return None if able else f"target {target} cannot express companded codes; probabilities stay uniform"
 
-    def _one(self, node: ir.Node, values: Values, reason: str | None, ctx: PassContext) -> bool:
+    def _one(self, node: ir.Node, values: Values[ir.Node], reason: str | None, ctx: PassContext) -> bool:
         matmul, slot = values.matmul, 1 - values.slot
         reason = reason or ctx.selection.excluded(matmul) or ctx.selection.excluded(node)
         if not reason and self.deploy == "fp8" and decision(matmul, slot) is None:
@@ -111,22 +111,22 @@ class Log2Softmax(Pass):
         return companded_type(self.kind_, self.bits or scheme_bits, self.paper)
 
 
-def _attentions(graph: ir.Graph) -> Iterator[tuple[ir.Node, Values]]:
+def _attentions(graph: ir.Graph) -> Iterator[tuple[ir.Node, Values[ir.Node]]]:
     for node in graph:
         values = find_values(node) if is_op(node, "Softmax") else None
         if values is not None:
             yield node, values
 
 
-def _rows_probe(values: Values) -> Probe[RowsStat]:
+def _rows_probe(values: Values[ir.Node]) -> Probe[RowsStat]:
     return Rows(FOLD_ROWS).of(value_at(values.matmul, 1 - values.slot))
 
 
-def _values_probe(values: Values) -> Probe[MomentsStat]:
+def _values_probe(values: Values[ir.Node]) -> Probe[MomentsStat]:
     return Moments(-1).of(value_at(values.matmul, values.slot))
 
 
-def _error(values: Values, ctx: PassContext) -> Error:
+def _error(values: Values[ir.Node], ctx: PassContext) -> Error:
     """Of P V where V's moments are known, else of P."""
     stat = ctx.told.get(_values_probe(values))
     if stat is None or not stat.count:

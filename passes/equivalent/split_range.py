@@ -90,7 +90,7 @@ def _split_mlp(graph: ir.Graph, m: Mlp, ctx: PassContext) -> bool:
     return True
 
 
-def _split_product(graph: ir.Graph, softmax: ir.Node, values: Values, ctx: PassContext) -> bool:
+def _split_product(graph: ir.Graph, softmax: ir.Node, values: Values[ir.Node], ctx: PassContext) -> bool:
     node, slot = values.matmul, 1 - values.slot
     stat, reason = ctx.told[_rows_probe(values)], ctx.selection.excluded(node) or ctx.selection.excluded(softmax)
     if len(stat.rows) < _LEAST_ROWS:
@@ -155,5 +155,5 @@ def _range_probe(m: Mlp) -> Probe[MinMaxStat]:
     return MinMax().of(m.fc2.input)
 
 
-def _rows_probe(values: Values) -> Probe[RowsStat]:
+def _rows_probe(values: Values[ir.Node]) -> Probe[RowsStat]:
     return Rows(FOLD_ROWS).of(value_at(values.matmul, 1 - values.slot))

@@ -15,7 +15,6 @@ from typing import Any
 
 import onnx
 
-from qcompile.backend.attention import attention_blocks
 from qcompile.backend.dump import TESTED, Kernel, covering, parse_dump
 from qcompile.backend.process import ENGINES
 from qcompile.backend.profile import Profile
@@ -24,6 +23,7 @@ from qcompile.backend.tensorrt import plan_profiles, run_worker
 from qcompile.backend.work import WorkItem, work_items
 from qcompile.errors import UsageError
 from qcompile.ir.reader import read_proto
+from qcompile.target.attention import attention_products
 from qcompile.target.check import check
 from qcompile.target.view import GraphView, name_nodes, uniquely_named
 
@@ -190,8 +190,8 @@ def _audited(item: WorkItem, kernels: Sequence[Kernel]) -> AuditedNode:
 
 def _attention(view: GraphView, kernels: Sequence[Kernel]) -> tuple[int, int]:
     fused = [set(k.nodes) for k in kernels if k.attention]
-    blocks = attention_blocks(view)
-    return len(blocks), sum(any({b.scores, b.values} <= names for names in fused) for b in blocks)
+    blocks = attention_products(view)
+    return len(blocks), sum(any(block <= names for names in fused) for block in blocks)
 
 
 def wasted_pairs(view: GraphView, nodes: Sequence[AuditedNode], target: str, gpu: str) -> tuple[WastedPair, ...]:

@@ -41,7 +41,7 @@ class Attention:
     scales: tuple[ir.Node, ...]
     masks: tuple[ir.Node, ...]
     softmax: ir.Node
-    values: Values
+    values: Values[ir.Node]
     out: Linear | None
     out_columns: NDArray[np.int64] | None
     out_refusal: str | None
@@ -120,7 +120,7 @@ class _Finder:
             return Refusal(node, "its probabilities do not go to one MatMul with computed values")
         return self._with_sources(node, scores, values)
 
-    def _with_sources(self, softmax: ir.Node, scores: Scores, values: Values) -> Attention | Refusal:
+    def _with_sources(self, softmax: ir.Node, scores: Scores[ir.Node], values: Values[ir.Node]) -> Attention | Refusal:
         operands = (*scores.matmul.inputs[:2], values.matmul.inputs[values.slot])
         sources = [None if v is None else find_source(v, self.linears, self.norms) for v in operands]
         missing = [name for name, source in zip("qkv", sources, strict=True) if source is None]
@@ -129,7 +129,9 @@ class _Finder:
         q, k, v = (source for source in sources if source is not None)
         return self._attention(softmax, scores, values, q, k, v)
 
-    def _attention(self, softmax: ir.Node, scores: Scores, values: Values, q: Source, k: Source, v: Source) -> Attention:
+    def _attention(
+        self, softmax: ir.Node, scores: Scores[ir.Node], values: Values[ir.Node], q: Source, k: Source, v: Source
+    ) -> Attention:
         v_layout = self._layout(v, values.matmul, values.slot)
         out = "the channels of v cannot be followed" if v_layout is None else follow_values(v_layout, values)
         scales = (*q.scales, *k.scales, *scaling_nodes(scores.between))
@@ -166,7 +168,7 @@ def _over_last_axis(softmax: ir.Node) -> bool:
     return axis == -1 or (known is not None and axis == known - 1)
 
 
-def follow_values(layout: Layout, values: Values) -> tuple[Linear, NDArray[np.int64]] | str:
+def follow_values(layout: Layout, values: Values[ir.Node]) -> tuple[Linear, NDArray[np.int64]] | str:
     """From V (laid out as `layout` in front of P V) to the output projection: (linear, columns [its in_channels]), or why not."""
     product = values.matmul.outputs[0]
     traced = trace(product, _product_layout(layout, values), scaling=True)
@@ -187,7 +189,7 @@ def follow_values(layout: Layout, values: Values) -> tuple[Linear, NDArray[np.in
     return linear, columns
 
 
-def _product_layout(layout: Layout, values: Values) -> Layout:
+def _product_layout(layout: Layout, values: Values[ir.Node]) -> Layout:
     """P V: the batch and channel axes of V stay, its key axis becomes the query axis; size-1 batch axes are broadcast."""
     sizes = dims(values.matmul.outputs[0])
     if sizes is not None and len(sizes) > len(layout.axes):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import onnx
 from onnx import NodeProto, version_converter
 
+from qcompile.target.attention import attention_blocks
 from qcompile.target.findings import Context, Site
 from qcompile.target.fix_edits import pair_of, replace_uses, unquantize
 from qcompile.target.rules_common import duplicate_quantizers, needed_opset
-from qcompile.target.tensorrt.checks import attention_blocks, deconvolution, one_operand_only, quantizer_behind, scores_matmul
+from qcompile.target.tensorrt.checks import deconvolution, one_operand_only, quantized_operands, scores_dequantizer
 from qcompile.target.tensorrt.shapes import large_fp8_kernel
-from qcompile.target.view import DEQUANTIZE_OPS, name_nodes
+from qcompile.target.view import name_nodes
 
 CONVERTIBLE_BYTES = 1_500_000_000
 
@@ -69,24 +70,18 @@ def _to_float(c: Context, site: Site) -> None:
 def drop_scores(c: Context) -> None:
     """Remove Q/DQ between the scores and the softmax."""
     for softmax in c.view.of_type("Softmax"):
-        dq = quantizer_behind(c, softmax.input[0], DEQUANTIZE_OPS)
-        q = pair_of(c, dq) if dq is not None and scores_matmul(c, dq.input[0]) is not None else None
+        dq = scores_dequantizer(c, softmax)
+        q = None if dq is None else pair_of(c, dq)
         if dq is not None and q is not None:
             replace_uses(c, dq.output[0], q.input[0])
 
 
 def drop_partial_attention(c: Context) -> None:
     """Leave q, k, softmax output and v in float where only some of them are quantized."""
-    for _, scores, values in attention_blocks(c):
-        inputs = [(node, slot) for node in (scores, values) for slot in (0, 1)]
-        done = [quantizer_behind(c, node.input[slot], DEQUANTIZE_OPS) for node, slot in inputs]
-        if 0 < sum(d is not None for d in done) < len(done):
-            _unquantize_all(c, inputs)
-
-
-def _unquantize_all(c: Context, inputs: list[tuple[NodeProto, int]]) -> None:
-    for node, slot in inputs:
-        unquantize(c, node, slot)
+    for block in attention_blocks(c.view):
+        if 0 < len(quantized_operands(c, block)) < 4:
+            for node, slot in block.operands.values():
+                unquantize(c, node, slot)
 
 
 def merge_quantizers(c: Context) -> None:

@@ -7,9 +7,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from qcompile.backend.attention import attention_blocks
 from qcompile.backend.shapes import concrete_shapes
 from qcompile.backend.work import work_items
+from qcompile.target.attention import attention_blocks, attention_products
 from qcompile.target.view import GraphView
 from tests.target.graphs import AttentionForm, Form, attention, single
 
@@ -46,13 +46,13 @@ def test_native_attention_op() -> None:
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
     model = helper.make_model(helper.make_graph([node], "g", values, [y]), opset_imports=[helper.make_opsetid("", 23)])
     assert flops(model) == {"att": 2 * 2 * 4 * 16 * 16 * 16}
-    assert len(attention_blocks(GraphView(model))) == 1
+    assert attention_products(GraphView(model)) == [{"att"}]
 
 
 def test_attention_blocks() -> None:
     for form in (AttentionForm(), AttentionForm(frozenset()), AttentionForm(packed=True, scores=True)):
         blocks = attention_blocks(GraphView(attention(form)))
-        assert [(b.scores, b.softmax, b.values) for b in blocks] == [("n_scores", "n_p", "n_o")]
+        assert [(b.scores.matmul.name, b.softmax.name, b.values.matmul.name) for b in blocks] == [("n_scores", "n_p", "n_o")]
 
 
 def test_shapes_through_computed_pads() -> None:

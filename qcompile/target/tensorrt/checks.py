@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 from onnx import NodeProto, TensorProto
 
+from qcompile.target.attention import AttentionBlock, attention_blocks, scores_of
 from qcompile.target.findings import Context, Hits, Operand, Site, scale_of
 from qcompile.target.rules_common import wrong_weight_axis
 from qcompile.target.view import DEQUANTIZE_OPS, MOVEMENT_OPS, QUANTIZE_OPS, attribute
@@ -33,7 +34,7 @@ INTEGER_OPS = frozenset(
 COMPUTE_CODES = frozenset({"int8", "float8e4m3fn", "float4e2m1"})
 HALF_TYPES = frozenset({TensorProto.FLOAT16, TensorProto.BFLOAT16})
 KNOWN_DOMAINS = frozenset({"", "ai.onnx", "trt"})
-SCORE_PATH = frozenset(["Mul", "Div", "Add", "Sub", "Where", "Cast", "Reshape", "Identity"])
+_ARITHMETIC = frozenset({"Mul", "Div", "Add", "Sub", "Where"})
 
 
 def zero_point_not_zero(c: Context) -> Hits:
@@ -117,7 +118,7 @@ def float32_rest(c: Context) -> Hits:
 
 def one_operand_only(c: Context) -> Hits:
     """The activation is quantized but the other operand is not: a float kernel, and Q/DQ to pay for."""
-    attention = {n.name for block in attention_blocks(c) for n in block[1:]}
+    attention = {n.name for block in attention_blocks(c.view) for n in block.products}
     for site in c.sites:
         if len(site.operands) == 1 and site.activations and site.node.name not in attention:
             yield site.node.name, f"only the operand in slot {site.operands[0].slot} is quantized, so the kernel stays float"
@@ -193,66 +194,38 @@ def contrib_domain(c: Context) -> Hits:
 def quantized_scores(c: Context) -> Hits:
     """Q/DQ between the scores and the softmax breaks the fused attention kernel."""
     for softmax in c.view.of_type("Softmax"):
-        dq = quantizer_behind(c, softmax.input[0], DEQUANTIZE_OPS)
-        if dq is not None and scores_matmul(c, dq.input[0]) is not None:
+        dq = scores_dequantizer(c, softmax)
+        if dq is not None:
             yield softmax.name, f"the attention scores are quantized ({dq.name}), which breaks the fused attention kernel"
+
+
+def scores_dequantizer(c: Context, softmax: NodeProto) -> NodeProto | None:
+    """The last DequantizeLinear between the scores and the softmax."""
+    scores = scores_of(c.view, softmax)
+    return None if scores is None else next((n for n in reversed(scores.between) if n.op_type in DEQUANTIZE_OPS), None)
 
 
 def partial_attention(c: Context) -> Hits:
     """Of q, k, softmax output and v some are quantized and some are not."""
-    for softmax, scores, values in attention_blocks(c):
-        inputs = {"q": scores.input[0], "k": scores.input[1], "softmax": values.input[0], "v": values.input[1]}
-        done = [k for k, name in inputs.items() if _quantized(c, name)]
+    for block in attention_blocks(c.view):
+        done = quantized_operands(c, block)
         if 0 < len(done) < 4:
-            yield softmax.name, f"of q, k, softmax and v only {', '.join(done)} are quantized, which breaks the fused kernel"
+            softmax = block.softmax.name
+            yield softmax, f"of q, k, softmax and v only {', '.join(done)} are quantized, which breaks the fused kernel"
 
 
-def attention_blocks(c: Context) -> Iterator[tuple[NodeProto, NodeProto, NodeProto]]:
-    """(softmax, scores MatMul, values MatMul) of each attention block."""
-    for softmax in c.view.of_type("Softmax"):
-        scores, values = scores_matmul(c, softmax.input[0]), _values_matmul(c, softmax.output[0])
-        if scores is not None and values is not None:
-            yield softmax, scores, values
+def quantized_operands(c: Context, block: AttentionBlock) -> list[str]:
+    """Which of q, k, softmax and v are quantized."""
+    return [name for name, (node, slot) in block.operands.items() if _quantized(c, node.input[slot])]
 
 
 def _quantized(c: Context, name: str) -> bool:
-    return quantizer_behind(c, name, DEQUANTIZE_OPS) is not None
-
-
-def quantizer_behind(c: Context, name: str, wanted: frozenset[str]) -> NodeProto | None:
-    """The producer of one of the `wanted` types behind `name`, through data movement and scalar arithmetic."""
-    for node in _chain(c, name):
-        if node.op_type in wanted:
-            return node
-        if node.op_type not in SCORE_PATH | MOVEMENT_OPS:
-            return None
-    return None
-
-
-def _chain(c: Context, name: str) -> Iterator[NodeProto]:
+    """Whether a DequantizeLinear stands behind `name`, through data movement and arithmetic."""
     node = c.view.producer.get(name)
-    while node is not None:
-        yield node
+    while node is not None and node.op_type in _ARITHMETIC | MOVEMENT_OPS:
         nexts = (c.view.producer.get(x) for x in node.input if x and not c.view.is_constant(x))
         node = next((n for n in nexts if n is not None), None)
-
-
-def scores_matmul(c: Context, name: str) -> NodeProto | None:
-    for node in _chain(c, name):
-        if node.op_type == "MatMul":
-            return None if any(c.view.is_constant(x) for x in node.input) else node
-        if node.op_type not in SCORE_PATH | MOVEMENT_OPS | QUANTIZE_OPS | DEQUANTIZE_OPS:
-            return None
-    return None
-
-
-def _values_matmul(c: Context, name: str) -> NodeProto | None:
-    for node, slot in c.view.consumers.get(name, []):
-        if node.op_type == "MatMul" and slot == 0:
-            return node
-        if node.op_type in MOVEMENT_OPS | QUANTIZE_OPS | DEQUANTIZE_OPS and slot == 0:
-            return _values_matmul(c, node.output[0])
-    return None
+    return node is not None and node.op_type in DEQUANTIZE_OPS
 
 
 def packed_qkv(c: Context) -> Hits:

@@ -35,7 +35,7 @@ def _few_channels(conv: ir.Node, per_group: int, request: Request) -> str | None
     return f"{per_group * groups} input channels are fewer than the {limit} that a {qtype.name} convolution needs to pay off"
 
 
-def attention_refusal(scores: Scores, request: Request) -> str | None:
+def attention_refusal(scores: Scores[ir.Node], request: Request) -> str | None:
     """Why the products of an attention stay in float by default, or None (tensorrt-rtx 1.7.1, seen with `qcompile audit`)."""
     qtype = request.scheme.fallback or request.scheme.activation
     if qtype is None or qtype.family != "float" or not request.native:

@@ -135,7 +135,7 @@ def _fixed(request: Request) -> bool:
     return request.native and (probabilities == "fixed" or (probabilities == "auto" and floats))
 
 
-def _left_alone(scores: Scores, request: Request) -> str | None:
+def _left_alone(scores: Scores[ir.Node], request: Request) -> str | None:
     attention = request.choices.attention
     if attention == "none":
         return "attention left in float on request"
