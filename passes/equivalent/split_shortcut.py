@@ -16,13 +16,14 @@ from qcompile.ir.edit import add_constant, erase, erase_dead, new_node, replace_
 from qcompile.ir.model import Model
 from qcompile.ir.notes import copy_notes
 from qcompile.ir.ops import const_array, input_at, int_attr, is_op, weight_slot
+from qcompile.ir.optable import ops_with
 from qcompile.ir.shapes import dims, rank
 from qcompile.pipeline.base import Kind, PassContext
 from qcompile.pipeline.site import Applied, Missed, SitePass
 from qcompile.structure import Matches, Norm, find_activations, find_norms
 from qcompile.structure.core import data_uses, label, once
 
-_PASSES_CHANNELS = ("Relu", "LeakyRelu", "Sigmoid", "Tanh", "Clip", "Dropout", "Identity", "Gelu", "Elu", "HardSwish", "Mish")
+_PASSES_CHANNELS = ops_with("activation") | ops_with("copies") | {"Clip", "Sigmoid", "Tanh"}
 _MAX_DEPTH = 12
 
 

@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, ValueInfoProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from qcompile.ir.optable import ops_with
+
 Shape = Sequence[int]
 Constants = dict[str, NDArray[np.generic]]
 SMALL = 4096  # elements: shape arithmetic is tiny, weights are not
 ROUNDS = 12
-NEVER_FOLDED = frozenset({"If", "Loop", "Scan", "QuantizeLinear", "DequantizeLinear", "RandomNormal", "RandomUniform"})
+NEVER_FOLDED = ops_with("random") | {"If", "Loop", "Scan", "QuantizeLinear", "DequantizeLinear"}
 
 
 def concrete_shapes(model: ModelProto, inputs: Mapping[str, Shape]) -> dict[str, list[int]]:

@@ -12,32 +12,11 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompile.errors import ModelError
+from qcompile.ir.optable import ops_with
 
-CONV_OPS = frozenset({"Conv", "ConvTranspose"})
-COMPUTE_OPS = frozenset({"MatMul", "Gemm"}) | CONV_OPS
-
-MOVEMENT_OPS = frozenset(
-    {
-        "Concat",
-        "DepthToSpace",
-        "Dropout",
-        "Expand",
-        "Flatten",
-        "Gather",
-        "GatherElements",
-        "GatherND",
-        "Identity",
-        "Pad",
-        "Reshape",
-        "Slice",
-        "SpaceToDepth",
-        "Split",
-        "Squeeze",
-        "Tile",
-        "Transpose",
-        "Unsqueeze",
-    }
-)
+CONV_OPS = ops_with("convolution")
+COMPUTE_OPS = ops_with("compute")
+MOVEMENT_OPS = ops_with("movement")
 
 _CONSTANT_LISTS = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
 

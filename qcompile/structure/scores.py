@@ -13,6 +13,7 @@ from typing import Generic, Protocol, TypeVar
 import onnx_ir as ir
 
 from qcompile.ir import ops
+from qcompile.ir.optable import ops_with
 from qcompile.structure.channels.trace import is_scaling
 from qcompile.structure.core import Refusal
 
@@ -21,8 +22,8 @@ V = TypeVar("V")
 
 _QUANTIZE = frozenset({"QuantizeLinear", "TRT_FP4DynamicQuantize", "TRT_MXFP8DynamicQuantize"})
 _DEQUANTIZE = frozenset({"DequantizeLinear", "TRT_MXFP8DequantizeLinear"})
-_CHANGES = frozenset({"Add", "Clip", "Div", "Max", "Min", "Mul", "Sub", "Tanh", "Where"})
-_COPIES = frozenset({"Cast", "Dropout", "Identity", "Reshape", "Squeeze", "Unsqueeze"}) | _QUANTIZE | _DEQUANTIZE
+_CHANGES = ops_with("arithmetic") - {"Pow"} | ops_with("picks") | {"Clip", "Tanh"}
+_COPIES = ops_with("copies") | ops_with("reshapes") - {"Flatten"} | {"Cast"} | _QUANTIZE | _DEQUANTIZE
 _COPIES_BEHIND = _COPIES | {"Transpose"}  # in front of the softmax it would move the axis that is summed over
 _KEEPS_CONSTANT = ops.MOVEMENT_OPS | _QUANTIZE | _DEQUANTIZE | {"Cast"}
 _MAX_VISITS = 64

@@ -5,13 +5,10 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from qcompile.ir.ops import is_const, is_data_movement, is_op, weight_slot
+from qcompile.ir.optable import ops_with
 from qcompile.structure.core import data_uses
 
-_UNARY = frozenset(
-    {"Abs", "ArgMax", "Cast", "Clip", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Log", "LogSoftmax"}
-    | {"Neg", "Relu", "Sigmoid", "Softmax", "Softplus", "Sqrt", "Tanh"}
-)
-_BINARY = frozenset({"Add", "Div", "Mul", "Pow", "Sub"})
+_UNARY = ops_with("unary") | {"ArgMax", "Cast", "Clip", "LogSoftmax", "Softmax"}
 
 
 def final_heads(graph: ir.Graph) -> frozenset[ir.Node]:
@@ -40,4 +37,4 @@ def _passes_on(node: ir.Node, slot: int) -> bool:
     if is_data_movement(node) or is_op(node, *_UNARY):
         return slot == 0 or is_op(node, "Concat")
     others = [v for i, v in enumerate(node.inputs) if i != slot and v is not None]
-    return is_op(node, *_BINARY) and all(is_const(v) or v.producer() is None for v in others)
+    return is_op(node, *ops_with("arithmetic")) and all(is_const(v) or v.producer() is None for v in others)

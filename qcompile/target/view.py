@@ -12,29 +12,14 @@ from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, numpy_helper
 
 from qcompile.errors import ModelError
+from qcompile.ir.optable import ops_with
 from qcompile.ir.reader import read_proto
 
-MOVEMENT_OPS = frozenset(
-    [
-        "Transpose",
-        "Reshape",
-        "Squeeze",
-        "Unsqueeze",
-        "Slice",
-        "Split",
-        "Identity",
-        "Expand",
-        "Flatten",
-        "Cast",
-        "MaxPool",
-        "Gather",
-        "DepthToSpace",
-        "SpaceToDepth",
-    ]
-)
+# what a tensor of codes comes through from one source; MaxPool keeps the codes that it takes
+MOVEMENT_OPS = ops_with("movement") - {"Concat", "Dropout", "GatherElements", "GatherND", "Pad", "Tile"} | {"Cast", "MaxPool"}
 QUANTIZE_OPS = frozenset({"QuantizeLinear"})
 DEQUANTIZE_OPS = frozenset({"DequantizeLinear", "TRT_MXFP8DequantizeLinear"})
-WEIGHTED_OPS = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm"})
+WEIGHTED_OPS = ops_with("compute")
 DYNAMIC_QUANTIZE_OPS: dict[str, tuple[int, int]] = {  # types of the codes and of the block scales
     "TRT_FP4DynamicQuantize": (TensorProto.FLOAT4E2M1, TensorProto.FLOAT8E4M3FN),
     "TRT_MXFP8DynamicQuantize": (TensorProto.FLOAT8E4M3FN, TensorProto.UINT8),

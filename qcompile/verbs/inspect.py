@@ -20,6 +20,7 @@ from qcompile.backend.precision import AuditFigures, ComputeNode, compute_nodes
 from qcompile.errors import UsageError
 from qcompile.ir import ops
 from qcompile.ir.model import Model
+from qcompile.ir.optable import ops_with
 from qcompile.ir.reader import read_proto
 from qcompile.oracle.cost import Cost
 from qcompile.oracle.ranges import prove
@@ -28,7 +29,7 @@ from qcompile.verbs.options import Written
 
 PREFIX = "qcompile."
 _JSON_KEYS = {"calibration", "facts", "shapes"}
-_TRANSPARENT = ("Transpose", "Reshape", "Cast", "Squeeze", "Unsqueeze")
+_TRANSPARENT = ops_with("reshapes") - {"Flatten"} | {"Cast", "Transpose"}
 _STRUCTURES = {
     "norms": match.find_norms,
     "attentions": match.find_attentions,

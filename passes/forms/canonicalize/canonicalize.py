@@ -19,21 +19,14 @@ from qcompile.errors import ModelError
 from qcompile.ir.edit import erase_dead, replace_value
 from qcompile.ir.model import Model
 from qcompile.ir.ops import const_array
+from qcompile.ir.optable import ops_with
 from qcompile.ir.shape_fold import fold_shapes
 from qcompile.passes.forms.canonicalize.attention_op import decompose_attention
 from qcompile.pipeline.base import Kind, Pass, PassContext, PassResult, Stage
 
 _SIZE_LIMIT = 1 << 31
 _SHAPE_ROUNDS = 8
-_QUANTIZED = (
-    "QuantizeLinear",
-    "DequantizeLinear",
-    "QLinearConv",
-    "QLinearMatMul",
-    "MatMulInteger",
-    "ConvInteger",
-    "DynamicQuantizeLinear",
-)
+_QUANTIZED = ops_with("integer-product") | {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}
 
 
 @dataclass(frozen=True)

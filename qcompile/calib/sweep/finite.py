@@ -11,12 +11,9 @@ from numpy.typing import NDArray
 from qcompile.calib.sweep.graphs import named_values
 from qcompile.errors import DataError
 from qcompile.ir.model import Model
+from qcompile.ir.optable import ops_with
 
-_SPREADS_NAN = frozenset({
-    "Add", "BatchNormalization", "Cast", "Conv", "Div", "Erf", "Exp", "Flatten", "Gelu", "Gemm", "GlobalAveragePool", "Identity",
-    "LayerNormalization", "MatMul", "Mul", "Pow", "ReduceMean", "Reshape", "Sigmoid", "Softmax", "Sqrt", "Squeeze", "Sub", "Tanh",
-    "Transpose", "Unsqueeze",
-})  # fmt: skip
+_SPREADS_NAN = ops_with("spreads-nan")
 
 
 def blind_tensors(probed: set[str], values: dict[str, ir.Value]) -> set[str]:

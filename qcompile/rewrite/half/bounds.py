@@ -10,27 +10,14 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompile.ir.ops import const_array, const_scalar, input_at, int_attr, is_data_movement, is_op
+from qcompile.ir.optable import ops_with
 from qcompile.quant.minifloat import e8m0_values
 
-_KEEPS = frozenset(
-    {
-        "Relu",
-        "LeakyRelu",
-        "Gelu",
-        "Neg",
-        "Abs",
-        "Cast",
-        "Dropout",
-        "Identity",
-        "MaxPool",
-        "AveragePool",
-        "GlobalAveragePool",
-    }
-) | {"ReduceMean", "ReduceMax", "ReduceMin"}
+_KEEPS = ops_with("no-larger")
 _QUANTIZERS = frozenset({
     "QuantizeLinear", "DequantizeLinear", "TRT_FP4DynamicQuantize", "TRT_MXFP8DynamicQuantize", "TRT_MXFP8DequantizeLinear",
 })  # fmt: skip
-_UNIT = frozenset({"Softmax", "Sigmoid", "Tanh", "Erf", "HardSigmoid", "Sin", "Cos"})
+_UNIT = ops_with("bounded")
 _ROUNDING = 1.02
 
 

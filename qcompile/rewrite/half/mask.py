@@ -14,9 +14,10 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.ir.ops import is_data_movement, is_op
+from qcompile.ir.optable import ops_with
 from qcompile.rewrite.half.types import FLOAT
 
-_CARRIES = ("Add", "Mul", "Where", "Cast", "Identity", "Trilu", "ScatterND", "Min", "Max")
+_CARRIES = ops_with("picks") | {"Add", "Mul", "Cast", "Identity", "Trilu", "ScatterND"}
 _SINKS = ("Softmax", "LogSoftmax", "ReduceMax", "MaxPool", "GlobalMaxPool", "ArgMax")
 _POSITIVE, _NEGATIVE = 256.0, -1000.0
 

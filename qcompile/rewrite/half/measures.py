@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from qcompile.calib.observe import MinMax, MinMaxStat, Probe, Told
 from qcompile.ir.ops import const_array, const_ints, const_scalar, input_at, ints_attr, is_data_movement, is_op, static_shape
+from qcompile.ir.optable import ops_with
 from qcompile.rewrite.half.bounds import clip_bound, upper_bounds
 from qcompile.rewrite.half.mask import Masks, find_masks
 from qcompile.rewrite.half.types import FLOAT, Narrow, before_quantizer, copies, float_constants, grown, largest, probe
@@ -17,7 +18,7 @@ from qcompile.structure.core import only_user
 
 UNKNOWN_DEPTH = 4096
 CANCEL = 16.0  # a term this much larger than the output is off by more than 2^-8 of its range when rounded to float16
-_BOUNDED = frozenset({"Softmax", "Sigmoid", "Tanh", "Erf", "Sin", "Cos", "QuantizeLinear", "DequantizeLinear"})
+_BOUNDED = ops_with("bounded") | {"QuantizeLinear", "DequantizeLinear"}
 REDUCTIONS = ("ReduceSum", "ReduceMean", "GlobalAveragePool", "AveragePool", "CumSum")
 ReducedBy = tuple[ir.Node, ir.Value, int]
 
@@ -169,10 +170,4 @@ def _inverse_power(node: ir.Node) -> bool:
 
 def is_elementwise(node: ir.Node) -> bool:
     """Cheap work: what copies, and arithmetic on single elements."""
-    return is_data_movement(node) or is_op(node, *_ELEMENTWISE)
-
-
-_ELEMENTWISE = (
-    "Abs", "Add", "Cast", "Clip", "Cos", "Div", "Erf", "Exp", "Gelu", "Identity", "LeakyRelu", "Log", "Max", "Min", "Mul", "Neg",
-    "Pow", "Reciprocal", "Relu", "Sigmoid", "Sin", "Sqrt", "Sub", "Sum", "Tanh", "Where",
-)  # fmt: skip
+    return is_data_movement(node) or is_op(node, *ops_with("elementwise"))

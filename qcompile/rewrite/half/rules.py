@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.ir.ops import const_array, const_scalar, input_at, is_data_movement, is_op, static_shape
+from qcompile.ir.optable import ops_with
 from qcompile.rewrite.half.measures import CANCEL, Measures, is_elementwise
 from qcompile.rewrite.half.types import FLOAT, carries_float, float_constants
 
@@ -15,9 +16,7 @@ Finding = tuple[ir.Node, str]
 Rule = Callable[[Measures], Iterable[Finding]]
 
 TINY = 2.0**-20  # float16 keeps at most 4 bits of smaller numbers
-_FLOAT_OPS = frozenset(
-    {"Range", "RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "NonMaxSuppression", "RoiAlign"}
-)
+_FLOAT_OPS = ops_with("random") | {"Range", "NonMaxSuppression", "RoiAlign"}
 _SQUARES = ("ReduceL2", "ReduceSumSquare", "ReduceLogSumExp", "LpNormalization", "MeanVarianceNormalization")
 _BIGGEST_ISLAND_JOIN = 4
 
@@ -208,7 +207,7 @@ def _variance(root: ir.Node) -> list[ir.Node]:
     return list(body)
 
 
-_VARIANCE = ("Add", "Sub", "Max", "Clip", "Cast", "Identity", "ReduceMean", "ReduceSum", "Div")
+_VARIANCE = ops_with("arithmetic") - {"Mul", "Pow"} | {"Max", "Clip", "Cast", "Identity", "ReduceMean", "ReduceSum"}
 
 
 def _is_square(node: ir.Node) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.ir.ops import const_array, const_scalar, input_at, is_const, is_op, static_shape, weight_slot
+from qcompile.ir.optable import ops_with
 from qcompile.structure.activation import find_activations
 from qcompile.structure.core import data_uses
 from qcompile.structure.norm import Norm, find_norms
@@ -21,14 +22,9 @@ Family = Literal[
     "keep", "linear", "product", "add", "offset", "scale", "multiply", "clamp", "table", "norm", "softmax",
     "maxpool", "avgpool", "sum", "root", "divide", "move", "concat", "where", "from-int", "lookup", "refused",
 ]  # fmt: skip
-_MOVES = frozenset(
-    {"Reshape", "Transpose", "Slice", "Split", "Squeeze", "Unsqueeze", "Flatten", "Expand", "Pad", "Gather", "Tile", "Resize"}
-)  # fmt: skip
 _SELECTS = frozenset({"Slice", "Split", "Gather", "Pad"})
-_TABLES = frozenset(
-    {"Erf", "Exp", "Log", "Sigmoid", "Tanh", "HardSigmoid", "HardSwish", "LeakyRelu", "Elu", "Softplus", "Abs", "Sqrt", "Neg",
-     "Reciprocal", "Gelu", "Mish", "Swish", "Celu", "Selu", "Softsign", "Sin", "Cos", "ThresholdedRelu"}
-)  # fmt: skip
+_MOVES = ops_with("reshapes") | _SELECTS | {"Expand", "Resize", "Tile", "Transpose"}
+_TABLES = ops_with("unary") - {"Relu"}
 _ACTIVATION_CLAMPS = ("relu", "relu6", "prelu")
 _ROUNDING = frozenset({"add", "offset", "table", "lookup", "norm", "softmax", "concat", "where", "divide"})
 _EXACT = frozenset({"linear", "product", "sum", "multiply", "avgpool"})

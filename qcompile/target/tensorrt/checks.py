@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 from onnx import NodeProto, TensorProto
 
+from qcompile.ir.optable import ops_with
 from qcompile.target.attention import AttentionBlock, attention_blocks, scores_of
 from qcompile.target.findings import Context, Hits, Operand, Site, scale_of
 from qcompile.target.rules_common import wrong_weight_axis
@@ -15,22 +16,7 @@ from qcompile.target.view import DEQUANTIZE_OPS, MOVEMENT_OPS, QUANTIZE_OPS, att
 
 FLOAT_CODES = frozenset({"float8e4m3fn", "float4e2m1", "float8e5m2"})
 SUPPORTED_CODES = frozenset({"int8", "float8e4m3fn", "int4", "float4e2m1"})
-INTEGER_OPS = frozenset(
-    [
-        "MatMulInteger",
-        "ConvInteger",
-        "QLinearConv",
-        "QLinearMatMul",
-        "DynamicQuantizeLinear",
-        "BitShift",
-        "BitwiseAnd",
-        "BitwiseOr",
-        "BitwiseXor",
-        "BitwiseNot",
-        "DeformConv",
-        "Unique",
-    ]
-)
+INTEGER_OPS = ops_with("integer-product") | ops_with("bits") | {"DynamicQuantizeLinear", "DeformConv", "Unique"}
 COMPUTE_CODES = frozenset({"int8", "float8e4m3fn", "float4e2m1"})
 HALF_TYPES = frozenset({TensorProto.FLOAT16, TensorProto.BFLOAT16})
 KNOWN_DOMAINS = frozenset({"", "ai.onnx", "trt"})
