@@ -169,11 +169,16 @@ class _Trials:
 
 
 def _link_external(model: onnx.ModelProto, source: Path, folder: Path) -> None:
-    """Make the external data of `model` reachable from `folder` without copying it (TensorRT follows links, onnx does not)."""
+    """Make the external data of `model` reachable from `folder` without copying it: by a second name, on another file system
+    by a symbolic link (which TensorRT follows, and our own reader refuses)."""
     for location in {e.value for t in model.graph.initializer for e in t.external_data if e.key == "location"}:
         link = folder / location
         link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to((source / location).resolve())
+        file = (source / location).resolve()
+        try:
+            link.hardlink_to(file)
+        except OSError:
+            link.symlink_to(file)
 
 
 def _suspects(groups: Sequence[Group], found: Sequence[Finding], error: str) -> list[Group]:
