@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from qcompile.calib.observe import Rows as Rows
     from qcompile.calib.observe import SecondMoment as SecondMoment
     from qcompile.calib.observe import Told as Told
-    from qcompile.calib.observe.change import FOLDABLE as FOLDABLE
     from qcompile.calib.observe.change import AffineMap as AffineMap
     from qcompile.calib.observe.change import Changes as Changes
+    from qcompile.calib.observe.change import Foldable as Foldable
     from qcompile.decide.placement import Placement as Placement
     from qcompile.ir.edit import add_constant as add_constant
     from qcompile.ir.edit import erase as erase
@@ -85,7 +85,7 @@ _FROM = {
         "AbsMax", "ChannelHistograms", "Extremes", "Histogram", "MinMax", "Moments", "Observer", "Probe", "Rows", "SecondMoment",
         "Told",
     ),
-    "calib.observe.change": ("FOLDABLE", "AffineMap", "Changes"),
+    "calib.observe.change": ("AffineMap", "Changes", "Foldable"),
     "decide.placement": ("Placement",),
     "ir.edit": (
         "add_constant", "erase", "erase_dead", "insert_after", "new_node", "redirect", "replace_value", "set_constant",

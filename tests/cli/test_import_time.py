@@ -16,7 +16,7 @@ from qcompile.cli.app import COMMANDS
 
 WRITERS = """
     Pass SitePass FoldPass Fold Applied Missed Kind Stage Changes AffineMap PassContext PassResult Needs Rounds Told Probe
-    Observer MinMax AbsMax Histogram Moments SecondMoment Rows FOLDABLE Matches Refusal Target Placement
+    Observer MinMax AbsMax Histogram Moments SecondMoment Rows Foldable Matches Refusal Target Placement
     find_norms find_linears find_norm_to_linears find_attentions find_mlps find_conv_chains
     set_constant add_constant new_node insert_after replace_value erase
 """

@@ -154,7 +154,7 @@ def test_pass_runs_the_users_function(tmp_path: Path) -> None:
     body = "@surgery(kind='changes')\ndef operate(graph):\n    print('hello')\n    graph.nodes[1].op = 'Sigmoid'\n"
     model, ctx, p = Model.from_proto(tiny.linear()), context(), surgery_pass(tmp_path, body)
     result = p.apply(model, ctx)
-    assert result.modified and p.changes_function and "y" in result.changed
+    assert result.modified and p.changes_function and "y" in result.changes.moved
     assert [n.op_type for n in model.graph] == ["MatMul", "Sigmoid", "MatMul", "Add"]
     assert [r.kind for r in ctx.remarks.all] == ["applied"]
     assert p.spec_name() == f"{p.file}:operate"
