@@ -32,6 +32,7 @@ class SpaceToDepthStem(SitePass[ir.Node]):
     """
 
     name = "space-to-depth"
+    nothing = "no convolution reads the model's input"
     kind = Kind.EQUIVALENT
     needs = Stage.CANONICAL
     after = ("fold-bn",)

@@ -41,9 +41,11 @@ class SitePass(Pass, Generic[S]):
 
     The base leaves alone, with a remark each: near misses of `sites`, what the user's selectors exclude, sites that another
     pass has `claims` on, and everything where the pass is `unfit`.  An `override` field takes claimed sites all the same.
+    `nothing` is what it says of a model without sites.
     """
 
     claims: ClassVar[bool] = False
+    nothing: ClassVar[str] = "no site matched"
     looks_first: ClassVar[bool] = True
 
     def sites(self, model: Model, ctx: PassContext) -> Matches[S]:
@@ -113,6 +115,8 @@ class SitePass(Pass, Generic[S]):
         return found_once(model.graph, (type(self), self), lambda: self.sites(model, ctx))
 
     def _free(self, matches: Matches[S], ctx: PassContext) -> list[S]:
+        if not (matches.found or matches.refused):
+            ctx.remarks.note("", self.nothing)
         for refusal in matches.refused:
             ctx.remarks.missed(str(refusal.node.name), refusal.reason)
         free: list[S] = []
