@@ -38,7 +38,7 @@ INLINE_BYTES = 1_500_000_000  # a protobuf file ends at 2 GB
 class CheckOptions:
     """What is checked."""
 
-    target: Annotated[str | None, "Default: what the model was compiled for, else trt.", Written(choices=tuple(TARGETS))] = None
+    target: Annotated[str | None, "Default: what the model was compiled for, else trt.", Written(choices=TARGETS)] = None
     gpu: Annotated[str | None, "Also check what these GPUs can compute, e.g. sm86,sm89.", Written("SM,..")] = None
     fix: Annotated[bool, "Apply the mechanical fixes to a copy (-o) and check it again."] = False
     output: Annotated[Path | None, "The repaired model of --fix.", Written("FILE", short="-o")] = None

@@ -16,7 +16,7 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -40,7 +40,7 @@ class Written:
     metavar: str | None = None
     flag: str | None = None
     short: str | None = None
-    choices: tuple[str, ...] = ()
+    choices: Collection[str] = ()
     least: float | None = None
     most: float | None = None
     read: Callable[[str], Any] | None = None
@@ -72,8 +72,8 @@ class Option:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """All that it may be; empty where that is no list."""
-        return self.written.choices
+        """All that it may be now; empty where that is no list."""
+        return tuple(self.written.choices)
 
     def check(self, value: Any) -> Any:
         """`value` as the field holds it: numbers in range, texts read, paths as `Path`.

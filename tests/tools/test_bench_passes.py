@@ -73,5 +73,6 @@ def test_equal_files_are_evaluated_once(
 def test_pairs_are_ranked(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     np.save(folder / "tiny.pairs.npy", np.arange(4.0))
     (cell,) = json.loads(run(folder, monkeypatch, capsys, "--pipeline", "none", "--float-rest", "--json"))["cells"].values()
+    assert "error" not in cell, cell["error"]
     assert -1 <= cell["metrics"]["spearman"] <= 1 and cell["samples"] == 8
     assert np.array_equal(bench_passes.ranks(np.array([3.0, 1.0, 3.0])), [2.5, 1.0, 2.5])
