@@ -14,7 +14,7 @@ from qcompile.ir.shapes import dims, rank
 from qcompile.structure.channels.heads import Projection, head_columns
 from qcompile.structure.channels.layout import Layout, token
 from qcompile.structure.channels.trace import Trace, start_layout, trace
-from qcompile.structure.core import Matches, Refusal, label, once
+from qcompile.structure.core import Matches, Refusal, label, once, sorted_out
 from qcompile.structure.linear import Linear, linears_by_output, match_linear
 from qcompile.structure.norm import Norm, find_norms
 from qcompile.structure.scores import Scores, Values, find_scores, find_values, scaling_nodes
@@ -83,17 +83,7 @@ def head_channel_columns(attention: Attention, part: Part, head: int) -> NDArray
 def find_attentions(graph: ir.Graph) -> Matches[Attention]:
     """All attention blocks around a Softmax over the last axis; fused Attention operators are refused."""
     finder = _Finder(linears_by_output(graph), {norm.output: norm for norm in find_norms(graph)})
-    found: list[Attention] = []
-    refused: list[Refusal] = []
-    for node in graph:
-        if node.op_type not in _ANCHORS:
-            continue
-        match = finder.match(node)
-        if isinstance(match, Attention):
-            found.append(match)
-        elif match is not None:
-            refused.append(match)
-    return Matches(tuple(found), tuple(refused))
+    return sorted_out(finder.match(node) for node in graph if node.op_type in _ANCHORS)
 
 
 def trace_linear(linear: Linear) -> Trace | None:

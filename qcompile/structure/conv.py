@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from qcompile.ir import ops
 from qcompile.structure.activation import Activation, find_activations
-from qcompile.structure.core import Matches, Refusal, data_uses, label, once, only_user
+from qcompile.structure.core import Matches, Refusal, data_uses, label, once, only_user, sorted_out
 
 
 @dataclass(frozen=True)
@@ -25,17 +25,8 @@ class ConvChain:
 def find_conv_chains(graph: ir.Graph) -> Matches[ConvChain]:
     """All pairs of adjacent convolutions with constant weights; a Conv without such a successor is refused with the reason."""
     activations = {a.input: a for a in find_activations(graph)}
-    found: list[ConvChain] = []
-    refused: list[Refusal] = []
-    for node in graph:
-        if not ops.is_op(node, *ops.CONV_OPS) or ops.weight_slot(node) is None:
-            continue
-        match = _chain(node, activations)
-        if isinstance(match, ConvChain):
-            found.append(match)
-        else:
-            refused.append(match)
-    return Matches(tuple(found), tuple(refused))
+    convs = (n for n in graph if ops.is_op(n, *ops.CONV_OPS) and ops.weight_slot(n) is not None)
+    return sorted_out(_chain(node, activations) for node in convs)
 
 
 def _chain(first: ir.Node, activations: dict[ir.Value, Activation]) -> ConvChain | Refusal:

@@ -40,6 +40,18 @@ class Matches(Generic[T]):
         return len(self.found)
 
 
+def sorted_out(answers: Iterable[T | Refusal | None], refused: Iterable[Refusal] = ()) -> Matches[T]:
+    """What a matcher answered, candidate after candidate; None is neither found nor refused.  `refused` go first."""
+    found: list[T] = []
+    near = list(refused)
+    for answer in answers:
+        if isinstance(answer, Refusal):
+            near.append(answer)
+        elif answer is not None:
+            found.append(answer)
+    return Matches(tuple(found), tuple(near))
+
+
 def joined(several: Iterable[Matches[T]]) -> Matches[T]:
     """All structures in order, and all refusals."""
     parts = tuple(several)

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from qcompile.ir import ops
 from qcompile.structure.channels.trace import Arrival, Trace, start_layout, trace
-from qcompile.structure.core import Matches, Refusal, label, once
+from qcompile.structure.core import Matches, Refusal, label, once, sorted_out
 from qcompile.structure.linear import Linear, match_linear
 from qcompile.structure.norm import Norm, find_norms
 
@@ -40,15 +40,7 @@ class NormToLinears:
 def find_norm_to_linears(graph: ir.Graph) -> Matches[NormToLinears]:
     """All legal fold sites, and for every other norm the reason (norms that `find_norms` refused included)."""
     norms = find_norms(graph)
-    found: list[NormToLinears] = []
-    refused = list(norms.refused)
-    for norm in norms:
-        match = match_norm_to_linears(norm)
-        if isinstance(match, NormToLinears):
-            found.append(match)
-        else:
-            refused.append(match)
-    return Matches(tuple(found), tuple(refused))
+    return sorted_out((match_norm_to_linears(norm) for norm in norms), norms.refused)
 
 
 def match_norm_to_linears(norm: Norm) -> NormToLinears | Refusal:

@@ -8,7 +8,7 @@ from typing import Literal
 import onnx_ir as ir
 
 from qcompile.ir import ops
-from qcompile.structure.core import Matches, Refusal, is_channel_vector, label, once, only_user, other_input
+from qcompile.structure.core import Matches, Refusal, is_channel_vector, label, once, only_user, other_input, sorted_out
 
 LinearKind = Literal["matmul", "gemm", "conv"]
 _FOLDABLE = ("Cast", "Transpose", "DequantizeLinear", "Reshape", "Mul")
@@ -140,15 +140,7 @@ def _conv(node: ir.Node) -> Linear | Refusal:
 @once
 def find_linears(graph: ir.Graph) -> Matches[Linear]:
     """All linear layers of the main graph, in graph order."""
-    found: list[Linear] = []
-    refused: list[Refusal] = []
-    for node in graph:
-        match = match_linear(node)
-        if isinstance(match, Linear):
-            found.append(match)
-        elif match is not None:
-            refused.append(match)
-    return Matches(tuple(found), tuple(refused))
+    return sorted_out(match_linear(node) for node in graph)
 
 
 @once

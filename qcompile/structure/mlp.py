@@ -10,7 +10,7 @@ import onnx_ir as ir
 from qcompile.ir import ops
 from qcompile.structure.activation import Activation, find_activations
 from qcompile.structure.channels.trace import Trace, start_layout, trace
-from qcompile.structure.core import Matches, Refusal, label, once, only_use
+from qcompile.structure.core import Matches, Refusal, label, once, only_use, sorted_out
 from qcompile.structure.folds import reads_in_order
 from qcompile.structure.linear import Linear, linears_by_output, match_linear
 
@@ -51,15 +51,7 @@ class Mlp:
 def find_mlps(graph: ir.Graph) -> Matches[Mlp]:
     """All MLP blocks, and the activations behind a linear whose output cannot be folded, with the reason."""
     linears = linears_by_output(graph)
-    found: list[Mlp] = []
-    refused: list[Refusal] = []
-    for activation in find_activations(graph):
-        match = match_mlp(activation, linears)
-        if isinstance(match, Mlp):
-            found.append(match)
-        elif match is not None:
-            refused.append(match)
-    return Matches(tuple(found), tuple(refused))
+    return sorted_out(match_mlp(activation, linears) for activation in find_activations(graph))
 
 
 def match_mlp(activation: Activation, linears: dict[ir.Value, Linear]) -> Mlp | Refusal | None:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from qcompile.ir import ops
 from qcompile.ir.shapes import dims, rank
-from qcompile.structure.core import Matches, Refusal, Site, is_channel_vector, once, only_user, other_input
+from qcompile.structure.core import Matches, Refusal, Site, is_channel_vector, once, only_user, other_input, sorted_out
 from qcompile.structure.norm_groups import group_chain
 
 NormKind = Literal["layer", "rms", "group"]
@@ -62,15 +62,7 @@ class Norm:
 @once
 def find_norms(graph: ir.Graph) -> Matches[Norm]:
     """All LayerNorm, RMSNorm and GroupNorm layers of the main graph, in graph order of the node that divides."""
-    found: list[Norm] = []
-    refused: list[Refusal] = []
-    for node in graph:
-        match = match_norm(node)
-        if isinstance(match, Norm):
-            found.append(match)
-        elif match is not None:
-            refused.append(match)
-    return Matches(tuple(found), tuple(refused))
+    return sorted_out(match_norm(node) for node in graph)
 
 
 def match_norm(node: ir.Node) -> Norm | Refusal | None:

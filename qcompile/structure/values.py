@@ -13,7 +13,7 @@ from qcompile.structure.attention import Attention, find_attentions, trace_linea
 from qcompile.structure.channels.heads import all_columns
 from qcompile.structure.channels.layout import Layout
 from qcompile.structure.channels.trace import Trace
-from qcompile.structure.core import Matches, Refusal, label, once
+from qcompile.structure.core import Matches, Refusal, label, once, sorted_out
 from qcompile.structure.linear import Linear
 
 
@@ -42,15 +42,7 @@ class VProjection:
 def find_v_projections(graph: ir.Graph) -> Matches[VProjection]:
     """The legal sites, and for every other attention the reason (those that `find_attentions` refused included)."""
     attentions = find_attentions(graph)
-    found: list[VProjection] = []
-    refused = list(attentions.refused)
-    for attention in attentions:
-        match = match_v_projection(attention)
-        if isinstance(match, VProjection):
-            found.append(match)
-        else:
-            refused.append(match)
-    return Matches(tuple(found), tuple(refused))
+    return sorted_out((match_v_projection(attention) for attention in attentions), attentions.refused)
 
 
 def match_v_projection(attention: Attention) -> VProjection | Refusal:
