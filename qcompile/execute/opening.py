@@ -106,7 +106,7 @@ def _taken(graph: ir.Graph, folder: Path) -> Generator[Arrays]:
 
 
 def _can_be_shared(tensor: ir.TensorProtocol | None) -> bool:
-    return tensor is not None and tensor.nbytes >= SHARED_TENSOR and tensor.dtype in _SHARED_TYPES
+    return tensor is not None and is_shared(tensor)
 
 
 def _elsewhere(tensor: ir.TensorProtocol, name: str, location: str) -> ir.ExternalTensor:
