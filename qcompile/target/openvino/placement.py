@@ -14,12 +14,12 @@ import onnx_ir as ir
 from qcompile.decide.placement import Placement
 from qcompile.ir.model import Model
 from qcompile.ir.notes import kept_float
-from qcompile.ir.ops import const_value, is_compute, is_const, is_op, weight_slot
+from qcompile.ir.ops import is_compute, is_const, is_op, weight_slot
 from qcompile.quant.qtype import INT8
 from qcompile.quant.spec import QuantSpec
 from qcompile.structure.scores import Scores, find_scores, find_values
 from qcompile.target.heads import final_heads
-from qcompile.target.specs import activation_spec, weight_spec
+from qcompile.target.specs import activation_spec, unfit_for_cpu, weight_spec
 from qcompile.target.target import Request
 
 _POOLS = ("AveragePool", "GlobalAveragePool", "MaxPool")
@@ -55,7 +55,7 @@ def place(model: Model, request: Request) -> Placement:
 
 def _layer(state: _State, node: ir.Node, slot: int) -> None:
     selection = state.request.selection
-    reason = selection.excluded(node) or kept_float(node) or _unfit(node, slot)
+    reason = selection.excluded(node) or kept_float(node) or unfit_for_cpu(node, slot, "deconvolutions stay in float")
     if not reason and node in state.heads and selection.forced(node) is None:
         reason = f"a head: nothing follows to hide its rounding, and it is a small part of the work (--quantize {node.name})"
     if reason:
@@ -63,17 +63,6 @@ def _layer(state: _State, node: ir.Node, slot: int) -> None:
         return
     _quantize(state, node, 1 - slot if is_op(node, "MatMul", "Gemm") else 0)
     state.out.add(node, slot, weight_spec(node, slot, state.request.scheme))
-
-
-def _unfit(node: ir.Node, slot: int) -> str | None:
-    weight = const_value(node.inputs[slot])
-    if is_op(node, "ConvTranspose"):
-        return "deconvolutions stay in float"
-    if weight is None or weight.dtype != ir.DataType.FLOAT:
-        return "its weight is not float32"
-    if is_op(node, "MatMul") and (slot != 1 or len(weight.shape) != 2):
-        return "its constant operand is not a 2-D right-hand weight"
-    return None
 
 
 def _quantize(state: _State, node: ir.Node, slot: int) -> None:

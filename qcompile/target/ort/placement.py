@@ -16,7 +16,7 @@ from qcompile.ir.model import Model
 from qcompile.ir.notes import kept_float
 from qcompile.ir.ops import const_array, const_value, is_compute, is_data_movement, is_op, weight_slot
 from qcompile.quant.spec import QuantSpec
-from qcompile.target.specs import activation_spec, weight_spec
+from qcompile.target.specs import activation_spec, unfit_for_cpu, weight_spec
 from qcompile.target.target import Request
 
 _GEMM_SHARE = 0.5
@@ -52,7 +52,11 @@ def _compute(state: _Ort, node: ir.Node, with_gemms: bool) -> None:
     if slot is None:
         _product(state, node)
         return
-    reason = state.request.selection.excluded(node) or kept_float(node) or _impossible(node, slot)
+    reason = (
+        state.request.selection.excluded(node)
+        or kept_float(node)
+        or unfit_for_cpu(node, slot, "the CPU provider has no integer deconvolution")
+    )
     if not reason and state.request.selection.forced(node) is None:
         reason = _refusal(node, with_gemms)
     if reason:
@@ -73,17 +77,6 @@ def _product(state: _Ort, node: ir.Node) -> None:
         return
     state.out.add(node, 0, state.spec)
     state.out.add(node, 1, state.spec)
-
-
-def _impossible(node: ir.Node, slot: int) -> str | None:
-    weight = const_value(node.inputs[slot])
-    if is_op(node, "ConvTranspose"):
-        return "the CPU provider has no integer deconvolution"
-    if weight is None or weight.dtype != ir.DataType.FLOAT:
-        return "its weight is not float32"
-    if is_op(node, "MatMul") and (slot != 1 or len(weight.shape) != 2):
-        return "its constant operand is not a 2-D right-hand weight"
-    return None
 
 
 def _refusal(node: ir.Node, with_gemms: bool) -> str | None:
