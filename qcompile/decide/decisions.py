@@ -58,7 +58,7 @@ def decision(node: ir.Node, slot: int) -> Quantizer | None:
 def decisions(graph: ir.Graph) -> list[Use]:
     """All decisions of `graph`, in node order."""
     _read(graph)
-    return [Use(n, int(key[len(PREFIX) :]), q) for n in graph for key, q in n.meta.items() if key.startswith(PREFIX)]
+    return [use for node in graph for use in _uses(node)]
 
 
 def quantizers(graph: ir.Graph) -> list[list[Use]]:
@@ -85,19 +85,16 @@ def clear_decisions(graph: ir.Graph) -> None:
 
 def lines(node: ir.Node) -> Iterator[str]:
     """The decisions of `node` for people, one a line."""
-    found = sorted((u for u in _of(node)), key=lambda u: u.slot)
-    for use in found:
+    _read(node.graph or [node])
+    for use in sorted(_uses(node), key=lambda u: u.slot):
         q, slot = use.quantizer, use.slot
         scale = "" if q.qparams is None else f" scale~{float(q.qparams.scale.mean()):.5g}"
         yield f"[{'in' if slot >= 0 else 'out'} {slot if slot >= 0 else ~slot}] {q.spec.qtype.name} {q.label(use.value)}{scale}"
 
 
-def _of(node: ir.Node) -> Iterator[Use]:
-    keys = {*node.meta, *node.metadata_props}
-    for slot in (int(key[len(PREFIX) :]) for key in keys if key.startswith(PREFIX)):
-        quantizer = decision(node, slot)
-        assert quantizer is not None
-        yield Use(node, slot, quantizer)
+def _uses(node: ir.Node) -> Iterator[Use]:
+    """What stands in the node's `meta`."""
+    return (Use(node, int(key[len(PREFIX) :]), q) for key, q in node.meta.items() if key.startswith(PREFIX))
 
 
 def _read(nodes: Iterable[ir.Node]) -> None:

@@ -45,9 +45,6 @@ class Verifier:
     step: Any = None
     fresh: bool = True
 
-    def __post_init__(self) -> None:
-        self.start = self.source
-
     def meets(self, p: Pass, model: Model, reports: list[PassReport]) -> None:
         """`p` is about to run on `model`: forms that wait are compared before a pass that is none makes memory dear."""
         if not p.is_form():
@@ -63,7 +60,7 @@ class Verifier:
             self.waiting.append(_Form(p, len(reports) - 1, before))
             return
         if p.changes_function and modified:
-            self.source = self.start = after.clone()
+            self.source = after.clone()
             self.reference, self.step, self.fresh = None, None, True
             reports[-1] = replace(reports[-1], verified=_ON_PURPOSE)
         elif modified and p.kind in (Kind.EQUIVALENT, Kind.LOWER) and self.mode == "each":
@@ -77,9 +74,9 @@ class Verifier:
             return
         self._settle(end, reports)
         if self.mode == "end":
-            distance = self.comparator.compare(self.comparator.outputs(self.start), self.comparator.outputs(end))
+            distance = self.comparator.compare(self.comparator.outputs(self.source), self.comparator.outputs(end))
             if all(p.kind in (Kind.EQUIVALENT, Kind.ANNOTATE) for p in passes):
-                self._hold("the whole pipeline", passes[-1], distance, self.start)
+                self._hold("the whole pipeline", passes[-1], distance, self.source)
             reports[-1] = _measured(reports[-1], "compared at the end", distance)
 
     def _verify(self, p: Pass, before: Model, after: Model, reports: list[PassReport]) -> None:
