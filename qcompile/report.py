@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -108,6 +108,13 @@ class Silent:
 
 
 SILENT = Silent()
+
+
+def warned(warnings: Sequence[str], progress: Progress) -> list[str]:
+    """Tell each of them; they are handed back."""
+    for text in warnings:
+        progress.note(f"warning: {text}")
+    return list(warnings)
 
 
 def json_text(document: Any) -> str:

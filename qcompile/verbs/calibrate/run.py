@@ -30,7 +30,7 @@ from qcompile.execute.session import RUNTIME_VERSION
 from qcompile.ir.model import Model
 from qcompile.pipeline.base import Pass
 from qcompile.pipeline.runner import Ran, Runner, Starts, drive
-from qcompile.report import SCHEMA_VERSION, Progress
+from qcompile.report import SCHEMA_VERSION, Progress, warned
 from qcompile.verbs.calibrate.options import CalibrateOptions
 from qcompile.verbs.compile.job import Job, prepare
 from qcompile.verbs.compile.statistics import data_spec, data_warnings, open_data, tell_data
@@ -109,9 +109,7 @@ def calibrate(
     if data is None:
         raise UsageError("these passes read no statistics; choose others, or name --observers")
     tell_data(data, progress)
-    warnings = data_warnings(job, data)
-    for text in warnings:
-        progress.note(f"warning: {text}")
+    warnings = warned(data_warnings(job, data), progress)
     statistics = _opened(output, resume, _fresh(job, data, warnings))
     length = statistics.key.chunk
     span = (0, len(data)) if shard is None else shard_range(*shard, len(data), length)
@@ -129,8 +127,7 @@ def calibrate(
     finished = _finished(gatherer.statistics)
     save(output, finished)
     everything = tuple(finished.about["warnings"])
-    for text in everything[len(warnings) :]:
-        progress.note(f"warning: {text}")
+    warned(everything[len(warnings) :], progress)
     missing = tuple(finished.missing())
     return Calibrated(output, len(finished.sweeps), _probes(finished), span[1] - span[0], missing, gatherer.resumed, everything)
 

@@ -18,7 +18,7 @@ from qcompile.ir.model import Model
 from qcompile.ir.text import print_model
 from qcompile.pipeline.base import Kind
 from qcompile.pipeline.runner import Failure, Ran, Runner, Starts, drive, without_data
-from qcompile.report import SCHEMA_VERSION, SILENT, PassReport, Progress, Remark, json_text
+from qcompile.report import SCHEMA_VERSION, SILENT, PassReport, Progress, Remark, json_text, warned
 from qcompile.verbs.build import EngineResult, gpu_list, make_engine, profiles_from
 from qcompile.verbs.compile.job import Job, prepare
 from qcompile.verbs.compile.options import Options
@@ -112,9 +112,9 @@ def run(job: Job, progress: Progress) -> Result:
 def _compiled(job: Job, progress: Progress) -> Result:
     notes = unmatched(job.model, job.options.selection.by_option)
     notes += [text for scheme, text in job.target.caveats if scheme == job.scheme.name]
-    _warned(notes, progress)
+    warned(notes, progress)
     calibration = open_calibration(job, progress)
-    notes += _warned(calibration.warnings if calibration is not None else (), progress)
+    notes += warned(calibration.warnings if calibration is not None else (), progress)
     runner = Runner(
         None if calibration is None else calibration.comparator(job),
         job.options.verify,
@@ -126,7 +126,7 @@ def _compiled(job: Job, progress: Progress) -> Result:
     steps = runner.steps(job.model, job.plan.passes, job.context(), user=[not i for i in job.plan.inserted])
     answer = without_data if calibration is None else calibration.collect
     model, reports = drive(steps, answer, lambda event: _tell(event, job, progress))
-    notes += _warned(calibration.range_warnings if calibration is not None else (), progress)
+    notes += warned(calibration.range_warnings if calibration is not None else (), progress)
     _describe(model, job, calibration, digest)
     _check_matched(job, reports, model)
     result = Result(
@@ -147,12 +147,6 @@ def _compiled(job: Job, progress: Progress) -> Result:
     _gate(result, job.options.min_sqnr)
     model.save(job.output)
     return result
-
-
-def _warned(warnings: Sequence[str], progress: Progress) -> list[str]:
-    for text in warnings:
-        progress.note(f"warning: {text}")
-    return list(warnings)
 
 
 def _gate(result: Result, minimum: float | None) -> None:

@@ -11,7 +11,7 @@ from qcompile.calib.data import load_data
 from qcompile.calib.data.checks import check_data
 from qcompile.errors import UsageError
 from qcompile.ir.model import Model
-from qcompile.report import SCHEMA_VERSION, Progress
+from qcompile.report import SCHEMA_VERSION, Progress, warned
 from qcompile.verbs.evaluate.conformance import Conformance, conformance
 from qcompile.verbs.evaluate.outputs import Evaluation, evaluate
 from qcompile.verbs.options import Written
@@ -60,9 +60,7 @@ def run(reference: Path, candidate: Path | None, options: EvalOptions, progress:
         raise UsageError("eval compares two models; give REFERENCE and CANDIDATE (or --oracle and one integer-only model)")
     inputs = Model.load(reference).inputs()
     data = load_data(options.data, inputs, options.preprocess, options.samples)
-    notes = check_data(data, inputs, options.preprocess)
-    for text in notes:
-        progress.note(f"warning: {text}")
+    notes = warned(check_data(data, inputs, options.preprocess), progress)
     told: dict[str, Any] = {"threads": options.threads, "progress": progress.on_sweep}
     comparison = None if candidate is None else evaluate(reference, candidate, data, per_layer=options.per_layer, **told)
     oracle = conformance(candidate or reference, data, **told) if options.oracle else None
