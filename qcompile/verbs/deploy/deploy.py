@@ -30,7 +30,7 @@ from qcompile.backend.triton import (
     interface_of,
     model_config,
 )
-from qcompile.calib.data import Dataset, find_beside, fixed_batch, load_data
+from qcompile.calib.data import find_beside, fixed_batch, load_data
 from qcompile.errors import BackendError, GateError, ModelError, UsageError
 from qcompile.execute.feeds import Feeds
 from qcompile.ir.model import Model
@@ -228,21 +228,17 @@ def _external(proto: onnx.ModelProto) -> list[str]:
 
 
 def _requests(source: Source, interface: Interface, serving: Serving, options: DeployOptions) -> _Requests:
-    data = _data(source, options)
-    if data is None:
-        return _Requests((), (), None)
-    fixed = None if serving.max_batch else fixed_batch(Model.load(source.onnx).inputs())
-    feeds = tuple(requests_of(data, serving.max_batch, fixed))
-    return _Requests(feeds, _warmup(feeds[0], model_config(interface, serving), options.version), data.source)
-
-
-def _data(source: Source, options: DeployOptions) -> Dataset | None:
     beside = next((d for m in (options.reference, source.onnx) if m is not None and (d := find_beside(m))), None)
     spec = options.data or beside
     if spec is None:
-        return None
-    data = load_data(spec, Model.load(source.onnx).inputs(), options.preprocess, options.samples)
-    return data if options.samples else data.take(DEFAULT_SAMPLES)
+        return _Requests((), (), None)
+    inputs = Model.load(source.onnx).inputs()
+    data = load_data(spec, inputs, options.preprocess, options.samples)
+    if not options.samples:
+        data = data.take(DEFAULT_SAMPLES)
+    fixed = None if serving.max_batch else fixed_batch(inputs)
+    feeds = tuple(requests_of(data, serving.max_batch, fixed))
+    return _Requests(feeds, _warmup(feeds[0], model_config(interface, serving), options.version), data.source)
 
 
 def _warmup(feeds: Feeds, config: dict[str, Any], version: int) -> tuple[WarmupFile, ...]:
