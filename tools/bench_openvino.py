@@ -16,7 +16,7 @@ import json
 import random
 import sys
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from rich.console import Console
 from rich.table import Table
 
 import qcompile
+from qcompile.execute.metrics import sqnr_db
+from qcompile.execute.timing import interleaved
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("vit_digits", "digits_cnn", "minilm", "resnet20", "mobilenet")
@@ -66,11 +68,6 @@ def exact_outputs(path: Path, data: list[Feeds]) -> NDArray[np.float64]:
     return np.stack([np.asarray(session.run(None, feeds)[0], np.float64) for feeds in data])
 
 
-def sqnr(reference: NDArray[np.float64], y: NDArray[np.float64]) -> float:
-    """Signal over noise in dB."""
-    return float(10 * np.log10((np.square(reference).sum() + 1e-30) / (np.square(y - reference).sum() + 1e-30)))
-
-
 def kernels(compiled: ov.CompiledModel) -> dict[str, int]:
     """Convolutions and matrix products by the precision that they run in."""
     counts: dict[str, int] = {}
@@ -84,17 +81,8 @@ def kernels(compiled: ov.CompiledModel) -> dict[str, int]:
 
 def timed(compiled: dict[str, ov.CompiledModel], feeds: Feeds, runs: int) -> dict[str, list[float]]:
     """Milliseconds of each run, interleaved in random order."""
-    requests = {name: c.create_infer_request() for name, c in compiled.items()}
-    times: dict[str, list[float]] = {name: [] for name in requests}
-    order, rng = list(requests), random.Random(0)
-    for i in range(runs + 5):
-        rng.shuffle(order)
-        for name in order:
-            start = time.perf_counter()
-            requests[name].infer(feeds)
-            if i >= 5:
-                times[name].append((time.perf_counter() - start) * 1e3)
-    return times
+    calls = [partial(c.create_infer_request().infer, feeds) for c in compiled.values()]
+    return dict(zip(compiled, interleaved(calls, runs, random.Random(0)), strict=True))
 
 
 def measured(source: Path, folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -111,7 +99,7 @@ def measured(source: Path, folder: Path, options: argparse.Namespace) -> list[di
     }
     times = timed(compiled, data[0], options.runs)
     base, reference = times["float f32"], outputs(compiled["float f32"], data)
-    exact = {name: sqnr(reference, exact_outputs(path, data)) for name, path in paths.items()}
+    exact = {name: sqnr_db(reference, exact_outputs(path, data)) for name, path in paths.items()}
     rows: list[dict[str, Any]] = []
     for name, c in compiled.items():
         y, ms = outputs(c, data), times[name]
@@ -122,7 +110,7 @@ def measured(source: Path, folder: Path, options: argparse.Namespace) -> list[di
                 "min_ms": min(ms),
                 "ratio_min": min(base) / min(ms),
                 "ratio_median": float(np.median(base) / np.median(ms)),
-                "sqnr_db": sqnr(reference, y),
+                "sqnr_db": sqnr_db(reference, y),
                 "exact_db": exact[name.split()[0]],
                 "top1": None if labels is None else float((y.reshape(len(y), -1).argmax(1) == labels).mean()),
                 "kernels": kernels(c),
