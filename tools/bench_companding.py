@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 from qcompile.calib.data import load_data  # noqa: E402
 from qcompile.calib.sweep.provider import Sweeps  # noqa: E402
+from qcompile.execute.metrics import sqnr_db  # noqa: E402
 from qcompile.execute.session import make_session  # noqa: E402
 from qcompile.ir.model import Model  # noqa: E402
 from qcompile.pipeline import registry  # noqa: E402
@@ -51,12 +52,6 @@ def run(model: Model, feeds: dict[str, np.ndarray]) -> np.ndarray:
     count = len(next(iter(feeds.values())))
     parts = [session.run(None, {k: v[i : i + 16] for k, v in feeds.items()})[0] for i in range(0, count, 16)]
     return np.concatenate([np.asarray(p) for p in parts])
-
-
-def sqnr_db(reference: np.ndarray, got: np.ndarray) -> float:
-    """Signal to noise in dB."""
-    a, b = reference.astype(np.float64), got.astype(np.float64)
-    return float(10 * np.log10(np.square(a).sum() / np.square(a - b).sum()))
 
 
 def table(name: str, options: argparse.Namespace) -> None:
