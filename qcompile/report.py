@@ -110,10 +110,10 @@ class Silent:
 SILENT = Silent()
 
 
-def warned(warnings: Sequence[str], progress: Progress) -> list[str]:
+def warned(warnings: Sequence[str], note: Note) -> list[str]:
     """Tell each of them; they are handed back."""
     for text in warnings:
-        progress.note(f"warning: {text}")
+        note(f"warning: {text}")
     return list(warnings)
 
 

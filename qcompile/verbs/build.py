@@ -17,7 +17,7 @@ from qcompile.backend.profile import Profile, parse_profile
 from qcompile.backend.refit import refit_engine
 from qcompile.backend.tensorrt import BuildResult, build_engine, capability, graph_of
 from qcompile.errors import BackendError, BuildError, GateError, UsageError
-from qcompile.report import SCHEMA_VERSION, Note, Progress
+from qcompile.report import SCHEMA_VERSION, Note, Progress, warned
 from qcompile.target.catalog import DEFAULT, TARGETS, engine_targets
 from qcompile.target.check import check
 from qcompile.verbs.compile.options import DEFAULT_GPU, EngineOptions
@@ -236,8 +236,7 @@ def make_engine(
             raise
         raise BuildError(_with_cause(error, source, target, gpus, profiles, note)) from error
     if note is not None:
-        for warning in built.warnings:
-            note(f"warning: {warning}")
+        warned(built.warnings, note)
     audits = tuple(_audits(source, gpus, built.profiles, note)) if ENGINES[target].named_gpus else ()
     if audits:
         write_manifest(built.path, {**built.manifest, "audit": {a.gpu: a.summary() for a in audits}})

@@ -109,7 +109,7 @@ def calibrate(
     if data is None:
         raise UsageError("these passes read no statistics; choose others, or name --observers")
     tell_data(data, progress)
-    warnings = warned(data_warnings(job, data), progress)
+    warnings = warned(data_warnings(job, data), progress.note)
     statistics = _opened(output, resume, _fresh(job, data, warnings))
     length = statistics.key.chunk
     span = (0, len(data)) if shard is None else shard_range(*shard, len(data), length)
@@ -127,7 +127,7 @@ def calibrate(
     finished = _finished(gatherer.statistics)
     save(output, finished)
     everything = tuple(finished.about["warnings"])
-    warned(everything[len(warnings) :], progress)
+    warned(everything[len(warnings) :], progress.note)
     missing = tuple(finished.missing())
     return Calibrated(output, len(finished.sweeps), _probes(finished), span[1] - span[0], missing, gatherer.resumed, everything)
 

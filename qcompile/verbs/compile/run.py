@@ -112,9 +112,9 @@ def run(job: Job, progress: Progress) -> Result:
 def _compiled(job: Job, progress: Progress) -> Result:
     notes = unmatched(job.model, job.options.selection.by_option)
     notes += [text for scheme, text in job.target.caveats if scheme == job.scheme.name]
-    warned(notes, progress)
+    warned(notes, progress.note)
     calibration = open_calibration(job, progress)
-    notes += warned(calibration.warnings if calibration is not None else (), progress)
+    notes += warned(calibration.warnings if calibration is not None else (), progress.note)
     runner = Runner(
         None if calibration is None else calibration.comparator(job),
         job.options.verify,
@@ -126,7 +126,7 @@ def _compiled(job: Job, progress: Progress) -> Result:
     steps = runner.steps(job.model, job.plan.passes, job.context(), user=[not i for i in job.plan.inserted])
     answer = without_data if calibration is None else calibration.collect
     model, reports = drive(steps, answer, lambda event: _tell(event, job, progress))
-    notes += warned(calibration.range_warnings if calibration is not None else (), progress)
+    notes += warned(calibration.range_warnings if calibration is not None else (), progress.note)
     _describe(model, job, calibration, digest)
     _check_matched(job, reports, model)
     result = Result(

@@ -60,7 +60,7 @@ def run(reference: Path, candidate: Path | None, options: EvalOptions, progress:
         raise UsageError("eval compares two models; give REFERENCE and CANDIDATE (or --oracle and one integer-only model)")
     inputs = Model.load(reference).inputs()
     data = load_data(options.data, inputs, options.preprocess, options.samples)
-    notes = warned(check_data(data, inputs, options.preprocess), progress)
+    notes = warned(check_data(data, inputs, options.preprocess), progress.note)
     told: dict[str, Any] = {"threads": options.threads, "progress": progress.on_sweep}
     comparison = None if candidate is None else evaluate(reference, candidate, data, per_layer=options.per_layer, **told)
     oracle = conformance(candidate or reference, data, **told) if options.oracle else None
