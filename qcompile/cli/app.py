@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import gc
 import importlib
 import os
 import sys
@@ -17,6 +18,7 @@ from qcompile.errors import QcompileError, UsageError
 
 DEBUG = "QCOMPILE_DEBUG"
 INTERRUPTED = 130
+GARBAGE = (10_000, 20, 10)  # a graph is millions of small objects: Python's own 700 costs a fifth of a large compile
 OWN = ("-h", "--help", "--version")
 DEFAULT = "compile"
 COMMANDS = {
@@ -88,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code, never raises."""
     if "numpy" not in sys.modules:  # our products are small: more BLAS threads only wait for each other, at full load
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    gc.set_threshold(*GARBAGE)
     try:
         code = cli.main(args=list(argv) if argv is not None else None, prog_name="qcompile", standalone_mode=False)
         sys.stdout.flush()

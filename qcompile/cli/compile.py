@@ -73,9 +73,8 @@ def show_result(result: Result) -> None:
     rows = [_pass_row(p, inserted) for p, inserted in zip(result.passes, result.inserted, strict=True)]
     print_table(["pass", "sites", "against", "error", "seconds", "memory"], rows, right=(4, 5))
     _show_missed(result)
-    size = result.output.stat().st_size
     print_text("", f"output       {result.output}")
-    print_text(f"size         {megabytes(size)} (float model {megabytes(result.source_bytes)})")
+    print_text(f"size         {megabytes(result.output_bytes)} (float model {megabytes(result.source_bytes)})")
     print_text(f"SQNR         {number(result.sqnr_db, unit=' dB')} against the float model, on calibration samples")
     print_text(*(_cost_line(r.numbers) for r in result.remarks if "bops" in r.numbers and not r.node))
     print_text(f"calibration  {_used(result)}")

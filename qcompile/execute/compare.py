@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from qcompile.execute.emulate.runnable import runnable
 from qcompile.execute.metrics import decibel
 from qcompile.execute.opening import open_model, run_in_parts
+from qcompile.ir.cut import BLOCK_NODES
 from qcompile.ir.mapped import let_go
 from qcompile.ir.model import Model
 from qcompile.ir.spill import is_large
@@ -29,7 +30,7 @@ class OrtComparator:
 
     def outputs(self, model: Model) -> list[list[NDArray[Any]]]:
         """All outputs for every feed."""
-        if is_large(model.graph):
+        if is_large(model.graph) or len(model.graph) > 2 * BLOCK_NODES:
             return run_in_parts(runnable(model), self.feeds, PART_BYTES, threads=self.threads)
         session = open_model(model, exact=True, threads=self.threads)
         found = [[np.asarray(y) for y in session.run(None, feed)] for feed in self.feeds]

@@ -14,6 +14,7 @@ from qcompile.ir.model import Model
 
 _DYNAMIC = 64  # what a dimension of unknown length counts
 _EARLIEST = 0.5  # a block is cut after this share of its limit at the earliest
+BLOCK_NODES = 4096  # of a block at most: the time that ONNX Runtime takes to open a graph grows by more than its nodes
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ def cut(model: Model, wanted: Iterable[tuple[str, ...]], limit: int) -> list[Blo
     Args:
         wanted: groups of tensors; a group is answered by the first block that has all of them.
         limit: bytes of weights that a block reads or dequantizes; only a node that takes more makes a larger one.
+
+    No block has more than `BLOCK_NODES` nodes, constant ones apart, where the graph can be cut at all.
     """
     groups = list(dict.fromkeys(wanted))
     constant = _constant(model.graph)
@@ -128,8 +131,8 @@ def _bounds(alive: Sequence[float], weights: Sequence[dict[str, int]], limit: in
     """Where to cut: blocks within the limit, at the place in their later half where the least is alive."""
     bounds: list[int] = []
     first = 0
-    while (end := _end(weights, first, limit)) < len(weights):
-        earliest = max(_end(weights, first, int(limit * _EARLIEST)), first + 1)
+    while (end := _end(weights, first, limit, BLOCK_NODES)) < len(weights):
+        earliest = max(_end(weights, first, int(limit * _EARLIEST), int(BLOCK_NODES * _EARLIEST)), first + 1)
         place = min(range(min(earliest, end), end + 1), key=lambda i: (alive[i], -i))
         if alive[place] == inf:
             place = next((i for i in range(end, len(alive)) if alive[i] < inf), len(alive))
@@ -140,14 +143,14 @@ def _bounds(alive: Sequence[float], weights: Sequence[dict[str, int]], limit: in
     return bounds
 
 
-def _end(weights: Sequence[dict[str, int]], first: int, limit: int) -> int:
-    """The longest run of nodes from `first` whose weights fit the limit ends here; one node at least."""
+def _end(weights: Sequence[dict[str, int]], first: int, limit: int, nodes: int) -> int:
+    """The longest run of nodes from `first` whose weights fit the limit ends here; one node at least, `nodes` at most."""
     read: set[str] = set()
     total = 0
     for i in range(first, len(weights)):
         total += sum(size for name, size in weights[i].items() if name not in read)
         read |= weights[i].keys()
-        if total > limit and i > first:
+        if i > first and (total > limit or i - first >= nodes):
             return i
     return len(weights)
 

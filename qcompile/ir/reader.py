@@ -42,12 +42,22 @@ def read_ir(path: str | Path) -> ir.Model:
     Raises as `read_proto`.
     """
     path = Path(path)
-    found = _skimmed(path)
-    proto = _checked(_parsed(path) if found is None else _decoded(found.rest, path), path)
+    proto, found = _hollow(path)
     model = as_ir(proto, path)
     if found is not None:
         _put_back(model.graph, found)
     return model
+
+
+def file_bytes(path: str | Path) -> int:
+    """What a model takes on disk: its file and the external data files that it names.
+
+    Raises as `read_proto`.
+    """
+    path = Path(path)
+    proto, _ = _hollow(path)
+    named = {e.value for t in _tensors(proto) for e in t.external_data if e.key == "location"}
+    return path.stat().st_size + sum((path.parent / name).stat().st_size for name in named)
 
 
 def as_ir(proto: ModelProto, path: Path) -> ir.Model:
@@ -62,6 +72,12 @@ def as_ir(proto: ModelProto, path: Path) -> ir.Model:
         raise _unreadable(path, e) from e
     set_base_dir(model.graph, path.parent)
     return model
+
+
+def _hollow(path: Path) -> tuple[ModelProto, Found | None]:
+    """The model without its large weights, and these; or, where they cannot be taken apart, as it is."""
+    found = _skimmed(path)
+    return _checked(_parsed(path) if found is None else _decoded(found.rest, path), path), found
 
 
 def _skimmed(path: Path) -> Found | None:

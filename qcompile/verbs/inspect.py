@@ -21,7 +21,7 @@ from qcompile.errors import UsageError
 from qcompile.ir import ops
 from qcompile.ir.model import Model
 from qcompile.ir.optable import ops_with
-from qcompile.ir.reader import read_proto
+from qcompile.ir.reader import file_bytes, read_proto
 from qcompile.oracle.cost import Cost
 from qcompile.oracle.ranges import prove
 from qcompile.report import SCHEMA_VERSION
@@ -186,7 +186,7 @@ def inspect_model(path: Path, audited: Mapping[str, Any] | None = None, remarks:
     graph, quantized = model.graph, quantized_tensors(model.graph)
     return Inspected(
         path=path,
-        size_mb=round(model_bytes(model) / 1e6, 3),
+        size_mb=round(file_bytes(path) / 1e6, 3),
         ir_version=model.ir.ir_version,
         opset=model.opset,
         inputs=tuple(_interface(v) for v in graph.inputs if v.name not in graph.initializers),
@@ -206,14 +206,6 @@ def inspect_model(path: Path, audited: Mapping[str, Any] | None = None, remarks:
 def _integer_cost(model: Model, proto: onnx.ModelProto, path: Path) -> Cost | None:
     """The widths follow from the proven ranges."""
     return prove(proto, str(path.parent)).cost if "qcompile.integer" in model.metadata else None
-
-
-def model_bytes(model: Model) -> int:
-    """Size on disk of the file that a model came from, with its external data files."""
-    assert model.path is not None
-    tensors = (v.const_value for v in model.graph.initializers.values())
-    files = {model.path.parent / t.location for t in tensors if isinstance(t, ir.ExternalTensor)}
-    return model.path.stat().st_size + sum(f.stat().st_size for f in files)
 
 
 def quantized_tensors(graph: ir.Graph) -> tuple[QuantizedTensor, ...]:

@@ -111,3 +111,16 @@ def chain(length: int, *, quantized: bool = False) -> onnx.ModelProto:
         initializers.append(numpy_helper.from_array(np.array(1, np.float32), "s"))
     graph = helper.make_graph(nodes, "chain", ends[:1], ends[1:], initializers)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+
+
+def test_no_part_has_more_nodes_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qcompile.ir.cut.BLOCK_NODES", 12)
+    name = "timm_vit_ts17"
+    model = typed(Model(exports.load(name)))
+    outputs = [str(v.name) for v in model.graph.outputs]
+    blocks = cut(model, [(o,) for o in outputs], 1 << 40)
+    assert len(blocks) > 1
+    assert all(sum(n.op_type != "Constant" for n in part(model, block).graph) <= 12 for block in blocks)
+    feeds = exports.feeds(name)
+    found, expected = run_parts(model, blocks, feeds), evaluate(model, feeds, outputs)
+    assert all(np.array_equal(found[o], expected[o]) for o in outputs)

@@ -15,11 +15,11 @@ from qcompile.errors import ModelError
 from qcompile.ir import reader
 from qcompile.ir.mapped import MappedTensor, let_go
 from qcompile.ir.model import Model
-from qcompile.ir.reader import read_proto
+from qcompile.ir.reader import file_bytes, read_proto
 from tests.ir import tiny
 from tests.ir.test_model import external
 
-READERS = [Model.load, read_proto, lambda path: read_proto(path, weights=False)]
+READERS = [Model.load, read_proto, lambda path: read_proto(path, weights=False), file_bytes]
 
 
 @pytest.fixture
@@ -169,3 +169,10 @@ def test_external_data_is_read_on_demand(tmp_path: Path) -> None:
     whole, bare = read_proto(path), read_proto(path, weights=False)
     assert numpy_helper.to_array(whole.graph.initializer[0]).tobytes() == tiny.linear().graph.initializer[0].raw_data
     assert not bare.graph.initializer[0].raw_data
+
+
+def test_a_models_size_is_that_of_all_its_files(tmp_path: Path) -> None:
+    path = external(tmp_path)
+    files = list(tmp_path.iterdir())
+    assert len(files) > 1
+    assert file_bytes(path) == sum(f.stat().st_size for f in files)

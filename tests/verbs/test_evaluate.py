@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
@@ -44,6 +45,14 @@ def test_a_model_against_itself(tmp_path: Path, reference: Path) -> None:
     assert result["cosine"] == pytest.approx(1.0)
     assert "top1" not in result["candidate"] and result["candidate"]["path"] == str(reference)
     json.dumps(result, allow_nan=False)
+
+
+def test_a_models_size_counts_its_data_file(tmp_path: Path, reference: Path) -> None:
+    apart = tmp_path / "apart.onnx"
+    onnx.save(onnx.load(reference), apart, save_as_external_data=True, location="apart.data", size_threshold=0)
+    result = evaluate(reference, apart, graphs.dataset(tmp_path / "d.npz", reference)).to_json()
+    size = apart.stat().st_size + (tmp_path / "apart.data").stat().st_size
+    assert result["candidate"]["size_mb"] == round(size / 1e6, 3)
 
 
 def test_metrics_are_those_of_the_whole_data(tmp_path: Path, reference: Path) -> None:

@@ -40,6 +40,8 @@ _UNKNOWN = 4096
 _NUMBER = 8
 _SERIALIZED = 4  # the message, its bytes, ONNX Runtime's copies of both
 _MARGIN = 1.25  # allocators round up and keep pieces
+_M_MMAP_THRESHOLD = -3  # of malloc.h
+_LARGE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -140,9 +142,22 @@ def _weights(graph: ir.Graph) -> tuple[int, int]:
 
 def give_back() -> None:
     """Let the system have what freed pieces the C library keeps for each thread (glibc's malloc_trim; elsewhere nothing)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
-    if trim is not None:
-        trim(0)
+    _glibc("malloc_trim", 0)
+
+
+def keep_no_pieces() -> None:
+    """From now on the system gets what this process frees at once, if it is large (glibc's mallopt; elsewhere nothing).
+
+    glibc keeps freed pieces of up to 32 MiB in a heap of each thread, the more the busier the machine.  Measured: a sweep that
+    grew by 179 to 285 MB grows by 86 to 90, for about 10 % more CPU time: fresh pages cost the system some.
+    """
+    _glibc("mallopt", _M_MMAP_THRESHOLD, _LARGE)
+
+
+def _glibc(function: str, *arguments: int) -> None:
+    found = getattr(ctypes.CDLL(None), function, None) if sys.platform.startswith("linux") else None
+    if found is not None:
+        found(*arguments)
 
 
 def with_margin(size: int) -> int:

@@ -20,7 +20,7 @@ from qcompile.calib.data.dataset import Dataset, fixed_batch
 from qcompile.calib.observe import Probe, Stat
 from qcompile.calib.observe.chunks import chunk_samples, segments
 from qcompile.calib.sweep.instrument import Instrumented, instrument, raw_tensor
-from qcompile.calib.sweep.memory import give_back, plan_memory
+from qcompile.calib.sweep.memory import give_back, keep_no_pieces, plan_memory
 from qcompile.calib.sweep.readout import Arrays, Batch
 from qcompile.errors import DataError
 from qcompile.execute.opening import open_model
@@ -60,7 +60,8 @@ def sweep(
         known: statistics to continue from.
         on_batch: called with all statistics and the number of the next sample after every merged batch; where
             `mem_limit` needs several sweeps, after every 16 chunks.
-        mem_limit: bytes that the process may grow by: the probes are spread over as many sweeps as that takes.
+        mem_limit: bytes that the process may grow by: the probes are spread over as many sweeps as that takes, and the C
+            library keeps no large freed pieces any more (`keep_no_pieces`).
 
     Raises:
         ModelError: a probed tensor is not in the main graph, or ONNX Runtime cannot load the graph.
@@ -75,6 +76,7 @@ def sweep(
     size = batch_size(model, len(data), batch)
     groups = [wanted]
     if mem_limit is not None:
+        keep_no_pieces()
         groups = [list(s.probes) for s in plan_memory(model, data, wanted, size, mem_limit).sweeps]
     if len(groups) == 1:
         return Sweep(model, data, wanted, size, threads, mem_limit is None).run(stats, start, end, progress, on_batch)

@@ -15,6 +15,7 @@ from qcompile.decide.decisions import lines
 from qcompile.errors import GateError, InputError, ModelError, UsageError
 from qcompile.ir.atomic import write_atomic
 from qcompile.ir.model import Model
+from qcompile.ir.reader import file_bytes
 from qcompile.ir.text import print_model
 from qcompile.pipeline.base import Kind
 from qcompile.pipeline.runner import Failure, Ran, Runner, Starts, drive, without_data
@@ -24,7 +25,6 @@ from qcompile.verbs.compile.job import Job, prepare
 from qcompile.verbs.compile.options import Options
 from qcompile.verbs.compile.statistics import Calibration, open_calibration
 from qcompile.verbs.guards import unmatched
-from qcompile.verbs.inspect import model_bytes
 from qcompile.verbs.options import changed, made, to_json, words
 
 REPRODUCED = (
@@ -50,6 +50,7 @@ class Result:
     options: Options = field(default_factory=Options)
     inserted: tuple[bool, ...] = ()
     source_bytes: int = 0
+    output_bytes: int = 0
     engine: EngineResult | None = None
     model: Model | None = field(default=None, repr=False)
 
@@ -141,12 +142,12 @@ def _compiled(job: Job, progress: Progress) -> Result:
         notes=tuple(notes),
         options=job.options,
         inserted=tuple(job.plan.inserted),
-        source_bytes=model_bytes(job.model),
+        source_bytes=0 if job.model.path is None else file_bytes(job.model.path),
         model=model,
     )
     _gate(result, job.options.min_sqnr)
     model.save(job.output)
-    return result
+    return replace(result, output_bytes=file_bytes(job.output))
 
 
 def _gate(result: Result, minimum: float | None) -> None:

@@ -18,6 +18,7 @@ from qcompile.execute.metrics import Distance, ErrorTally, LabelTally, LogitTall
 from qcompile.execute.opening import open_model
 from qcompile.execute.session import MAPPED, Session, batch_length, make_session
 from qcompile.ir.model import Model
+from qcompile.ir.reader import file_bytes
 from qcompile.ir.spill import is_large
 from qcompile.report import SCHEMA_VERSION, Meter
 from qcompile.verbs.evaluate.layers import LayerError, layer_errors
@@ -244,7 +245,7 @@ def _summary(
 
 
 def _side(path: Path, task: LabelTally | ErrorTally | None) -> Side:
-    return Side(path, round(path.stat().st_size / 1e6, 3), _metrics(task))
+    return Side(path, round(file_bytes(path) / 1e6, 3), _metrics(task))
 
 
 def _metrics(task: LabelTally | ErrorTally | None) -> dict[str, float]:

@@ -29,6 +29,7 @@ from qcompile.calib.observe import (
     SecondMomentStat,
     Stat,
 )
+from qcompile.calib.sweep.instrument import instrument
 from qcompile.calib.sweep.sweep import sweep
 from qcompile.ir.model import Model
 from tests.calib.sweep.graphs import build, cnn, transformer
@@ -197,3 +198,13 @@ def test_tiled_sweeps_give_the_same_bits() -> None:
     assert seen == [150]
     for probe in probes:
         equal(again[probe], whole[probe])
+
+
+def test_reductions_stand_right_behind_what_they_reduce() -> None:
+    """ONNX Runtime takes minutes to order a graph of ten thousand nodes with thousands of reductions at its end."""
+    made = instrument(transformer(), [Probe(t, MinMax(-1)) for t in ("ln", "act", "res")])
+    nodes = list(made.model.graph)
+    place = {v: i for i, node in enumerate(nodes) for v in node.outputs}
+    appended = [(i, place[v]) for i, n in enumerate(nodes) if str(n.name).startswith("qcompile_") and (v := n.inputs[0]) in place]
+    assert len(appended) >= 6
+    assert all(reduced - made_at <= 3 for reduced, made_at in appended)
