@@ -25,7 +25,7 @@ from qcompile.ir.cut import cut, part, typed
 from qcompile.ir.mapped import let_go
 from qcompile.ir.model import Model
 from qcompile.ir.spill import SPILLED_TENSOR, hollow_file, is_large, mark_large, scratch_folder, spilled
-from qcompile.ir.tensors import external_tensors, map_tensors, placed, stored_array
+from qcompile.ir.tensors import elsewhere, external_tensors, map_tensors, placed, stored_array
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -96,22 +96,12 @@ def _taken(graph: ir.Graph, folder: Path) -> Generator[Arrays]:
     values = [v for v in graph.initializers.values() if _can_be_shared(v.const_value)]
     tensors = [t for v in values if (t := v.const_value) is not None]
     location = hollow_file(max((int(t.nbytes) for t in tensors), default=0)).relative_to(folder).as_posix()
-    try:
-        for value, tensor in zip(values, tensors, strict=True):
-            value.const_value = _elsewhere(tensor, str(value.name), location)
+    with elsewhere(values, location):
         yield {str(v.name): stored_array(t) for v, t in zip(values, tensors, strict=True)}
-    finally:
-        for value, tensor in zip(values, tensors, strict=True):
-            value.const_value = tensor
 
 
 def _can_be_shared(tensor: ir.TensorProtocol | None) -> bool:
     return tensor is not None and is_shared(tensor)
-
-
-def _elsewhere(tensor: ir.TensorProtocol, name: str, location: str) -> ir.ExternalTensor:
-    shape = ir.Shape(tensor.shape.numpy())
-    return ir.ExternalTensor(location, 0, int(tensor.nbytes), tensor.dtype, shape=shape, name=name)
 
 
 def is_shared(tensor: ir.TensorProtocol) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,23 @@ def placed(tensor: ir.ExternalTensor, folder: Path) -> ir.ExternalTensor:
     location = Path(os.path.realpath(tensor.path)).relative_to(folder).as_posix()
     where = (location, tensor.offset, tensor.length, tensor.dtype)
     return ir.ExternalTensor(*where, shape=tensor.shape, name=str(tensor.name), base_dir=str(folder))
+
+
+@contextmanager
+def elsewhere(values: Sequence[ir.Value], location: str) -> Generator[None]:
+    """Meanwhile the values hold only their names, types and shapes, and for data a file at `location`."""
+    tensors = [v.const_value for v in values]
+    try:
+        for value, tensor in zip(values, tensors, strict=True):
+            assert tensor is not None
+            shape = ir.Shape(tensor.shape.numpy())
+            value.const_value = ir.ExternalTensor(
+                location, 0, int(tensor.nbytes), tensor.dtype, shape=shape, name=str(value.name)
+            )
+        yield
+    finally:
+        for value, tensor in zip(values, tensors, strict=True):
+            value.const_value = tensor
 
 
 def stored_array(tensor: ir.TensorProtocol) -> NDArray[Any]:

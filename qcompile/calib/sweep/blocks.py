@@ -25,13 +25,14 @@ from qcompile.calib.sweep.instrument import tensors_of
 from qcompile.calib.sweep.memory import MemoryPlan, statistics_bytes, tensor_bytes, tiled, with_margin
 from qcompile.calib.sweep.sweep import batch_size, sweep
 from qcompile.errors import DataError
-from qcompile.ir.cut import Block, computed_bytes, cut, part, typed
+from qcompile.ir.cut import BLOCK_NODES, Block, computed_bytes, cut, part, typed
 from qcompile.ir.model import Model
 from qcompile.ir.spill import is_large, mark_large, scratch_folder
 from qcompile.report import Meter
 
 _SAMPLES = "qcompile_samples"
 _LOADING = 5  # times its weights: a smaller limit leaves too little beside them to run at once
+_MANY = 3  # blocks' worth of nodes
 _COMPUTED = 1 << 28  # bytes of dequantized weights at a time
 
 
@@ -40,7 +41,8 @@ def block_bytes(model: Model, mem_limit: int | None = None) -> int | None:
 
     A large model, whose weights are mapped, should when they exceed half the memory (or `mem_limit`): each run would read
     them from the disk again.  It also should when it dequantizes weights: those of a whole graph are computed before the
-    first is used, and are not mapped.  A smaller one should when loading it whole takes more than `mem_limit`.
+    first is used, and are not mapped.  A smaller one should when loading it whole takes more than `mem_limit`, or when it has so
+    many nodes that opening it whole takes longer than opening its parts: the nodes alone bound these.
     """
     weights = model.weight_bytes()
     if is_large(model.graph):
@@ -48,7 +50,9 @@ def block_bytes(model: Model, mem_limit: int | None = None) -> int | None:
         if computed_bytes(typed(model)) > _COMPUTED:
             return min(memory // 4, _COMPUTED)
         return memory // 4 if weights > memory // 2 else None
-    return mem_limit // 16 if mem_limit is not None and _LOADING * weights > mem_limit else None
+    if mem_limit is not None and _LOADING * weights > mem_limit:
+        return mem_limit // 16
+    return weights if len(model.graph) > _MANY * BLOCK_NODES else None
 
 
 def blocked_sweep(
@@ -136,7 +140,8 @@ class _Progress:
 
 def _parts(source: Model, probes: Sequence[Probe], limit: int) -> list[_Part]:
     blocks = cut(source, [tensors_of(p) for p in probes], limit)
-    return [_part(source, b, [p for p in probes if tensors_of(p) in b.answers]) for b in blocks]
+    answers = [set(b.answers) for b in blocks]
+    return [_part(source, b, [p for p in probes if tensors_of(p) in a]) for b, a in zip(blocks, answers, strict=True)]
 
 
 def _part(source: Model, block: Block, probes: list[Probe]) -> _Part:
