@@ -1,12 +1,13 @@
-"""ONNX's shape inference on a `Model`: weights stay out of the message, and only what it says of tensors is taken over."""
+"""Shapes and types by ONNX's own inference: from what operators do, never from what a file declares about their results."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 
 import onnx
 import onnx_ir as ir
-from onnx import GraphProto, TypeProto
+from onnx import AttributeProto, GraphProto, TypeProto
 from onnx_ir import serde
 
 from qcompile.ir.model import Model
@@ -16,15 +17,16 @@ _SHAPES = 1000  # bytes: longer constants are no shapes, and their values say no
 
 
 def infer_shapes(model: Model) -> None:
-    """Give values the types and shapes that ONNX infers, where it infers one; a graph that it refuses stays as it is.
+    """Give values the types and shapes that inference finds; the others keep theirs.  Quiet where inference fails.
 
-    As `onnx_ir`'s pass does it, but in time linear in the constants, without reading the answer back as a whole model.
+    As `onnx_ir`'s pass, but in time linear in the constants, without reading the answer back as a whole model; sequences and
+    optional values stay what they are.
     """
     values = [v for v in model.graph.initializers.values() if _long(v.const_value)]
     with elsewhere(values, "weights"):
         proto = ir.to_proto(model.ir)
-    with contextlib.suppress(Exception):  # of many classes: types that do not fit, unknown operators in strict mode
-        _take_over(model.graph, onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True).graph)
+    with contextlib.suppress(Exception):  # of as many classes as there are causes
+        _take_over(model.graph, onnx.shape_inference.infer_shapes(proto, data_prop=True).graph)
 
 
 def _long(tensor: ir.TensorProtocol | None) -> bool:
@@ -32,23 +34,29 @@ def _long(tensor: ir.TensorProtocol | None) -> bool:
 
 
 def _take_over(graph: ir.Graph, inferred: GraphProto) -> None:
-    known = {v.name: v.type for v in (*inferred.input, *inferred.output, *inferred.value_info)}
-    for value in (*graph.inputs, *(v for node in graph for v in node.outputs)):
-        if (told := known.get(str(value.name))) is not None and told.HasField("tensor_type"):
+    known = {v.name: v.type for v in (*inferred.output, *inferred.value_info)}
+    for value in (v for node in graph for v in node.outputs):
+        if (told := known.get(str(value.name))) is not None:
             _tell(value, told)
     for node, twin in zip(graph, inferred.node, strict=True):
-        bodies = {a.name: list(a.graphs) or [a.g] for a in twin.attribute if a.graphs or a.HasField("g")}
-        for name, protos in bodies.items():
-            attribute = node.attributes[name]
-            held = [attribute.as_graph()] if attribute.type == ir.AttributeType.GRAPH else attribute.as_graphs()
-            for body, proto in zip(held, protos, strict=True):
+        for attribute in twin.attribute:
+            for body, proto in zip(_bodies(node.attributes.get(attribute.name)), _protos(attribute), strict=True):
                 _take_over(body, proto)
 
 
+def _bodies(attribute: ir.Attr | None) -> Sequence[ir.Graph]:
+    if attribute is None or attribute.type not in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
+        return ()
+    return [attribute.as_graph()] if attribute.type == ir.AttributeType.GRAPH else attribute.as_graphs()
+
+
+def _protos(attribute: AttributeProto) -> Sequence[GraphProto]:
+    return [attribute.g] if attribute.HasField("g") else list(attribute.graphs)
+
+
 def _tell(value: ir.Value, told: TypeProto) -> None:
-    shape = serde.deserialize_type_proto_for_shape(told)
-    if shape is not None and shape != value.shape:
+    kind, shape = serde.deserialize_type_proto_for_type(told), serde.deserialize_type_proto_for_shape(told)
+    if kind is not None and kind != value.type:
+        value.type = kind
+    if shape is not None and shape != value.shape and isinstance(kind, ir.TensorType | None):
         value.shape = shape
-    dtype = ir.DataType(told.tensor_type.elem_type)
-    if dtype not in (ir.DataType.UNDEFINED, value.dtype):
-        value.dtype = dtype

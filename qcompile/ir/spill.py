@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from qcompile.errors import ModelError
 from qcompile.ir.tensors import data_chunks
 
-LARGE_MODEL = 1 << 30
+LARGE_MODEL = 1 << 29
 SPILLED_TENSOR = 1 << 18
 _FLAG = "qcompile.large"
 _ROOM = "qcompile.large.room"  # bytes of weights until then
