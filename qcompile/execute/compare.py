@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qcompile.execute.emulate.runnable import runnable
-from qcompile.execute.metrics import decibel
+from qcompile.execute.figures import OutputTally, as_array, figures, tallies, worst_db
+from qcompile.execute.metrics import Distance
 from qcompile.execute.opening import open_model, run_in_parts
 from qcompile.ir.cut import BLOCK_NODES
 from qcompile.ir.mapped import let_go
@@ -21,6 +22,14 @@ from qcompile.report import Comparison
 PART_BYTES = 1 << 26
 
 
+@dataclass(frozen=True)
+class Answers:
+    """All outputs of a model for every feed, and what is known of them."""
+
+    runs: list[list[NDArray[Any]]]
+    tallies: list[OutputTally]
+
+
 @dataclass
 class OrtComparator:
     """Runs models on a few calibration samples plus one random one, optimizations off, Q/DQ simulated exactly."""
@@ -28,37 +37,33 @@ class OrtComparator:
     feeds: list[dict[str, NDArray[Any]]]
     threads: int | None = None
 
-    def outputs(self, model: Model) -> list[list[NDArray[Any]]]:
+    def outputs(self, model: Model) -> Answers:
         """All outputs for every feed."""
         if is_large(model.graph) or len(model.graph) > 2 * BLOCK_NODES:
-            return run_in_parts(runnable(model), self.feeds, PART_BYTES, threads=self.threads)
-        session = open_model(model, exact=True, threads=self.threads)
-        found = [[np.asarray(y) for y in session.run(None, feed)] for feed in self.feeds]
+            return Answers(run_in_parts(runnable(model), self.feeds, PART_BYTES, threads=self.threads), tallies(model))
+        return self._run(model, exact=True)
+
+    def compare(self, reference: Answers, candidate: Answers) -> Comparison:
+        """How far apart the outputs are, each by what the reference is known to do; dB on the calibration samples alone."""
+        pairs = list(zip(reference.runs, candidate.runs, strict=True))
+        found = [replace(t, distance=Distance()) for t in reference.tallies]
+        for expected, got in pairs[:-1] or pairs:  # the random sample comes last
+            for tally, a, b in zip(found, expected, got, strict=True):
+                tally.add(a, b)
+        errors = {t.name: max(_relative(e[i], g[i]) for e, g in pairs) for i, t in enumerate(found) if t.nature.smooth}
+        listed = figures(found)
+        return Comparison(max(errors.values(), default=None), worst_db(listed), len(pairs), errors, listed)
+
+    def _run(self, model: Model, *, exact: bool) -> Answers:
+        session = open_model(model, exact=exact, threads=self.threads)
+        found = [[as_array(y) for y in session.run(None, feed)] for feed in self.feeds]
         let_go(model.ir)
-        return found
-
-    def compare(self, reference: list[list[NDArray[Any]]], candidate: list[list[NDArray[Any]]]) -> Comparison:
-        """max|d| / max|y| over all outputs, and the SQNR of the first output on the calibration samples in dB."""
-        worst = max(
-            (_relative(a, b) for e, g in zip(reference, candidate, strict=True) for a, b in zip(e, g, strict=True)), default=0.0
-        )
-        signal = sum(float(np.square(_wide(a)).sum()) for a in _firsts(reference))
-        noise = sum(
-            float(np.square(_wide(a) - _wide(b)).sum()) for a, b in zip(_firsts(reference), _firsts(candidate), strict=True)
-        )
-        return Comparison(worst, decibel(signal, noise), len(self.feeds))
-
-
-def _wide(array: NDArray[Any]) -> NDArray[np.float64]:
-    return np.nan_to_num(np.asarray(array).astype(np.float64), nan=1e30)
-
-
-def _firsts(outputs: list[list[NDArray[Any]]]) -> list[NDArray[Any]]:
-    """The first output on the calibration samples (the random sample comes last)."""
-    return [o[0] for o in (outputs[:-1] or outputs)]
+        return Answers(found, tallies(model))
 
 
 def _relative(a: NDArray[Any], b: NDArray[Any]) -> float:
+    if a.shape != b.shape:
+        return float("inf")
     if a.dtype.kind not in "fV" or a.size == 0:
         return 0.0 if np.array_equal(a, b) else 1.0
     wide, other = np.asarray(a).astype(np.float64), np.asarray(b).astype(np.float64)

@@ -14,6 +14,7 @@ from qcompile.pipeline.base import Comparator, Comparison, Kind, Pass
 from qcompile.report import PassReport
 
 EQUIVALENT_TOLERANCE = 5e-6
+_NOTHING_SMOOTH = "not verified: every output jumps or differs from run to run"
 _ON_PURPOSE = "not verified: changes the function on purpose"
 
 
@@ -137,11 +138,15 @@ class Verifier:
 
 
 def _holds(distance: Comparison) -> bool:
-    return bool(np.isfinite(distance.relative_error)) and distance.relative_error <= EQUIVALENT_TOLERANCE
+    error = distance.relative_error
+    return error is None or (bool(np.isfinite(error)) and error <= EQUIVALENT_TOLERANCE)
 
 
 def _measured(report: PassReport, verdict: str, distance: Comparison) -> PassReport:
-    return replace(report, verified=verdict, relative_error=distance.relative_error, sqnr_db=distance.sqnr_db)
+    if distance.relative_error is None and report.kind == Kind.EQUIVALENT.value:
+        return replace(report, verified=_NOTHING_SMOOTH, outputs=distance.outputs)
+    told = {"relative_error": distance.relative_error, "sqnr_db": distance.sqnr_db, "outputs": distance.outputs}
+    return replace(report, verified=verdict, **told)
 
 
 def _verdict(kind: Kind) -> str:

@@ -115,7 +115,7 @@ def test_reports_are_json_even_where_nothing_was_lost(tmp_path: Path) -> None:
 
 
 def test_a_gate_that_does_not_hold_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(GateError, match=r"SQNR is .* below --min-sqnr 150"):
+    with pytest.raises(GateError, match=r"SQNR of output 'logits' is .* below --min-sqnr 150"):
         compiled(MODELS / "digits_cnn.onnx", tmp_path / "q.onnx", target="ort", min_sqnr=150.0)
     assert listing(tmp_path) == []
 
