@@ -69,16 +69,6 @@ def worst_db(found: Sequence[OutputFigure]) -> float | None:
     return min((f.sqnr_db for f in found if f.sqnr_db is not None), default=None)
 
 
-def as_array(answer: Any) -> Array:
-    """What ONNX Runtime answers for an output as one array; sequences and maps are strung together."""
-    if isinstance(answer, dict):
-        answer = list(answer.values())
-    if not isinstance(answer, list):
-        return np.asarray(answer)
-    parts = [as_array(x).reshape(-1) for x in answer]
-    return np.concatenate(parts) if parts else np.zeros(0, np.float32)
-
-
 def _rank(figure: OutputFigure) -> tuple[int, float]:
     if figure.sqnr_db is not None:
         return 0, figure.sqnr_db

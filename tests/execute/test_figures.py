@@ -7,8 +7,9 @@ import pytest
 from numpy.typing import NDArray
 from onnx import numpy_helper, parser
 
-from qcompile.execute.compare import comparator
-from qcompile.execute.figures import OutputTally, as_array, figures, worst_db
+from qcompile.execute.compare import coarsest_step, comparator
+from qcompile.execute.figures import OutputTally, figures, worst_db
+from qcompile.execute.session import as_array
 from qcompile.ir.jumps import Nature
 from qcompile.ir.model import Model
 from qcompile.report import OutputFigure
@@ -95,3 +96,22 @@ def test_indices_that_change_are_no_relative_error() -> None:
     compare = comparator(feeds(), 0)
     distance = compare.compare(compare.outputs(head(0.0)), compare.outputs(head(0.5)))
     assert 0 < (distance.relative_error or 0) < 1 and (distance.outputs[-1].equal or 1) < 1
+
+
+def test_the_noise_of_a_model_is_what_optimizations_move() -> None:
+    w = RNG.normal(size=(64, 64)).astype(np.float32)
+    text = """<ir_version: 9, opset_import: ["" : 17]> g (float[N,64] x) => (float[N,64] y, float[N,64] h)
+    { h = MatMul(x, w) a = Add(h, big) y = Sub(a, big) }"""
+    proto = parser.parse_model(text)
+    proto.graph.initializer.extend(
+        [numpy_helper.from_array(w, "w"), numpy_helper.from_array(np.full(64, 1e3, np.float32), "big")]
+    )
+    model, compare = Model.from_proto(proto), comparator([{"x": RNG.normal(size=(4, 64)).astype(np.float32)}], 0)
+    noise = compare.noise(model, compare.outputs(model))
+    assert set(noise) == {"y", "h"} and all(0 <= n < 1e-3 for n in noise.values())
+
+
+@pytest.mark.parametrize(("name", "number", "least"), [("float16", 10, 2.0**-10), ("bfloat16", 16, 2.0**-7), ("float", 1, 0.0)])
+def test_a_16_bit_interface_rounds_that_far(name: str, number: int, least: float) -> None:
+    text = f"""<ir_version: 9, opset_import: ["" : 17]> g (float[N,8] x) => ({name}[N,8] y) {{ y = Cast <to = {number}> (x) }}"""
+    assert coarsest_step(Model.from_proto(parser.parse_model(text)).graph) == least

@@ -14,7 +14,7 @@ from qcompile.calib.data.dataset import Dataset, fixed_batch
 from qcompile.errors import DataError, ModelError
 from qcompile.execute.emulate.runnable import runnable
 from qcompile.execute.feeds import run_padded
-from qcompile.execute.figures import OutputTally, as_array, figures, worst_db
+from qcompile.execute.figures import OutputTally, figures, worst_db
 from qcompile.execute.figures import tallies as tallies_of
 from qcompile.execute.metrics import ErrorTally, LabelTally, LogitTally
 from qcompile.execute.opening import open_model
@@ -153,7 +153,7 @@ def _run(
     labels, done = data.labels, 0
     for feeds in data.batches(fixed or DEFAULT_BATCH):
         held = batch_length(feeds)
-        outputs = [[as_array(y) for y in run_padded(s, feeds, fixed, done)] for s in sessions]
+        outputs = [run_padded(s, feeds, fixed, done) for s in sessions]
         _require_comparable(tallies.outputs, *outputs)
         _tally(tallies, outputs[0], outputs[1], None if labels is None else labels[done : done + held])
         done += held
