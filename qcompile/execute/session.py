@@ -160,6 +160,11 @@ def session_options(
     return options
 
 
+def seed_random_operators(seed: int) -> None:
+    """Sessions that are opened from now on draw from `seed`, so that the same command calibrates on the same values."""
+    ort.set_seed(seed)
+
+
 def as_array(answer: Any) -> NDArray[Any]:
     """What ONNX Runtime answers for an output as one array; sequences and maps are strung together."""
     if isinstance(answer, dict):

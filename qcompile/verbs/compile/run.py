@@ -13,6 +13,7 @@ from typing import Any
 from qcompile._version import __version__
 from qcompile.decide.decisions import lines
 from qcompile.errors import GateError, InputError, ModelError, UsageError
+from qcompile.execute.session import seed_random_operators
 from qcompile.ir.atomic import write_atomic
 from qcompile.ir.model import Model
 from qcompile.ir.reader import file_bytes
@@ -24,7 +25,7 @@ from qcompile.verbs.build import EngineResult, gpu_list, make_engine, profiles_f
 from qcompile.verbs.compile.job import Job, prepare
 from qcompile.verbs.compile.options import Options
 from qcompile.verbs.compile.statistics import Calibration, open_calibration
-from qcompile.verbs.guards import unmatched
+from qcompile.verbs.guards import randomness, unmatched
 from qcompile.verbs.options import changed, made, to_json, words
 
 REPRODUCED = (
@@ -124,6 +125,9 @@ def run(job: Job, progress: Progress) -> Result:
 def _compiled(job: Job, progress: Progress) -> Result:
     notes = unmatched(job.model, job.options.selection.by_option)
     notes += [text for scheme, text in job.target.caveats if scheme == job.scheme.name]
+    if random := randomness(job.model):
+        seed_random_operators(job.options.seed)
+        notes += random
     warned(notes, progress.note)
     calibration = open_calibration(job, progress)
     notes += warned(calibration.warnings if calibration is not None else (), progress.note)
