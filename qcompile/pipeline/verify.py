@@ -140,7 +140,7 @@ class Verifier:
         size = f"{error:.2g} of their size (output {name!r}), more than {self._bound(name):.1g}"
         failure = VerifyError(f"{what} moved the outputs by {size}{_sites(report)}")
         told = self.failed(p, before, failure)
-        raise VerifyError(f"{failure}; {_way_on(p)}{told}")
+        raise VerifyError(f"{failure}; {_way_on(p, self.mode)}{told}")
 
     def _holds(self, distance: Comparison) -> bool:
         errors = distance.errors.items()
@@ -163,9 +163,9 @@ def _sites(report: PassReport) -> str:
     return f" (it worked at {', '.join(nodes[:_SITES])}{more})" if nodes else ""
 
 
-def _way_on(p: Pass) -> str:
+def _way_on(p: Pass, mode: str) -> str:
     out = "name the passes without it and add --exact" if p.is_form() else "leave it out of --passes"
-    return f"{out}, or --verify end compares only the finished model"
+    return f"{out}, or --verify {'off compares nothing' if mode == 'end' else 'end compares only the finished model'}"
 
 
 def _measured(report: PassReport, verdict: str, distance: Comparison) -> PassReport:
