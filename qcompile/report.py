@@ -60,12 +60,31 @@ class Remarks:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Distance of two models' outputs: max|d| / max|y|, and the signal-to-noise ratio in dB."""
+class OutputFigure:
+    """An output beside the float model's: the SQNR in dB of a float one, or the share of equal entries, in [0, 1].
 
-    relative_error: float
-    sqnr_db: float
+    `note` says what makes it special: jumps, or randomness, which leaves no figure at all.
+    """
+
+    name: str
+    sqnr_db: float | None = None
+    equal: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Distance of two models' outputs.
+
+    `relative_error`: the largest max|d| / max|y| among the outputs that a small error moves a little, None where there is none;
+    `errors`: by output.  `sqnr_db`: of the worst float output; None where none can be measured.  `outputs`: all, worst first.
+    """
+
+    relative_error: float | None
+    sqnr_db: float | None
     samples: int
+    errors: Mapping[str, float] = field(default_factory=dict[str, float])
+    outputs: tuple[OutputFigure, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,6 +100,7 @@ class PassReport:
     verified: str = "not run"
     relative_error: float | None = None
     sqnr_db: float | None = None
+    outputs: tuple[OutputFigure, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain dict; remarks as dicts."""

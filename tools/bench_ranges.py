@@ -33,7 +33,11 @@ def measure(path: Path, method: str, options: argparse.Namespace, folder: Path) 
     data = load_data(str(path.with_name(f"{path.stem}.eval.npz")), Model.load(path).inputs()).take(options.samples)
     found = evaluate(path, out, data, threads=1)
     task = {**found.candidate.metrics, **{f"float_{k}": v for k, v in found.reference.metrics.items()}}
-    figures = {"sqnr_db": round(found.sqnr_db, 2), "seconds": round(seconds, 1), "used": dict(used.most_common())}
+    figures = {
+        "sqnr_db": None if found.sqnr_db is None else round(found.sqnr_db, 2),
+        "seconds": round(seconds, 1),
+        "used": dict(used.most_common()),
+    }
     return {"model": path.stem, "range": method, **task, **figures}
 
 

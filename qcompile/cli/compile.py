@@ -12,7 +12,7 @@ import click
 from qcompile.cli.build import show_engine
 from qcompile.cli.check import cost_line
 from qcompile.cli.options import MODEL, Command, as_json, options
-from qcompile.cli.output import answer, megabytes, number, print_table, print_text
+from qcompile.cli.output import answer, megabytes, number, print_table, print_text, show_outputs, worst
 from qcompile.cli.progress import reporter, tally
 from qcompile.report import PassReport
 from qcompile.verbs.compile.job import prepare
@@ -75,7 +75,9 @@ def show_result(result: Result) -> None:
     _show_missed(result)
     print_text("", f"output       {result.output}")
     print_text(f"size         {megabytes(result.output_bytes)} (float model {megabytes(result.source_bytes)})")
-    print_text(f"SQNR         {number(result.sqnr_db, unit=' dB')} against the float model, on calibration samples")
+    figure = f"{number(result.sqnr_db, unit=' dB')} against the float model, on calibration samples"
+    print_text(f"SQNR         {figure}{worst(result.outputs)}")
+    show_outputs(result.outputs)
     print_text(*(_cost_line(r.numbers) for r in result.remarks if "bops" in r.numbers and not r.node))
     print_text(f"calibration  {_used(result)}")
     print_text(f"sweeps       {result.sweeps}")
@@ -86,9 +88,10 @@ def show_result(result: Result) -> None:
 
 
 def _pass_row(p: PassReport, inserted: bool) -> tuple[str, ...]:
-    against = {"equivalent": "step before", "lower": "float model"}.get(p.kind, "") if p.relative_error is not None else ""
+    compared = p.relative_error is not None or p.outputs
+    against = {"equivalent": "step before", "lower": "float model"}.get(p.kind, "") if compared else ""
     error = number(p.sqnr_db, unit=" dB") if p.kind == "lower" else number(p.relative_error, ".1e") if p.relative_error else "0"
-    shown = "" if p.relative_error is None else error
+    shown = error if against else ""
     return f"{'+ ' if inserted else ''}{p.spec}", tally(p), against, shown, f"{p.seconds:.1f}", f"{p.peak_rss_mb:.0f} MB"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from qcompile.cli.options import MODEL, Command, as_json, options
-from qcompile.cli.output import answer, number, percent, print_table, print_text
+from qcompile.cli.output import answer, number, percent, print_table, print_text, show_outputs, worst
 from qcompile.cli.progress import reporter
 from qcompile.verbs.evaluate.conformance import Conformance, OracleRun
 from qcompile.verbs.evaluate.layers import LayerError
@@ -55,7 +55,9 @@ def show_evaluation(found: Evaluation) -> None:
     if found.simulated:
         print_text("ONNX Runtime cannot fuse the candidate's Q/DQ pairs: it was simulated, pair by pair")
     print_text("", f"samples      {found.samples}", f"agreement    {percent(found.agreement)}")
-    print_text(f"SQNR         {number(found.sqnr_db, unit=' dB')}", f"KL           {number(found.kl, '.3g')}")
+    print_text(f"SQNR         {number(found.sqnr_db, unit=' dB')}{worst(found.outputs)}")
+    show_outputs(found.outputs)
+    print_text(f"KL           {number(found.kl, '.3g')}")
     print_text(f"cosine       {number(found.cosine, '.6f')}")
     if found.per_layer is not None:
         _show_layers(found.per_layer)

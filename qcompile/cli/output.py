@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qcompile.report import json_text
+from qcompile.report import OutputFigure, json_text
 
 PLAIN_WIDTH = 118
+MOST_OUTPUTS = 8
 
 
 class Answer(Protocol):
@@ -91,3 +92,22 @@ def flops(value: float) -> str:
 def megabytes(size: float) -> str:
     """Bytes as MB (10^6)."""
     return f"{size / 1e6:.2f} MB"
+
+
+def worst(outputs: Sequence[OutputFigure]) -> str:
+    """Which output a model's SQNR is of, where there are several."""
+    measured = [o for o in outputs if o.sqnr_db is not None]
+    if len(outputs) < 2 or not measured:
+        return ""
+    return f": {measured[0].name}" + (f", the worst of {len(measured)}" if len(measured) > 1 else "")
+
+
+def show_outputs(outputs: Sequence[OutputFigure]) -> None:
+    """A line for each output where there are several, or where the only one has no figure in dB."""
+    if len(outputs) == 1 and outputs[0].sqnr_db is not None and not outputs[0].note:
+        return
+    for o in outputs[:MOST_OUTPUTS]:
+        figure = number(o.sqnr_db, unit=" dB") if o.equal is None else f"{percent(o.equal)} of entries equal"
+        print_text(f"             {o.name}: {figure}{f', {o.note}' if o.note else ''}")
+    if len(outputs) > MOST_OUTPUTS:
+        print_text(f"             and {len(outputs) - MOST_OUTPUTS} more (--json, or --report)")

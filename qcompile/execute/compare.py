@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
+from qcompile.errors import InputError
 from qcompile.execute.emulate.runnable import runnable
-from qcompile.execute.metrics import decibel
+from qcompile.execute.figures import OutputTally, figures, tallies, worst_db
+from qcompile.execute.metrics import Distance
 from qcompile.execute.opening import open_model, run_in_parts
+from qcompile.execute.session import run
 from qcompile.ir.cut import BLOCK_NODES
 from qcompile.ir.mapped import let_go
 from qcompile.ir.model import Model
+from qcompile.ir.ops import int_attr, is_op
 from qcompile.ir.spill import is_large
 from qcompile.report import Comparison
 
 PART_BYTES = 1 << 26
+ROUNDINGS = 4  # of the steps that an output of a 16-bit model may be off for no other reason than rounding
+_STEPS = {ir.DataType.FLOAT16: 2.0**-10, ir.DataType.BFLOAT16: 2.0**-7}
+
+
+@dataclass(frozen=True)
+class Answers:
+    """All outputs of a model for every feed, and what is known of them."""
+
+    runs: list[list[NDArray[Any]]]
+    tallies: list[OutputTally]
 
 
 @dataclass
@@ -28,37 +44,60 @@ class OrtComparator:
     feeds: list[dict[str, NDArray[Any]]]
     threads: int | None = None
 
-    def outputs(self, model: Model) -> list[list[NDArray[Any]]]:
+    def outputs(self, model: Model) -> Answers:
         """All outputs for every feed."""
-        if is_large(model.graph) or len(model.graph) > 2 * BLOCK_NODES:
-            return run_in_parts(runnable(model), self.feeds, PART_BYTES, threads=self.threads)
-        session = open_model(model, exact=True, threads=self.threads)
-        found = [[np.asarray(y) for y in session.run(None, feed)] for feed in self.feeds]
+        if _in_parts(model):
+            return Answers(run_in_parts(runnable(model), self.feeds, PART_BYTES, threads=self.threads), tallies(model))
+        return self._run(model, exact=True)
+
+    def compare(self, reference: Answers, candidate: Answers) -> Comparison:
+        """How far apart the outputs are, each by what the reference is known to do; dB on the calibration samples alone."""
+        pairs = list(zip(reference.runs, candidate.runs, strict=True))
+        found = [replace(t, distance=Distance()) for t in reference.tallies]
+        for expected, got in pairs[:-1] or pairs:  # the random sample comes last
+            for tally, a, b in zip(found, expected, got, strict=True):
+                tally.add(a, b)
+        errors = {t.name: max(_relative(e[i], g[i]) for e, g in pairs) for i, t in enumerate(found) if t.nature.smooth}
+        listed = figures(found)
+        return Comparison(max(errors.values(), default=None), worst_db(listed), len(pairs), errors, listed)
+
+    def noise(self, model: Model, answers: Answers) -> dict[str, float]:
+        """How far each output of `model`, which has given `answers`, moves by rounding alone, relative to its size.
+
+        Measured with the optimizations that ONNX Runtime makes, which change the order of the arithmetic; at least
+        a few steps of the coarsest type that the model computes in.  A large model is not run again.
+        """
+        steps = ROUNDINGS * coarsest_step(model.graph)
+        moved = {} if _in_parts(model) else self._moved(model, answers)
+        return {t.name: max(steps, moved.get(t.name, 0.0)) for t in answers.tallies}
+
+    def _moved(self, model: Model, answers: Answers) -> dict[str, float]:
+        with contextlib.suppress(InputError):  # its optimizer may fail where the model as written runs
+            found = self.compare(answers, self._run(model, exact=False)).errors
+            return {name: error for name, error in found.items() if np.isfinite(error)}
+        return {}
+
+    def _run(self, model: Model, *, exact: bool) -> Answers:
+        session = open_model(model, exact=exact, threads=self.threads)
+        found = [run(session, feed) for feed in self.feeds]
         let_go(model.ir)
-        return found
-
-    def compare(self, reference: list[list[NDArray[Any]]], candidate: list[list[NDArray[Any]]]) -> Comparison:
-        """max|d| / max|y| over all outputs, and the SQNR of the first output on the calibration samples in dB."""
-        worst = max(
-            (_relative(a, b) for e, g in zip(reference, candidate, strict=True) for a, b in zip(e, g, strict=True)), default=0.0
-        )
-        signal = sum(float(np.square(_wide(a)).sum()) for a in _firsts(reference))
-        noise = sum(
-            float(np.square(_wide(a) - _wide(b)).sum()) for a, b in zip(_firsts(reference), _firsts(candidate), strict=True)
-        )
-        return Comparison(worst, decibel(signal, noise), len(self.feeds))
+        return Answers(found, tallies(model))
 
 
-def _wide(array: NDArray[Any]) -> NDArray[np.float64]:
-    return np.nan_to_num(np.asarray(array).astype(np.float64), nan=1e30)
+def _in_parts(model: Model) -> bool:
+    return is_large(model.graph) or len(model.graph) > 2 * BLOCK_NODES
 
 
-def _firsts(outputs: list[list[NDArray[Any]]]) -> list[NDArray[Any]]:
-    """The first output on the calibration samples (the random sample comes last)."""
-    return [o[0] for o in (outputs[:-1] or outputs)]
+def coarsest_step(graph: ir.Graph) -> float:
+    """The distance of 1 from the next number in the coarsest 16-bit type in `graph`; 0 where all floats have more bits."""
+    values = [*graph.inputs, *graph.outputs, *graph.initializers.values(), *(v for n in graph.all_nodes() for v in n.outputs)]
+    types = {v.dtype for v in values} | {ir.DataType(int_attr(n, "to", 1)) for n in graph.all_nodes() if is_op(n, "Cast")}
+    return max((step for dtype, step in _STEPS.items() if dtype in types), default=0.0)
 
 
 def _relative(a: NDArray[Any], b: NDArray[Any]) -> float:
+    if a.shape != b.shape:
+        return float("inf")
     if a.dtype.kind not in "fV" or a.size == 0:
         return 0.0 if np.array_equal(a, b) else 1.0
     wide, other = np.asarray(a).astype(np.float64), np.asarray(b).astype(np.float64)

@@ -160,6 +160,21 @@ def session_options(
     return options
 
 
+def seed_random_operators(seed: int) -> None:
+    """Sessions that are opened from now on draw from `seed`, so that the same command calibrates on the same values."""
+    ort.set_seed(seed)
+
+
+def as_array(answer: Any) -> NDArray[Any]:
+    """What ONNX Runtime answers for an output as one array; sequences and maps are strung together."""
+    if isinstance(answer, dict):
+        answer = list(answer.values())
+    if not isinstance(answer, list):
+        return np.asarray(answer)
+    parts = [as_array(x).reshape(-1) for x in answer]
+    return np.concatenate(parts) if parts else np.zeros(0, np.float32)
+
+
 def run_batches(
     session: ort.InferenceSession, dataset: Batches, batch: int, outputs: Sequence[str] | None = None
 ) -> Iterator[list[NDArray[Any]]]:
@@ -192,7 +207,7 @@ def run(
     """
     wanted = list(outputs) if outputs is not None else None
     try:
-        return [np.asarray(v) for v in _run(session, wanted, feeds, fall_back)]
+        return [as_array(v) for v in _run(session, wanted, feeds, fall_back)]
     except Exception as e:  # as in make_session
         raise InputError(
             f"ONNX Runtime failed on the batch that starts at sample {first_sample}: {meaningful_line(e)}; "

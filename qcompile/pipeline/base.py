@@ -62,6 +62,10 @@ class Comparator(Protocol):
         """The distance of two models' outputs."""
         ...
 
+    def noise(self, model: Model, answers: Any) -> Mapping[str, float]:
+        """How far the outputs of `model` move by rounding alone, by output: relative to their size, as `Comparison.errors`."""
+        ...
+
 
 @dataclass
 class PassContext:

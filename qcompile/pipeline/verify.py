@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,6 +14,9 @@ from qcompile.pipeline.base import Comparator, Comparison, Kind, Pass
 from qcompile.report import PassReport
 
 EQUIVALENT_TOLERANCE = 5e-6
+NOISE_FACTOR = 8  # two forms of one function round independently, and the noise is measured once
+_SITES = 3
+_NOTHING_SMOOTH = "not verified: every output jumps or differs from run to run"
 _ON_PURPOSE = "not verified: changes the function on purpose"
 
 
@@ -30,9 +33,10 @@ class _Form:
 class Verifier:
     """Compares models as passes go by.
 
-    An EQUIVALENT pass is measured against the step before and held to 5e-6 of the outputs' size, LOWER against the float
-    model.  Forms are compared once for all that follow each other; should they move the outputs, the first that does is found
-    by bisection.  `failed` is told of a pass that broke its contract, with the model in front of it.
+    An EQUIVALENT pass is measured against the step before and held to 5e-6 of the outputs' size, or to what rounding alone does
+    to the model where that is more (measured once, and only then); LOWER against the float model.  Forms are compared once for
+    all that follow each other; should they move the outputs, the first that does is found by bisection.  `failed` is told of a
+    pass that broke its contract, with the model in front of it.
     `step` are the outputs of the model in front of what waits, if they are known; `fresh` tells that it is still the source.
     """
 
@@ -44,6 +48,7 @@ class Verifier:
     reference: Any = None
     step: Any = None
     fresh: bool = True
+    noise: Mapping[str, float] | None = None
 
     def meets(self, p: Pass, model: Model, reports: list[PassReport]) -> None:
         """`p` is about to run on `model`: forms that wait are compared before a pass that is none makes memory dear."""
@@ -61,7 +66,7 @@ class Verifier:
             return
         if p.changes_function and modified:
             self.source = after.clone()
-            self.reference, self.step, self.fresh = None, None, True
+            self.reference, self.step, self.noise, self.fresh = None, None, None, True
             reports[-1] = replace(reports[-1], verified=_ON_PURPOSE)
         elif modified and p.kind in (Kind.EQUIVALENT, Kind.LOWER) and self.mode == "each":
             self._verify(p, before, after, reports)
@@ -76,7 +81,7 @@ class Verifier:
         if self.mode == "end":
             distance = self.comparator.compare(self.comparator.outputs(self.source), self.comparator.outputs(end))
             if all(p.kind in (Kind.EQUIVALENT, Kind.ANNOTATE) for p in passes):
-                self._hold("the whole pipeline", passes[-1], distance, self.source)
+                self._hold("the whole pipeline", passes[-1], distance, self.source, reports[-1])
             reports[-1] = _measured(reports[-1], "compared at the end", distance)
 
     def _verify(self, p: Pass, before: Model, after: Model, reports: list[PassReport]) -> None:
@@ -85,7 +90,7 @@ class Verifier:
         self.step, self.fresh = self.comparator.outputs(after), False
         distance = self.comparator.compare(expected, self.step)
         if p.kind is Kind.EQUIVALENT:
-            self._hold(f"pass {reports[-1].spec!r}", p, distance, before)
+            self._hold(f"pass {reports[-1].spec!r}", p, distance, before, reports[-1])
         reports[-1] = _measured(reports[-1], _verdict(p.kind), distance)
 
     def _settle(self, after: Model, reports: list[PassReport]) -> None:
@@ -95,9 +100,10 @@ class Verifier:
         expected, forms = self._known(self.waiting[0].before), self.waiting
         self.waiting, self.step, self.fresh = [], self.comparator.outputs(after), False
         distance = self.comparator.compare(expected, self.step)
-        if not _holds(distance):
+        if not self._holds(distance):
             form, distance = self._culprit(forms, after, expected, distance)
-            self._hold(f"pass {reports[form.index].spec!r}", form.p, distance, form.before)
+            report = reports[form.index]
+            self._hold(f"pass {report.spec!r}", form.p, distance, form.before, report)
         for form in forms:
             reports[form.index] = _measured(reports[form.index], _verdict(Kind.EQUIVALENT), distance)
 
@@ -108,7 +114,7 @@ class Verifier:
         while low < high:
             middle = (low + high) // 2
             there = self.comparator.compare(expected, self.comparator.outputs(forms[middle + 1].before))
-            if _holds(there):
+            if self._holds(there):
                 low = middle + 1
             else:
                 high, distance = middle, there
@@ -127,21 +133,46 @@ class Verifier:
             self.reference = self.comparator.outputs(self.source)
         return self.reference
 
-    def _hold(self, what: str, p: Pass, distance: Comparison, before: Model) -> None:
-        if _holds(distance):
+    def _hold(self, what: str, p: Pass, distance: Comparison, before: Model, report: PassReport) -> None:
+        if self._holds(distance):
             return
-        error = VerifyError(
-            f"{what} moved the outputs by {distance.relative_error:.2g} of their size, more than {EQUIVALENT_TOLERANCE:g}"
-        )
-        raise VerifyError(f"{error}{self.failed(p, before, error) or '; leave the pass out, or report it'}")
+        name, error = max(distance.errors.items(), key=lambda item: item[1] / self._bound(item[0]))
+        size = f"{error:.2g} of their size (output {name!r}), more than {self._bound(name):.1g}"
+        failure = VerifyError(f"{what} moved the outputs by {size}{_sites(report)}")
+        told = self.failed(p, before, failure)
+        raise VerifyError(f"{failure}; {_way_on(p, self.mode)}{told}")
+
+    def _holds(self, distance: Comparison) -> bool:
+        errors = distance.errors.items()
+        if all(error <= EQUIVALENT_TOLERANCE for _, error in errors):
+            return True
+        return all(bool(np.isfinite(error)) and error <= self._bound(name) for name, error in errors)
+
+    def _bound(self, name: str) -> float:
+        """How far an output may move, relative to its size."""
+        assert self.comparator is not None
+        if self.noise is None:
+            self.noise = self.comparator.noise(self.source, self._reference())
+        return max(EQUIVALENT_TOLERANCE, NOISE_FACTOR * self.noise.get(name, 0.0))
 
 
-def _holds(distance: Comparison) -> bool:
-    return bool(np.isfinite(distance.relative_error)) and distance.relative_error <= EQUIVALENT_TOLERANCE
+def _sites(report: PassReport) -> str:
+    """Where the pass worked, in words."""
+    nodes = list(dict.fromkeys(r.node for r in report.remarks if r.kind == "applied" and r.node))
+    more = f" and {len(nodes) - _SITES} more" if len(nodes) > _SITES else ""
+    return f" (it worked at {', '.join(nodes[:_SITES])}{more})" if nodes else ""
+
+
+def _way_on(p: Pass, mode: str) -> str:
+    out = "name the passes without it and add --exact" if p.is_form() else "leave it out of --passes"
+    return f"{out}, or --verify {'off compares nothing' if mode == 'end' else 'end compares only the finished model'}"
 
 
 def _measured(report: PassReport, verdict: str, distance: Comparison) -> PassReport:
-    return replace(report, verified=verdict, relative_error=distance.relative_error, sqnr_db=distance.sqnr_db)
+    if distance.relative_error is None and report.kind == Kind.EQUIVALENT.value:
+        return replace(report, verified=_NOTHING_SMOOTH, outputs=distance.outputs)
+    told = {"relative_error": distance.relative_error, "sqnr_db": distance.sqnr_db, "outputs": distance.outputs}
+    return replace(report, verified=verdict, **told)
 
 
 def _verdict(kind: Kind) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.errors import ModelError, UsageError
+from qcompile.ir.jumps import natures, random_nodes
 from qcompile.ir.model import Model
 from qcompile.ir.select import require_selector, selected, with_width
 
@@ -73,3 +74,16 @@ def unmatched(model: Model, selectors: Mapping[str, Sequence[str]]) -> list[str]
         if not selected(_selector(option, text), model.graph)
     ]
     return [f"{text} selects no node of the model; look at the names with: polygraphy inspect model" for text in missing]
+
+
+def randomness(model: Model) -> list[str]:
+    """What is to be said of a model whose outputs differ from run to run; nothing for others."""
+    outputs = [str(v.name) for v, n in zip(model.graph.outputs, natures(model.graph), strict=True) if n.random]
+    if not outputs:
+        return []
+    nodes = random_nodes(model.graph)
+    which, more = f"{nodes[0].op_type} (node {nodes[0].name!r})", f" and {len(nodes) - 1} more" if len(nodes) > 1 else ""
+    return [
+        f"the model holds {which}{more}: two runs of the float model differ in {', '.join(outputs)}, so no figure is given there;"
+        " make the random values an input of the model to compare them"
+    ]

@@ -48,6 +48,8 @@ class FixedComparator:
     seen: list[tuple[Model, Model]] = field(default_factory=list[tuple[Model, Model]])
 
     ran: list[Model] = field(default_factory=list[Model])
+    rounding: float = 0.0
+    noisy: list[Model] = field(default_factory=list[Model])
 
     def outputs(self, model: Model) -> Model:
         """The model as it is now stands for its outputs."""
@@ -56,7 +58,11 @@ class FixedComparator:
 
     def compare(self, reference: Model, candidate: Model) -> Comparison:
         self.seen.append((reference, candidate))
-        return Comparison(self.relative_error, 40.0, 9)
+        return Comparison(self.relative_error, 40.0, 9, {"y": self.relative_error})
+
+    def noise(self, model: Model, answers: Model) -> dict[str, float]:
+        self.noisy.append(model)
+        return {"y": self.rounding}
 
 
 _MINMAX = MinMax(-1)

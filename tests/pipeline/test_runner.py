@@ -130,7 +130,7 @@ def test_what_is_compared(p: Pass, compared: bool) -> None:
 @pytest.mark.parametrize("error", [6e-6, float("nan"), float("inf")])
 def test_a_pass_that_moves_the_outputs_is_stopped(error: float) -> None:
     with pytest.raises(
-        VerifyError, match=r"pass 'fake' moved the outputs by .* more than 5e-06; leave the pass out, or report it"
+        VerifyError, match=r"pass 'fake' moved the outputs by .* more than 5e-06; leave it out of --passes, or --verify end"
     ):
         run([Fake()], Runner(comparator=FixedComparator(error)))
 
@@ -252,6 +252,32 @@ def test_a_broken_graph_is_found_at_once() -> None:
         run([Fake(act=lose_order)])
 
 
+def test_a_model_whose_own_rounding_moves_it_further_sets_the_bound() -> None:
+    compare = FixedComparator(1e-4, rounding=2e-5)
+    _, (first, second) = run([Fake(act=scale_weight), Other(act=scale_weight)], Runner(comparator=compare))
+    assert first.verified == second.verified == "equal within tolerance" and len(compare.noisy) == 1
+    with pytest.raises(VerifyError, match=r"moved the outputs by 0.00024 of their size \(output 'y'\), more than 0.0002;"):
+        run([Fake(act=scale_weight)], Runner(comparator=FixedComparator(2.4e-4, rounding=2e-5)))
+
+
+def test_an_ordinary_models_noise_is_never_measured() -> None:
+    compare = FixedComparator(1e-6, rounding=1.0)
+    run([Fake(act=scale_weight)], Runner(comparator=compare))
+    assert not compare.noisy
+
+
+def test_a_failure_names_the_sites_and_the_way_on() -> None:
+    def at_two(model: Model, ctx: PassContext) -> bool:
+        for node in ("a", "b", "c", "d"):
+            ctx.remarks.applied(node, "done")
+        return scale_weight(model, ctx)
+
+    with pytest.raises(VerifyError, match=r"\(it worked at a, b, c and 1 more\); leave it out of --passes, or --verify end"):
+        run([Fake(act=at_two)], Runner(comparator=FixedComparator(1.0)))
+    with pytest.raises(VerifyError, match="name the passes without it and add --exact"):
+        run([FakeForm(act=at_two)], Runner(FixedComparator(1.0)))
+
+
 def test_a_verify_failure_is_reproducible_too() -> None:
     seen: list[Failure] = []
     source = model()
@@ -331,7 +357,8 @@ class MovedFrom(FixedComparator):
     def compare(self, reference: Model, candidate: Model) -> Comparison:
         self.seen.append((reference, candidate))
         ratio = _weight(candidate) / _weight(reference)
-        return Comparison(1.0 if ratio > 1.5 ** (self.limit - 0.5) else 0.0, 40.0, 9)
+        error = 1.0 if ratio > 1.5 ** (self.limit - 0.5) else 0.0
+        return Comparison(error, 40.0, 9, {"y": error})
 
 
 def _weight(m: Model) -> float:

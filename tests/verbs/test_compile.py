@@ -115,7 +115,7 @@ def test_reports_are_json_even_where_nothing_was_lost(tmp_path: Path) -> None:
 
 
 def test_a_gate_that_does_not_hold_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(GateError, match=r"SQNR is .* below --min-sqnr 150"):
+    with pytest.raises(GateError, match=r"SQNR of output 'logits' is .* below --min-sqnr 150"):
         compiled(MODELS / "digits_cnn.onnx", tmp_path / "q.onnx", target="ort", min_sqnr=150.0)
     assert listing(tmp_path) == []
 
@@ -345,3 +345,34 @@ def test_a_full_disk_or_read_only_folder_is_an_error(tmp_path: Path, monkeypatch
     with pytest.raises(ModelError, match=r"cannot write .*No space left on device; free some space"):
         compiled(MODELS / "digits_cnn.onnx", tmp_path / "q.onnx", target="ort")
     assert listing(tmp_path) == []
+
+
+NOISY = """<ir_version: 9, opset_import: ["" : 17]> noisy (float[N,32] x) => (float[N,32] y, float[N,32] z)
+{ h = MatMul(x, w) r = RandomNormalLike(h) s = Add(h, r) z = MatMul(h, v) y = MatMul(s, v) }"""
+
+
+def noisy(folder: Path) -> Path:
+    """A model with a random output and one that is not; its data lies beside it."""
+    rng, proto = np.random.default_rng(0), onnx.parser.parse_model(NOISY)
+    made = {n: rng.normal(0, 32**-0.5, (32, 32)).astype(np.float32) for n in ("w", "v")}
+    proto.graph.initializer.extend(onnx.numpy_helper.from_array(a, n) for n, a in made.items())
+    onnx.save(proto, folder / "noisy.onnx")
+    np.savez(folder / "noisy.calib.npz", x=rng.normal(size=(16, 32)).astype(np.float32))
+    return folder / "noisy.onnx"
+
+
+def test_a_model_that_differs_from_itself_is_said_to(tmp_path: Path) -> None:
+    first, second = (compiled(noisy(tmp_path), tmp_path / f"{i}.onnx", target="ort", passes="") for i in range(2))
+    assert [n for n in first.notes if "RandomNormalLike" in n and "two runs of the float model differ in y" in n]
+    assert [(o.name, o.sqnr_db is None) for o in first.outputs] == [("z", False), ("y", True)]
+    assert first.sqnr_db == first.outputs[0].sqnr_db and (first.sqnr_db or 0) > 20
+    assert first.output.read_bytes() == second.output.read_bytes(), "random operators draw from --seed"
+
+
+def test_no_figure_is_no_gate(tmp_path: Path) -> None:
+    path = noisy(tmp_path)
+    proto = onnx.load(path)
+    del proto.graph.output[1]
+    onnx.save(proto, path)
+    with pytest.raises(GateError, match=r"no output can be measured in dB \(y: differs from run to run"):
+        compiled(path, tmp_path / "q.onnx", target="ort", passes="", min_sqnr=20.0)

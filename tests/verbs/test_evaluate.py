@@ -97,10 +97,24 @@ def test_a_fixed_batch_that_the_data_does_not_fill(tmp_path: Path, reference: Pa
     assert result["per_layer"][0]["sqnr_db"] > 100
 
 
-def test_other_outputs_are_listed(tmp_path: Path) -> None:
+def test_all_outputs_are_listed(tmp_path: Path) -> None:
     reference = graphs.float_model(tmp_path / "float.onnx", more=("hidden",))
     result = evaluate(reference, reference, graphs.dataset(tmp_path / "d.npz", reference)).to_json()
-    assert result["outputs"] == [{"name": "hidden", "sqnr_db": metrics.MAX_SQNR_DB}]
+    same = {"sqnr_db": metrics.MAX_SQNR_DB, "equal": None, "note": ""}
+    assert result["outputs"] == [{"name": "logits", **same}, {"name": "hidden", **same}]
+
+
+def test_the_worst_output_counts(tmp_path: Path) -> None:
+    reference = graphs.float_model(tmp_path / "float.onnx", more=("normed",))
+    scaled = graphs.weights() | {
+        "gamma": np.float32(1.1) * graphs.weights()["gamma"],
+        "w2": graphs.weights()["w2"] / np.float32(1.1),
+    }
+    candidate = graphs.save(tmp_path / "scaled.onnx", graphs.body(), scaled, more=("normed",))
+    result = evaluate(reference, candidate, graphs.dataset(tmp_path / "d.npz", reference)).to_json()
+    assert [o["name"] for o in result["outputs"]] == ["normed", "logits"], "logits hardly move, and are the first output"
+    assert result["sqnr_db"] == result["outputs"][0]["sqnr_db"] < result["outputs"][1]["sqnr_db"]
+    assert result["relative_error"] > 0.05 and result["agreement"] is not None
 
 
 def test_different_outputs_are_an_error(tmp_path: Path, reference: Path) -> None:

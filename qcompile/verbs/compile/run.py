@@ -6,25 +6,26 @@ import json
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from qcompile._version import __version__
 from qcompile.decide.decisions import lines
 from qcompile.errors import GateError, InputError, ModelError, UsageError
+from qcompile.execute.session import seed_random_operators
 from qcompile.ir.atomic import write_atomic
 from qcompile.ir.model import Model
 from qcompile.ir.reader import file_bytes
 from qcompile.ir.text import print_model
 from qcompile.pipeline.base import Kind
 from qcompile.pipeline.runner import Failure, Ran, Runner, Starts, drive, without_data
-from qcompile.report import SCHEMA_VERSION, SILENT, PassReport, Progress, Remark, json_text, warned
+from qcompile.report import SCHEMA_VERSION, SILENT, OutputFigure, PassReport, Progress, Remark, json_text, warned
 from qcompile.verbs.build import EngineResult, gpu_list, make_engine, profiles_from
 from qcompile.verbs.compile.job import Job, prepare
 from qcompile.verbs.compile.options import Options
 from qcompile.verbs.compile.statistics import Calibration, open_calibration
-from qcompile.verbs.guards import unmatched
+from qcompile.verbs.guards import randomness, unmatched
 from qcompile.verbs.options import changed, made, to_json, words
 
 REPRODUCED = (
@@ -60,9 +61,19 @@ class Result:
         return [r for p in self.passes for r in p.remarks]
 
     @property
+    def compared(self) -> PassReport | None:
+        """The last step that was compared with the float model."""
+        return next((p for p in reversed(self.passes) if p.outputs and p.kind == Kind.LOWER.value), None)
+
+    @property
     def sqnr_db(self) -> float | None:
-        """Output SQNR of the last compared step against the float model, dB."""
-        return next((p.sqnr_db for p in reversed(self.passes) if p.sqnr_db is not None and p.kind == "lower"), None)
+        """SQNR of the worst float output against the float model, dB; None where none was or can be measured."""
+        return None if self.compared is None else self.compared.sqnr_db
+
+    @property
+    def outputs(self) -> tuple[OutputFigure, ...]:
+        """What is said of each output beside the float model's, worst first."""
+        return () if self.compared is None else self.compared.outputs
 
     def to_json(self) -> dict[str, Any]:
         """The report document; with `engine` if one was built."""
@@ -76,6 +87,7 @@ class Result:
             "samples": self.samples,
             "sweeps": self.sweeps,
             "sqnr_db": self.sqnr_db,
+            "outputs": [asdict(o) for o in self.outputs],
             "notes": list(self.notes),
             "selectors": {option: list(texts) for option, texts in self.options.selection.by_option.items()},
             "options": to_json(self.options),
@@ -113,6 +125,9 @@ def run(job: Job, progress: Progress) -> Result:
 def _compiled(job: Job, progress: Progress) -> Result:
     notes = unmatched(job.model, job.options.selection.by_option)
     notes += [text for scheme, text in job.target.caveats if scheme == job.scheme.name]
+    if random := randomness(job.model):
+        seed_random_operators(job.options.seed)
+        notes += random
     warned(notes, progress.note)
     calibration = open_calibration(job, progress)
     notes += warned(calibration.warnings if calibration is not None else (), progress.note)
@@ -151,9 +166,14 @@ def _compiled(job: Job, progress: Progress) -> Result:
 
 
 def _gate(result: Result, minimum: float | None) -> None:
-    if minimum is not None and (result.sqnr_db is None or result.sqnr_db < minimum):
+    if minimum is None:
+        return
+    if result.sqnr_db is None:
+        why = "; ".join(f"{o.name}: {o.note or 'no floats'}" for o in result.outputs) or "nothing was compared"
+        raise GateError(f"--min-sqnr has nothing to hold: no output can be measured in dB ({why}); leave it out")
+    if not result.sqnr_db >= minimum:
         raise GateError(
-            f"the output's SQNR is {result.sqnr_db} dB, below --min-sqnr {minimum};"
+            f"the SQNR of output {result.outputs[0].name!r} is {result.sqnr_db:.1f} dB, below --min-sqnr {minimum:g};"
             " keep sensitive layers in float with --keep-float"
         )
 

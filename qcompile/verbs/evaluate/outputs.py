@@ -14,13 +14,15 @@ from qcompile.calib.data.dataset import Dataset, fixed_batch
 from qcompile.errors import DataError, ModelError
 from qcompile.execute.emulate.runnable import runnable
 from qcompile.execute.feeds import run_padded
-from qcompile.execute.metrics import Distance, ErrorTally, LabelTally, LogitTally
+from qcompile.execute.figures import OutputTally, figures, worst_db
+from qcompile.execute.figures import tallies as tallies_of
+from qcompile.execute.metrics import ErrorTally, LabelTally, LogitTally
 from qcompile.execute.opening import open_model
 from qcompile.execute.session import MAPPED, Session, batch_length, make_session
 from qcompile.ir.model import Model
 from qcompile.ir.reader import file_bytes
 from qcompile.ir.spill import is_large
-from qcompile.report import SCHEMA_VERSION, Meter
+from qcompile.report import SCHEMA_VERSION, Meter, OutputFigure
 from qcompile.verbs.evaluate.layers import LayerError, layer_errors
 
 Array = NDArray[Any]
@@ -43,32 +45,26 @@ class Side:
         return {"path": str(self.path), "size_mb": self.size_mb, **self.metrics}
 
 
-@dataclass(frozen=True)
-class OutputDistance:
-    """Of an output that is not the first."""
-
-    name: str
-    sqnr_db: float
-
-
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """How far the candidate's first output is from the reference's.
+    """How far the candidate's outputs are from the reference's.
 
-    `simulated`: ONNX Runtime refuses to fuse the candidate, or lacks its formats.  `agreement`, `kl`: None for outputs that
-    are not [..., C].  `per_layer`: worst first, when asked for.
+    `sqnr_db, cosine, relative_error`: of the worst float output, the first of `outputs`, which are all of them; None where none
+    can be measured.  `agreement`, `kl` and the metrics of both sides: of the first float output that is the same in every run;
+    None for one that is not [..., C].  `simulated`: ONNX Runtime refuses to fuse the candidate, or lacks its formats.
+    `per_layer`: worst first, when asked for.
     """
 
     reference: Side
     candidate: Side
     simulated: bool
     samples: int
-    sqnr_db: float
-    cosine: float
-    relative_error: float
+    sqnr_db: float | None
+    cosine: float | None
+    relative_error: float | None
     agreement: float | None
     kl: float | None
-    outputs: tuple[OutputDistance, ...]
+    outputs: tuple[OutputFigure, ...]
     per_layer: tuple[LayerError, ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -86,8 +82,7 @@ class Evaluation:
 class _Tallies:
     """What is summed up while the data runs: against each other, and each against the labels."""
 
-    first: Distance = field(default_factory=Distance)
-    others: dict[str, Distance] = field(default_factory=dict)
+    outputs: list[OutputTally]
     logits: LogitTally = field(default_factory=LogitTally)
     reference_task: LabelTally | ErrorTally | None = None
     candidate_task: LabelTally | ErrorTally | None = None
@@ -106,8 +101,7 @@ def evaluate(
     """Compare `candidate` with `reference` on `data`.
 
     Both run on ONNX Runtime with full optimization, as deployed; a candidate that ONNX Runtime refuses to fuse, or whose
-    formats it lacks (FP4, MXFP8), is simulated (`simulated`).  Metrics are of the first output; the others are
-    listed under `outputs`.
+    formats it lacks (FP4, MXFP8), is simulated (`simulated`).  Metrics are of the first float output.
 
     Args:
         per_layer: also compare the intermediate tensors that both graphs name (Q/DQ fusion off, first 16 samples).
@@ -123,7 +117,7 @@ def evaluate(
         raise DataError("there are no samples to evaluate on; give more data")
     models = Model.load(reference), Model.load(candidate)
     sessions, simulated = _sessions(models, Path(reference), Path(candidate), threads)
-    tallies = _run(sessions, data, _fixed(*models), progress)
+    tallies = _run(sessions, _Tallies(outputs=tallies_of(models[0])), data, _fixed(*models), progress)
     layers = layer_errors(*models, data, threads=threads, progress=progress) if per_layer else None
     return _summary((Path(reference), Path(candidate)), tallies, simulated, len(data), layers)
 
@@ -152,13 +146,15 @@ def _session(model: Model, path: Path, threads: int | None) -> tuple[Session, bo
         return open_model(model, threads=threads), True
 
 
-def _run(sessions: tuple[Session, Session], data: Dataset, fixed: int | None, progress: Meter | None) -> _Tallies:
-    names = _output_names(*sessions)
-    tallies, labels, done = _Tallies(others={n: Distance() for n in names[1:]}), data.labels, 0
+def _run(
+    sessions: tuple[Session, Session], tallies: _Tallies, data: Dataset, fixed: int | None, progress: Meter | None
+) -> _Tallies:
+    _require_same_outputs(*sessions)
+    labels, done = data.labels, 0
     for feeds in data.batches(fixed or DEFAULT_BATCH):
         held = batch_length(feeds)
         outputs = [run_padded(s, feeds, fixed, done) for s in sessions]
-        _require_comparable(names, *outputs)
+        _require_comparable(tallies.outputs, *outputs)
         _tally(tallies, outputs[0], outputs[1], None if labels is None else labels[done : done + held])
         done += held
         if progress is not None:
@@ -166,19 +162,19 @@ def _run(sessions: tuple[Session, Session], data: Dataset, fixed: int | None, pr
     return tallies
 
 
-def _output_names(reference: Session, candidate: Session) -> list[str]:
+def _require_same_outputs(reference: Session, candidate: Session) -> None:
     names = [o.name for o in reference.get_outputs()]
     others = [o.name for o in candidate.get_outputs()]
     if len(names) != len(others):
         raise ModelError(
             f"the reference has the outputs {names} and the candidate {others}; compare a model with one that was made from it"
         )
-    return names
 
 
-def _require_comparable(names: list[str], reference: list[Array], candidate: list[Array]) -> None:
-    for name, r, c in zip(names, reference, candidate, strict=True):
-        if r.shape != c.shape:
+def _require_comparable(outputs: list[OutputTally], reference: list[Array], candidate: list[Array]) -> None:
+    for tally, r, c in zip(outputs, reference, candidate, strict=True):
+        name = tally.name
+        if r.shape != c.shape and tally.nature.smooth:
             raise ModelError(
                 f"output {name!r} is {r.shape} in the reference and {c.shape} in the candidate; give two forms of one model"
             )
@@ -190,10 +186,12 @@ def _require_comparable(names: list[str], reference: list[Array], candidate: lis
 
 
 def _tally(tallies: _Tallies, reference: list[Array], candidate: list[Array], labels: Array | None) -> None:
-    r, c = reference[0], candidate[0]
-    tallies.first.add(r, c)
-    for distance, a, b in zip(tallies.others.values(), reference[1:], candidate[1:], strict=True):
-        distance.add(a, b)
+    for tally, a, b in zip(tallies.outputs, reference, candidate, strict=True):
+        tally.add(a, b)
+    first = next((i for i, t in enumerate(tallies.outputs) if not (t.apart or t.nature.random)), None)
+    if first is None:
+        return
+    r, c = reference[first], candidate[first]
     if _are_logits(r):
         tallies.has_classes = True
         tallies.logits.add(r, c)
@@ -229,17 +227,19 @@ def _are_logits(output: Array) -> bool:
 def _summary(
     paths: tuple[Path, Path], tallies: _Tallies, simulated: bool, samples: int, layers: tuple[LayerError, ...] | None
 ) -> Evaluation:
+    listed = figures(tallies.outputs)
+    worst = {t.name: t.distance for t in tallies.outputs}[listed[0].name] if worst_db(listed) is not None else None
     return Evaluation(
         reference=_side(paths[0], tallies.reference_task),
         candidate=_side(paths[1], tallies.candidate_task),
         simulated=simulated,
         samples=samples,
-        sqnr_db=tallies.first.sqnr_db,
-        cosine=tallies.first.cosine,
-        relative_error=tallies.first.relative_error,
+        sqnr_db=worst_db(listed),
+        cosine=None if worst is None else worst.cosine,
+        relative_error=None if worst is None else worst.relative_error,
         agreement=tallies.logits.agreement if tallies.has_classes else None,
         kl=tallies.logits.kl if tallies.has_classes else None,
-        outputs=tuple(OutputDistance(name, d.sqnr_db) for name, d in tallies.others.items()),
+        outputs=listed,
         per_layer=layers,
     )
 

@@ -14,6 +14,7 @@ from qcompile.ir.model import Model
 from qcompile.report import SCHEMA_VERSION, Progress, warned
 from qcompile.verbs.evaluate.conformance import Conformance, conformance
 from qcompile.verbs.evaluate.outputs import Evaluation, evaluate
+from qcompile.verbs.guards import randomness
 from qcompile.verbs.options import Written
 
 
@@ -58,9 +59,10 @@ def run(reference: Path, candidate: Path | None, options: EvalOptions, progress:
     """
     if candidate is None and not options.oracle:
         raise UsageError("eval compares two models; give REFERENCE and CANDIDATE (or --oracle and one integer-only model)")
-    inputs = Model.load(reference).inputs()
+    model = Model.load(reference)
+    inputs = model.inputs()
     data = load_data(options.data, inputs, options.preprocess, options.samples)
-    notes = warned(check_data(data, inputs, options.preprocess), progress.note)
+    notes = warned([*randomness(model), *check_data(data, inputs, options.preprocess)], progress.note)
     told: dict[str, Any] = {"threads": options.threads, "progress": progress.on_sweep}
     comparison = None if candidate is None else evaluate(reference, candidate, data, per_layer=options.per_layer, **told)
     oracle = conformance(candidate or reference, data, **told) if options.oracle else None
