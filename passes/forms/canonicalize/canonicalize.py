@@ -11,12 +11,12 @@ from onnx_ir.passes.common import (
     InlinePass,
     LiftConstantsToInitializersPass,
     RemoveInitializersFromInputsPass,
-    ShapeInferencePass,
 )
 from onnxscript.optimizer import fold_constants
 
 from qcompile.errors import ModelError
 from qcompile.ir.edit import erase_dead, replace_value
+from qcompile.ir.infer import infer_shapes
 from qcompile.ir.model import Model
 from qcompile.ir.ops import const_array
 from qcompile.ir.optable import ops_with
@@ -57,7 +57,7 @@ class Canonicalize(Pass):
         for node in list(model.graph):
             _simplify(model.graph, node, ctx)
         erase_dead(model)
-        ShapeInferencePass()(model.ir)
+        infer_shapes(model.ir)
         model.name_nodes()
         _remark_subgraphs(model, ctx)
         modified = before != _signature(model.graph)
@@ -80,7 +80,7 @@ def _signature(graph: ir.Graph) -> tuple[object, ...]:
 def _fold_known_shapes(model: Model) -> None:
     """Each round of shape inference may make more Reshape targets and pads constant."""
     for _ in range(_SHAPE_ROUNDS):
-        ShapeInferencePass()(model.ir)
+        infer_shapes(model.ir)
         if not fold_shapes(model.graph):
             return
 
