@@ -12,10 +12,12 @@ from numpy.typing import NDArray
 from qcompile.execute.emulate.runnable import runnable
 from qcompile.execute.metrics import decibel
 from qcompile.execute.opening import open_model, run_in_parts
+from qcompile.execute.session import run
 from qcompile.ir.cut import BLOCK_NODES
 from qcompile.ir.mapped import let_go
 from qcompile.ir.model import Model
 from qcompile.ir.spill import is_large
+from qcompile.ir.widen import computed
 from qcompile.report import Comparison
 
 PART_BYTES = 1 << 26
@@ -29,11 +31,12 @@ class OrtComparator:
     threads: int | None = None
 
     def outputs(self, model: Model) -> list[list[NDArray[Any]]]:
-        """All outputs for every feed."""
+        """All outputs for every feed, in float32 where the model computes in it and gives back another type."""
+        model = computed(model)
         if is_large(model.graph) or len(model.graph) > 2 * BLOCK_NODES:
             return run_in_parts(runnable(model), self.feeds, PART_BYTES, threads=self.threads)
         session = open_model(model, exact=True, threads=self.threads)
-        found = [[np.asarray(y) for y in session.run(None, feed)] for feed in self.feeds]
+        found = [run(session, feed) for feed in self.feeds]
         let_go(model.ir)
         return found
 

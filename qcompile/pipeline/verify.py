@@ -10,10 +10,9 @@ import numpy as np
 
 from qcompile.errors import VerifyError
 from qcompile.ir.model import Model
-from qcompile.pipeline.base import Comparator, Comparison, Kind, Pass
+from qcompile.pipeline.base import EQUIVALENT_TOLERANCE, Comparator, Comparison, Kind, Pass, PassResult
 from qcompile.report import PassReport
 
-EQUIVALENT_TOLERANCE = 5e-6
 _ON_PURPOSE = "not verified: changes the function on purpose"
 
 
@@ -44,19 +43,22 @@ class Verifier:
     reference: Any = None
     step: Any = None
     fresh: bool = True
+    widest: float = EQUIVALENT_TOLERANCE
 
     def meets(self, p: Pass, model: Model, reports: list[PassReport]) -> None:
         """`p` is about to run on `model`: forms that wait are compared before a pass that is none makes memory dear."""
         if not p.is_form():
             self._settle(model, reports)
 
-    def saw(self, p: Pass, modified: bool, before: Model, after: Model, reports: list[PassReport]) -> None:
+    def saw(self, p: Pass, result: PassResult, before: Model, after: Model, reports: list[PassReport]) -> None:
         """`p` has run, between `before` and `after`; its report is the last of `reports`."""
+        modified, exact = result.modified, result.tolerance <= EQUIVALENT_TOLERANCE
+        self.widest = max(self.widest, result.tolerance)
         if self.comparator is None:
             if modified and p.changes_function:
                 reports[-1] = replace(reports[-1], verified=_ON_PURPOSE)
             return
-        if modified and p.is_form() and self.mode == "each":
+        if modified and p.is_form() and self.mode == "each" and exact:
             self.waiting.append(_Form(p, len(reports) - 1, before))
             return
         if p.changes_function and modified:
@@ -64,7 +66,8 @@ class Verifier:
             self.reference, self.step, self.fresh = None, None, True
             reports[-1] = replace(reports[-1], verified=_ON_PURPOSE)
         elif modified and p.kind in (Kind.EQUIVALENT, Kind.LOWER) and self.mode == "each":
-            self._verify(p, before, after, reports)
+            self._settle(before, reports)
+            self._verify(p, before, after, reports, result.tolerance)
         elif modified and p.kind is not Kind.ANNOTATE:
             self.step, self.fresh = None, False
 
@@ -76,16 +79,16 @@ class Verifier:
         if self.mode == "end":
             distance = self.comparator.compare(self.comparator.outputs(self.source), self.comparator.outputs(end))
             if all(p.kind in (Kind.EQUIVALENT, Kind.ANNOTATE) for p in passes):
-                self._hold("the whole pipeline", passes[-1], distance, self.source)
+                self._hold("the whole pipeline", passes[-1], distance, self.source, self.widest)
             reports[-1] = _measured(reports[-1], "compared at the end", distance)
 
-    def _verify(self, p: Pass, before: Model, after: Model, reports: list[PassReport]) -> None:
+    def _verify(self, p: Pass, before: Model, after: Model, reports: list[PassReport], tolerance: float) -> None:
         assert self.comparator is not None
         expected = self._known(before) if p.kind is Kind.EQUIVALENT else self._reference()
         self.step, self.fresh = self.comparator.outputs(after), False
         distance = self.comparator.compare(expected, self.step)
         if p.kind is Kind.EQUIVALENT:
-            self._hold(f"pass {reports[-1].spec!r}", p, distance, before)
+            self._hold(f"pass {reports[-1].spec!r}", p, distance, before, tolerance)
         reports[-1] = _measured(reports[-1], _verdict(p.kind), distance)
 
     def _settle(self, after: Model, reports: list[PassReport]) -> None:
@@ -127,17 +130,15 @@ class Verifier:
             self.reference = self.comparator.outputs(self.source)
         return self.reference
 
-    def _hold(self, what: str, p: Pass, distance: Comparison, before: Model) -> None:
-        if _holds(distance):
+    def _hold(self, what: str, p: Pass, distance: Comparison, before: Model, tolerance: float = EQUIVALENT_TOLERANCE) -> None:
+        if _holds(distance, tolerance):
             return
-        error = VerifyError(
-            f"{what} moved the outputs by {distance.relative_error:.2g} of their size, more than {EQUIVALENT_TOLERANCE:g}"
-        )
+        error = VerifyError(f"{what} moved the outputs by {distance.relative_error:.2g} of their size, more than {tolerance:g}")
         raise VerifyError(f"{error}{self.failed(p, before, error) or '; leave the pass out, or report it'}")
 
 
-def _holds(distance: Comparison) -> bool:
-    return bool(np.isfinite(distance.relative_error)) and distance.relative_error <= EQUIVALENT_TOLERANCE
+def _holds(distance: Comparison, tolerance: float = EQUIVALENT_TOLERANCE) -> bool:
+    return bool(np.isfinite(distance.relative_error)) and distance.relative_error <= tolerance
 
 
 def _measured(report: PassReport, verdict: str, distance: Comparison) -> PassReport:
