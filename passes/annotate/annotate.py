@@ -9,10 +9,11 @@ from typing import Annotated, Literal
 import numpy as np
 
 from qcompile.calib.observe import Probe
-from qcompile.decide.decisions import clear_decisions, decide, decision
+from qcompile.decide.decisions import clear_decisions, decide, decision, decisions
 from qcompile.decide.placement import Placement, Point
 from qcompile.decide.quantizer import Quantizer
 from qcompile.decide.ranges import Readers, automatic
+from qcompile.decide.storable import refuse_unstorable
 from qcompile.ir.model import Model
 from qcompile.ir.select import selected
 from qcompile.pipeline.base import Kind, Pass, PassContext, PassResult, Stage
@@ -71,8 +72,9 @@ class Annotate(Pass):
             ctx.remarks.missed(node, reason)
         for node, reason in placement.notes:
             ctx.remarks.note(node, reason)
+        refuse_unstorable(model.graph, ctx.target.body(ctx.scheme), ctx.remarks)
         _remark_idle(model, placement, ctx)
-        return PassResult(bool(placement.points))
+        return PassResult(bool(decisions(model.graph)))
 
     def _place(self, model: Model, ctx: PassContext) -> Placement:
         choices = Choices(self.attention, self.probabilities, self.residual)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from qcompile.calib.observe import Moments, Probe, Rows
 from qcompile.decide.decisions import Use, decision, quantizers, replace
+from qcompile.decide.storable import refuse_unstorable
 from qcompile.ir.model import Model
 from qcompile.ir.ops import activation_channel_axis, const_array, input_channel_axis
 from qcompile.pipeline.base import Kind, Pass, PassContext, PassResult, Stage
@@ -53,6 +54,7 @@ class RoundToNearest(Pass):
         unknown = [uses for uses in _weights(model.graph) if uses[0].quantizer.qparams is None]
         for uses in unknown:
             replace(uses, uses[0].quantizer.with_qparams(_floored(uses[0].node, self._fit(uses[0], ctx), ctx)))
+        refuse_unstorable(model.graph, ctx.target.body(ctx.scheme), ctx.remarks)
         return PassResult(bool(unknown))
 
     def _searches(self, spec: QuantSpec) -> bool:

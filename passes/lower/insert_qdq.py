@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.decide.decisions import Use, clear_decisions
+from qcompile.decide.storable import refuse_unstorable
 from qcompile.ir.model import Model
 from qcompile.pipeline.base import Kind, Pass, PassContext, PassResult, Stage
 from qcompile.quant.blockformats import block_format
@@ -20,6 +21,7 @@ class InsertQdq(Pass):
 
     before: MatMul(x, W) with decisions on both inputs
     after:  MatMul(DQ(Q(x, s, 0)), DQ(codes(W), s_w[axis], 0));  Q(x) = clip(round(x / s) + z) (ONNX QuantizeLinear)
+    A tensor whose scale overflows or vanishes in the type of the float rest stays float, with the layer that reads it.
     A width that the format cannot store (6 bit in int8) is simulated: Clip to the range before Q.
     NVFP4: W behind DQ(fp4, DQ(fp8 block scales, s_t)); x through trt::TRT_FP4DynamicQuantize and the same two DQ.
     MXFP8: trt::TRT_MXFP8DynamicQuantize and trt::TRT_MXFP8DequantizeLinear.
@@ -32,6 +34,7 @@ class InsertQdq(Pass):
 
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
         """Raises ModelError: uses of one tensor disagree on its quantizer, or a decision has no scale."""
+        refuse_unstorable(model.graph, ctx.target.body(ctx.scheme), ctx.remarks)
         groups = grouped(model.graph, ctx.target.one_quantizer)
         for uses in groups:
             _one(model.graph, uses, ctx)

@@ -22,6 +22,7 @@ from qcompile.ir.mapped import let_go
 from qcompile.ir.model import Model
 from qcompile.ir.ops import int_attr, is_op
 from qcompile.ir.spill import is_large
+from qcompile.ir.widen import computed
 from qcompile.report import Comparison
 
 PART_BYTES = 1 << 26
@@ -45,9 +46,10 @@ class OrtComparator:
     threads: int | None = None
 
     def outputs(self, model: Model) -> Answers:
-        """All outputs for every feed."""
+        """All outputs for every feed, in float32 where the model computes in it and gives back another type."""
         if _in_parts(model):
-            return Answers(run_in_parts(runnable(model), self.feeds, PART_BYTES, threads=self.threads), tallies(model))
+            runs = run_in_parts(runnable(computed(model)), self.feeds, PART_BYTES, threads=self.threads)
+            return Answers(runs, tallies(model))
         return self._run(model, exact=True)
 
     def compare(self, reference: Answers, candidate: Answers) -> Comparison:
@@ -78,7 +80,7 @@ class OrtComparator:
         return {}
 
     def _run(self, model: Model, *, exact: bool) -> Answers:
-        session = open_model(model, exact=exact, threads=self.threads)
+        session = open_model(computed(model), exact=exact, threads=self.threads)
         found = [run(session, feed) for feed in self.feeds]
         let_go(model.ir)
         return Answers(found, tallies(model))

@@ -26,6 +26,7 @@ from qcompile.ir.mapped import let_go
 from qcompile.ir.model import Model
 from qcompile.ir.spill import SPILLED_TENSOR, hollow_file, is_large, mark_large, scratch_folder, spilled
 from qcompile.ir.tensors import elsewhere, external_tensors, map_tensors, placed, stored_array
+from qcompile.ir.widen import widen
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -45,12 +46,21 @@ def open_model(model: Model, *, exact: bool = False, **options: Any) -> ort.Infe
         options: `threads`, `use`, `arena` and `extra` of `qcompile.execute.session.make_session`.
 
     A large model (`qcompile.ir.spill.is_large`) always runs exactly, without a memory arena.  Where ONNX Runtime cannot optimize
-    a graph, it runs exactly too.
+    a graph, it runs exactly too; where it has no kernel for float16 or float64 ones, in float32.
 
     Raises:
         ModelError: ONNX Runtime cannot load the model, or no room in the temporary directory.
     """
-    ready = runnable(model)
+    try:
+        return _opened(runnable(model), exact, options)
+    except ModelError:
+        twin = model.clone()
+        if not widen(twin):
+            raise
+    return _opened(runnable(twin), exact, options)
+
+
+def _opened(ready: Model, exact: bool, options: dict[str, Any]) -> ort.InferenceSession:
     if is_large(ready.graph):
         return _exact(ready, {**options, "arena": False})
     if exact:

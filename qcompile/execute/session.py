@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
+import ml_dtypes
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
@@ -200,12 +201,15 @@ def run(
 ) -> list[NDArray[Any]]:
     """One run; failures name the first sample of the batch.
 
+    ONNX Runtime takes no bfloat16 arrays: sessions of `qcompile.execute.opening` have float32 inputs in their place.
+
     With `fall_back`, where a device fails (its memory is full, a kernel is missing), the session runs on the CPU from then on.
 
     Raises:
         InputError: ONNX Runtime fails.
     """
     wanted = list(outputs) if outputs is not None else None
+    feeds = {name: array.astype(np.float32) if array.dtype == ml_dtypes.bfloat16 else array for name, array in feeds.items()}
     try:
         return [as_array(v) for v in _run(session, wanted, feeds, fall_back)]
     except Exception as e:  # as in make_session

@@ -137,6 +137,19 @@ def replace_value(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
         swap_output(graph, old, new)
 
 
+def bypass(graph: ir.Graph, node: ir.Node) -> None:
+    """Let the readers of `node`, which hands on its first input as it is, read that instead, and the node go.
+
+    It stays where the graph's interface needs it: between an input (an initializer, another output) and an output.
+    """
+    source, out = node.inputs[0], node.outputs[0]
+    assert source is not None
+    if out.is_graph_output() and (source.is_graph_output() or source.producer() is None):
+        return
+    replace_value(graph, out, source)
+    graph.remove(node, safe=True)
+
+
 def erase(graph: ir.Graph, node: ir.Node) -> None:
     """Remove a node that nothing reads any more, and the initializers that it alone read."""
     inputs = [v for v in node.inputs if v is not None]

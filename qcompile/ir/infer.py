@@ -11,6 +11,7 @@ from onnx import AttributeProto, GraphProto, TypeProto
 from onnx_ir import serde
 
 from qcompile.ir.model import Model
+from qcompile.ir.schemas import complete_types
 from qcompile.ir.tensors import elsewhere
 
 _SHAPES = 1000  # bytes: longer constants are no shapes, and their values say nothing
@@ -27,6 +28,8 @@ def infer_shapes(model: Model) -> None:
         proto = ir.to_proto(model.ir)
     with contextlib.suppress(Exception):  # of as many classes as there are causes
         _take_over(model.graph, onnx.shape_inference.infer_shapes(proto, data_prop=True).graph)
+    for graph in model.ir.graphs():
+        complete_types(graph, model.ir.opset_imports)
 
 
 def _long(tensor: ir.TensorProtocol | None) -> bool:

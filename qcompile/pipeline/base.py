@@ -42,6 +42,10 @@ class Stage(enum.IntEnum):
     LOWERED = 5
 
 
+EQUIVALENT_TOLERANCE = 5e-6
+"""How far an EQUIVALENT pass may move the outputs, of their size."""
+
+
 @dataclass(frozen=True)
 class Needs:
     """The pass `by` has to know `probes` of `model`: one sweep over the calibration data."""
@@ -85,10 +89,15 @@ class PassContext:
 
 @dataclass(frozen=True)
 class PassResult:
-    """What a pass did: whether nodes, constants or decisions changed, and which tensors' values moved, how."""
+    """What a pass did: whether nodes, constants or decisions changed, and which tensors' values moved, how.
+
+    `tolerance`: how far an EQUIVALENT pass may move the outputs, of their size: more than rounding in float32 where it changed
+    the types of a computation.
+    """
 
     modified: bool
     changes: Changes = field(default_factory=Changes)
+    tolerance: float = EQUIVALENT_TOLERANCE
 
 
 Rounds = Generator[Needs, Mapping[Probe[Any], Stat], PassResult]

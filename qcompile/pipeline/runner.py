@@ -90,7 +90,7 @@ class Runner:
             report, result = yield from self._one(p, current, passes[i + 1 :], replace(ctx, remarks=Remarks(p.name)), before)
             self._gate(report, user[i] if user else True)
             reports.append(report)
-            verifier.saw(p, result.modified, before, current, reports)
+            verifier.saw(p, result, before, current, reports)
             yield Ran(reports[-1], current)
         verifier.finish(passes, current, reports)
         forget_found(current.graph)

@@ -10,10 +10,9 @@ import numpy as np
 
 from qcompile.errors import VerifyError
 from qcompile.ir.model import Model
-from qcompile.pipeline.base import Comparator, Comparison, Kind, Pass
+from qcompile.pipeline.base import EQUIVALENT_TOLERANCE, Comparator, Comparison, Kind, Pass, PassResult
 from qcompile.report import PassReport
 
-EQUIVALENT_TOLERANCE = 5e-6
 NOISE_FACTOR = 8  # two forms of one function round independently, and the noise is measured once
 _SITES = 3
 _NOTHING_SMOOTH = "not verified: every output jumps or differs from run to run"
@@ -49,19 +48,22 @@ class Verifier:
     step: Any = None
     fresh: bool = True
     noise: Mapping[str, float] | None = None
+    widest: float = EQUIVALENT_TOLERANCE
 
     def meets(self, p: Pass, model: Model, reports: list[PassReport]) -> None:
         """`p` is about to run on `model`: forms that wait are compared before a pass that is none makes memory dear."""
         if not p.is_form():
             self._settle(model, reports)
 
-    def saw(self, p: Pass, modified: bool, before: Model, after: Model, reports: list[PassReport]) -> None:
+    def saw(self, p: Pass, result: PassResult, before: Model, after: Model, reports: list[PassReport]) -> None:
         """`p` has run, between `before` and `after`; its report is the last of `reports`."""
+        modified, exact = result.modified, result.tolerance <= EQUIVALENT_TOLERANCE
+        self.widest = max(self.widest, result.tolerance)
         if self.comparator is None:
             if modified and p.changes_function:
                 reports[-1] = replace(reports[-1], verified=_ON_PURPOSE)
             return
-        if modified and p.is_form() and self.mode == "each":
+        if modified and p.is_form() and self.mode == "each" and exact:
             self.waiting.append(_Form(p, len(reports) - 1, before))
             return
         if p.changes_function and modified:
@@ -69,7 +71,8 @@ class Verifier:
             self.reference, self.step, self.noise, self.fresh = None, None, None, True
             reports[-1] = replace(reports[-1], verified=_ON_PURPOSE)
         elif modified and p.kind in (Kind.EQUIVALENT, Kind.LOWER) and self.mode == "each":
-            self._verify(p, before, after, reports)
+            self._settle(before, reports)
+            self._verify(p, before, after, reports, result.tolerance)
         elif modified and p.kind is not Kind.ANNOTATE:
             self.step, self.fresh = None, False
 
@@ -81,16 +84,16 @@ class Verifier:
         if self.mode == "end":
             distance = self.comparator.compare(self.comparator.outputs(self.source), self.comparator.outputs(end))
             if all(p.kind in (Kind.EQUIVALENT, Kind.ANNOTATE) for p in passes):
-                self._hold("the whole pipeline", passes[-1], distance, self.source, reports[-1])
+                self._hold("the whole pipeline", passes[-1], distance, self.source, reports[-1], self.widest)
             reports[-1] = _measured(reports[-1], "compared at the end", distance)
 
-    def _verify(self, p: Pass, before: Model, after: Model, reports: list[PassReport]) -> None:
+    def _verify(self, p: Pass, before: Model, after: Model, reports: list[PassReport], tolerance: float) -> None:
         assert self.comparator is not None
         expected = self._known(before) if p.kind is Kind.EQUIVALENT else self._reference()
         self.step, self.fresh = self.comparator.outputs(after), False
         distance = self.comparator.compare(expected, self.step)
         if p.kind is Kind.EQUIVALENT:
-            self._hold(f"pass {reports[-1].spec!r}", p, distance, before, reports[-1])
+            self._hold(f"pass {reports[-1].spec!r}", p, distance, before, reports[-1], tolerance)
         reports[-1] = _measured(reports[-1], _verdict(p.kind), distance)
 
     def _settle(self, after: Model, reports: list[PassReport]) -> None:
@@ -103,7 +106,7 @@ class Verifier:
         if not self._holds(distance):
             form, distance = self._culprit(forms, after, expected, distance)
             report = reports[form.index]
-            self._hold(f"pass {report.spec!r}", form.p, distance, form.before, report)
+            self._hold(f"pass {report.spec!r}", form.p, distance, form.before, report, EQUIVALENT_TOLERANCE)
         for form in forms:
             reports[form.index] = _measured(reports[form.index], _verdict(Kind.EQUIVALENT), distance)
 
@@ -133,27 +136,27 @@ class Verifier:
             self.reference = self.comparator.outputs(self.source)
         return self.reference
 
-    def _hold(self, what: str, p: Pass, distance: Comparison, before: Model, report: PassReport) -> None:
-        if self._holds(distance):
+    def _hold(self, what: str, p: Pass, distance: Comparison, before: Model, report: PassReport, floor: float) -> None:
+        if self._holds(distance, floor):
             return
-        name, error = max(distance.errors.items(), key=lambda item: item[1] / self._bound(item[0]))
-        size = f"{error:.2g} of their size (output {name!r}), more than {self._bound(name):.1g}"
+        name, error = max(distance.errors.items(), key=lambda item: item[1] / self._bound(item[0], floor))
+        size = f"{error:.2g} of their size (output {name!r}), more than {self._bound(name, floor):.1g}"
         failure = VerifyError(f"{what} moved the outputs by {size}{_sites(report)}")
         told = self.failed(p, before, failure)
         raise VerifyError(f"{failure}; {_way_on(p, self.mode)}{told}")
 
-    def _holds(self, distance: Comparison) -> bool:
+    def _holds(self, distance: Comparison, floor: float = EQUIVALENT_TOLERANCE) -> bool:
         errors = distance.errors.items()
-        if all(error <= EQUIVALENT_TOLERANCE for _, error in errors):
+        if all(error <= floor for _, error in errors):
             return True
-        return all(bool(np.isfinite(error)) and error <= self._bound(name) for name, error in errors)
+        return all(bool(np.isfinite(error)) and error <= self._bound(name, floor) for name, error in errors)
 
-    def _bound(self, name: str) -> float:
-        """How far an output may move, relative to its size."""
+    def _bound(self, name: str, floor: float) -> float:
+        """How far an output may move, relative to its size: `floor`, or more where the model's own noise is larger."""
         assert self.comparator is not None
         if self.noise is None:
             self.noise = self.comparator.noise(self.source, self._reference())
-        return max(EQUIVALENT_TOLERANCE, NOISE_FACTOR * self.noise.get(name, 0.0))
+        return max(floor, NOISE_FACTOR * self.noise.get(name, 0.0))
 
 
 def _sites(report: PassReport) -> str:

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from qcompile.decide.decisions import Use, quantizers
 from qcompile.decide.quantizer import Quantizer, value_at
+from qcompile.decide.storable import holds_float_scales
 from qcompile.errors import ModelError
 from qcompile.ir.edit import add_constant, drop_if_unused, insert_after, new_node, redirect, swap_output
 from qcompile.quant.affine import storage_dtype
@@ -21,22 +22,18 @@ from qcompile.rewrite.block_formats import mxfp8_activation, mxfp8_weight, nvfp4
 from qcompile.rewrite.companding import companded_activation, companded_weight
 
 _BODIES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
-_ROUNDING = {  # numpy type, half the distance of neighbours, smallest number, smallest with a useful precision
-    ir.DataType.FLOAT16: (np.dtype(np.float16), 2.0**-11, 2.0**-24, 2.0**-20),
-    ir.DataType.BFLOAT16: (np.dtype(ml_dtypes.bfloat16), 2.0**-8, 2.0**-126, 0.0),
+_ROUNDING = {  # numpy type, half the distance of neighbours, smallest number
+    ir.DataType.FLOAT16: (np.dtype(np.float16), 2.0**-11, 2.0**-24),
+    ir.DataType.BFLOAT16: (np.dtype(ml_dtypes.bfloat16), 2.0**-8, 2.0**-126),
 }
 
 
 @dataclass(frozen=True)
 class _Form:
-    """The nodes of one kind of quantizer: those that make a constant from its codes, and those that round an activation.
-
-    `float_scale`: scales are numbers of the float rest's type, to which they are rounded.
-    """
+    """The nodes of one kind of quantizer: those that make a constant from its codes, and those that round an activation."""
 
     weight: Callable[[ir.Graph, ir.Value, Quantizer, QParams], list[ir.Node]]
     activation: Callable[[ir.Graph, ir.Value, Quantizer, QParams], list[ir.Node]]
-    float_scale: bool = False
 
 
 def _form(spec: QuantSpec) -> _Form:
@@ -72,7 +69,8 @@ def materialise(graph: ir.Graph, uses: list[Use], body: str) -> QParams:
         ModelError: codes have another shape than their weight, or a weight is given a form that only activations have.
     """
     quantizer, value, form = uses[0].quantizer, uses[0].value, _form(uses[0].quantizer.spec)
-    params = round_scale(quantizer.known, _BODIES[body]) if form.float_scale and body != "float32" else quantizer.known
+    rounds = body != "float32" and holds_float_scales(quantizer)
+    params = round_scale(quantizer.known, _BODIES[body]) if rounds else quantizer.known
     if value.const_value is not None:
         made = _weight(graph, value, quantizer, params, form)
         insert_after(graph, value, *made)
@@ -103,11 +101,9 @@ def _activation(graph: ir.Graph, value: ir.Value, uses: list[Use], params: QPara
 def round_scale(params: QParams, body: ir.DataType) -> QParams:
     """Scales rounded up to the type of the float rest, so that codes are computed with the very scale that the engine sees.
 
-    A quantizer whose scales all lie below float16's useful range keeps them; `fp16` leaves it in float32.
+    They must lie in its range (`qcompile.decide.storable`); a few below its smallest number become that.
     """
-    dtype, ulp, least, useful = _ROUNDING[body]
-    if params.scale.max(initial=0.0) < useful:
-        return params
+    dtype, ulp, least = _ROUNDING[body]
     half = params.scale.astype(dtype)
     half = np.where(half.astype(np.float64) < params.scale * (1 - ulp), np.nextafter(half, dtype.type(np.inf)), half)
     return QParams(np.maximum(half.astype(np.float64), least), params.zero_point)
@@ -183,7 +179,7 @@ def _clip(graph: ir.Graph, value: ir.Value, params: QParams, qtype: QType, dtype
     return new_node(graph, "Clip", [value, *bounds], name=f"{value.name}_Clip", like=value)
 
 
-_AFFINE = _Form(_affine_weight, _affine_activation, float_scale=True)
+_AFFINE = _Form(_affine_weight, _affine_activation)
 _FORMS = {
     "int": _AFFINE,
     "float": _AFFINE,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import TensorProto as T
 from onnx import helper, numpy_helper
@@ -61,3 +62,19 @@ def test_a_graph_that_onnx_refuses_stays() -> None:
     model = Model.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8))
     infer_shapes(model)
     assert model.graph.outputs[0].shape is None
+
+
+def test_the_reader_of_a_plugins_output_tells_its_type() -> None:
+    nodes = [
+        helper.make_node("Magic", ["x"], ["a", "b"], domain="plugin"),
+        helper.make_node("MatMul", ["a", "w"], ["m"]),
+        helper.make_node("Gather", ["m", "b"], ["y"]),
+    ]
+    ends = [helper.make_tensor_value_info(n, T.FLOAT, ["N", 16]) for n in "xy"]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], [numpy_helper.from_array(np.ones((16, 16), np.float32), "w")])
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("plugin", 1)]
+    model = Model.from_proto(helper.make_model(graph, opset_imports=opsets, ir_version=9))
+    infer_shapes(model)
+    found = {str(v.name): v for n in model.graph for v in n.outputs}
+    assert found["a"].dtype == found["m"].dtype == ir.DataType.FLOAT
+    assert found["b"].type is None  # one of two integer types

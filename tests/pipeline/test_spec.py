@@ -130,7 +130,7 @@ def test_only_options_that_differ_are_printed() -> None:
         (",repq", 0, "a pass name is missing here"),
         ("repq smooth", 5, "expected ',' between passes, found 's'"),
         ("repq}", 4, "expected ','"),
-        ("canonicalize{x=1}", 13, "(it has: none)"),
+        ("fold-bn{x=1}", 8, "(it has: none)"),
     ],
 )
 def test_errors_point_at_the_place(text: str, at: int, words: str) -> None:

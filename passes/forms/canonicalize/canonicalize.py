@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import onnx_ir as ir
@@ -21,12 +22,18 @@ from qcompile.ir.model import Model
 from qcompile.ir.ops import const_array
 from qcompile.ir.optable import ops_with
 from qcompile.ir.shape_fold import fold_shapes
+from qcompile.ir.widen import widen
 from qcompile.passes.forms.canonicalize.attention_op import decompose_attention
-from qcompile.pipeline.base import Kind, Pass, PassContext, PassResult, Stage
+from qcompile.pipeline.base import EQUIVALENT_TOLERANCE, Kind, Pass, PassContext, PassResult, Stage
 
 _SIZE_LIMIT = 1 << 31
 _SHAPE_ROUNDS = 8
 _QUANTIZED = ops_with("integer-product") | {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}
+
+
+_WIDENED = {ir.DataType.FLOAT16: 2.0**-5, ir.DataType.BFLOAT16: 2.0**-2, ir.DataType.DOUBLE: 2.0**-11}
+"""How far the outputs may move when a type is computed in float32: 64 times its rounding error (of float32 for float64, where
+8192 times 2^-24 are the noise of real models)."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,7 @@ class Canonicalize(Pass):
 
     before: Cast(fp16 weight) -> MatMul;  Pad(0,0);  Add(x, 0);  Dropout;  Identity(shared gamma) -> LayerNormalization
     after:  MatMul with a float weight;   nothing;   nothing;    nothing;  LayerNormalization with its own gamma
+    float16, bfloat16 and float64 are computed in float32 from here on; inputs and outputs keep their types behind a Cast.
     Refuses models that already hold quantized operators.
     """
 
@@ -42,11 +50,13 @@ class Canonicalize(Pass):
     kind = Kind.EQUIVALENT
     needs = Stage.SOURCE
     reaches = Stage.CANONICAL
+    widen: Annotated[bool, "compute float16, bfloat16 and float64 in float32"] = True
 
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
         """Raises ModelError: the model is already quantized."""
         _refuse_quantized(model)
         before, count = _signature(model.graph), len(model.graph)
+        tolerance = _widened(model, ctx) if self.widen else EQUIVALENT_TOLERANCE
         InlinePass()(model.ir)
         RemoveInitializersFromInputsPass()(model.ir)
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model.ir)
@@ -60,12 +70,22 @@ class Canonicalize(Pass):
         infer_shapes(model)
         model.name_nodes()
         _remark_subgraphs(model, ctx)
-        modified = before != _signature(model.graph)
+        modified = before != _signature(model.graph) or tolerance > EQUIVALENT_TOLERANCE
         if modified:
             ctx.remarks.applied("", f"{count} nodes became {len(model.graph)}")
         else:
             ctx.remarks.note("", "already canonical")
-        return PassResult(modified)
+        return PassResult(modified, tolerance=tolerance)
+
+
+def _widened(model: Model, ctx: PassContext) -> float:
+    """Compute other floating-point types in float32; how far that may move the outputs."""
+    kinds = sorted(widen(model), key=lambda dtype: dtype.name)
+    if not kinds:
+        return EQUIVALENT_TOLERANCE
+    names = " and ".join(kind.name.lower() for kind in kinds)
+    ctx.remarks.applied("", f"computed in float32 instead of {names}; inputs and outputs keep their types")
+    return max(_WIDENED[kind] for kind in kinds)
 
 
 def _signature(graph: ir.Graph) -> tuple[object, ...]:

@@ -2,36 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.ir.edit import add_constant, drop_if_unused, insert_after, new_node, redirect, swap_output
-from qcompile.rewrite.half.types import FLOAT, Narrow
+from qcompile.ir.edit import add_constant, bypass, drop_if_unused, insert_after, new_node, redirect, swap_output
+from qcompile.ir.ops import is_op
+from qcompile.rewrite.half.slots import takes
+from qcompile.rewrite.half.types import FLOAT, Narrow, is_float
 
-_FLOAT_SLOTS = {"Resize": (1, 2), "Upsample": (1,)}
+
+@dataclass(frozen=True)
+class _Chosen:
+    """The nodes that become narrow: their slots that may."""
+
+    nodes: frozenset[int]
+    fmt: Narrow
+    opsets: Mapping[str, int]
+
+    def wants(self, node: ir.Node, slot: int) -> bool:
+        return id(node) in self.nodes and takes(node, slot, self.fmt, self.opsets)
 
 
 def convert(graph: ir.Graph, nodes: Iterable[ir.Node], fmt: Narrow, masks: Collection[ir.Value]) -> None:
-    """Give `nodes` the type of `fmt`; constants in `masks` end at its safe range."""
-    chosen = list(nodes)
-    half = {id(node) for node in chosen}
-    for node in chosen:
-        _convert(node, fmt, masks)
-    for value in list(graph.initializers.values()):
-        if value.dtype == FLOAT:
-            _meet_constant(graph, value, half, fmt, -fmt.safe if value in masks else None)
-    for value in [*graph.inputs, *(v for n in list(graph) for v in n.outputs)]:
-        if value.dtype in (FLOAT, fmt.dtype):
-            _meet_value(graph, value, half, fmt)
+    """Give `nodes` the type of `fmt` as far as their schemas allow; constants in `masks` end at its safe range.
+
+    Tensors that had another type than float32 before are left alone.
+    """
+    half = list(nodes)
+    chosen = _Chosen(frozenset(id(node) for node in half), fmt, graph.opset_imports)
+    constants = [v for v in graph.initializers.values() if is_float(v)]
+    computed = [v for v in [*graph.inputs, *(v for n in graph for v in n.outputs)] if is_float(v)]
+    for node in half:
+        _convert(node, chosen, masks)
+    for value in constants:
+        _meet_constant(graph, value, chosen, -fmt.safe if value in masks else None)
+    for value in computed:
+        _meet_value(graph, value, chosen)
+    for node in half:
+        if is_op(node, "Cast") and node.inputs[0] is not None and node.inputs[0].dtype == node.outputs[0].dtype:
+            bypass(graph, node)
 
 
-def _convert(node: ir.Node, fmt: Narrow, masks: Collection[ir.Value]) -> None:
+def _convert(node: ir.Node, chosen: _Chosen, masks: Collection[ir.Value]) -> None:
     """Attributes and output types of one node; its inputs are cast where they meet."""
+    fmt = chosen.fmt
     low = -fmt.safe if node.outputs and node.outputs[0] in masks else None
-    for out in node.outputs:
-        if out.dtype == FLOAT:
+    for i, out in enumerate(node.outputs):
+        if is_float(out) and chosen.wants(node, ~i):
             out.type = ir.TensorType(fmt.dtype)
     for name in ("to", "output_dtype", "dtype"):
         if name in node.attributes and node.attributes[name].as_int() == FLOAT:
@@ -47,12 +67,8 @@ def _fill(node: ir.Node, fmt: Narrow, low: float | None) -> None:
         node.attributes["value"] = ir.AttrTensor("value", ir.Tensor(fmt.round(array, low)))
 
 
-def _wants_half(node: ir.Node, slot: int, half: set[int]) -> bool:
-    return id(node) in half and slot not in _FLOAT_SLOTS.get(node.op_type, ())
-
-
-def _meet_constant(graph: ir.Graph, value: ir.Value, half: set[int], fmt: Narrow, low: float | None) -> None:
-    uses = [(n, i) for n, i in value.uses() if _wants_half(n, i, half)]
+def _meet_constant(graph: ir.Graph, value: ir.Value, chosen: _Chosen, low: float | None) -> None:
+    uses, fmt = [(n, i) for n, i in value.uses() if chosen.wants(n, i)], chosen.fmt
     if uses and value.const_value is not None:
         suffix = "fp16" if fmt.dtype == ir.DataType.FLOAT16 else "bf16"
         new = add_constant(graph, f"{value.name}_{suffix}", fmt.round(value.const_value.numpy(), low), fmt.dtype)
@@ -60,10 +76,11 @@ def _meet_constant(graph: ir.Graph, value: ir.Value, half: set[int], fmt: Narrow
         drop_if_unused(graph, value)
 
 
-def _meet_value(graph: ir.Graph, value: ir.Value, half: set[int], fmt: Narrow) -> None:
+def _meet_value(graph: ir.Graph, value: ir.Value, chosen: _Chosen) -> None:
     """Readers in the other precision get one Cast; a graph output returns to float32."""
+    fmt = chosen.fmt
     is_half = value.dtype == fmt.dtype
-    others = [(n, i) for n, i in value.uses() if _wants_half(n, i, half) != is_half and not n.op_type.startswith("Cast")]
+    others = [(n, i) for n, i in value.uses() if chosen.wants(n, i) != is_half and not n.op_type.startswith("Cast")]
     to = FLOAT if is_half else fmt.dtype
     output = value.is_graph_output() and is_half and value.producer() is not None
     if not others and not output:

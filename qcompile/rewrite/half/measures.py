@@ -13,7 +13,7 @@ from qcompile.ir.ops import const_array, const_ints, const_scalar, input_at, int
 from qcompile.ir.optable import ops_with
 from qcompile.rewrite.half.bounds import clip_bound, upper_bounds
 from qcompile.rewrite.half.mask import Masks, find_masks
-from qcompile.rewrite.half.types import FLOAT, Narrow, before_quantizer, copies, float_constants, grown, largest, probe
+from qcompile.rewrite.half.types import Narrow, before_quantizer, copies, float_constants, grown, is_float, largest, probe
 from qcompile.structure.core import only_user
 
 UNKNOWN_DEPTH = 4096
@@ -60,7 +60,7 @@ class Measures:
             if node.op_type in _BOUNDED or copies(node) or any(np.isinf(a).any() for _, a in float_constants(node)):
                 continue  # an infinity that the model writes itself is meant, and is one in 16 bits too
             for value in node.outputs:
-                if value.dtype == FLOAT and value.uses() and self._exceeds(value, self.fmt.safe):
+                if is_float(value) and value.uses() and self._exceeds(value, self.fmt.safe):
                     yield value
 
     def _exceeds(self, value: ir.Value, limit: float) -> bool:
@@ -70,7 +70,7 @@ class Measures:
         """Floats made of integers, which are exact only up to a size."""
         for node in self.graph:
             source = input_at(node, 0)
-            made = is_op(node, "Cast") and node.outputs[0].dtype == FLOAT and source is not None and _is_integer(source)
+            made = is_op(node, "Cast") and is_float(node.outputs[0]) and source is not None and _is_integer(source)
             if made and node.outputs[0].name not in self.masks.reached:
                 yield node.outputs[0]
 
@@ -78,14 +78,14 @@ class Measures:
         """Arguments of sine and cosine that may be many periods."""
         for node in self.graph:
             value = input_at(node, 0)
-            if is_op(node, "Sin", "Cos") and value is not None and value.dtype == FLOAT and self._exceeds(value, self.fmt.angle):
+            if is_op(node, "Sin", "Cos") and value is not None and is_float(value) and self._exceeds(value, self.fmt.angle):
                 yield value
 
     def deep(self) -> Iterator[ReducedBy]:
         """(reduction, its input, how many terms) where the running sum may overflow as far as the weights tell."""
         for node in self.graph:
             value = input_at(node, 0)
-            if not is_op(node, *REDUCTIONS) or value is None or value.dtype != FLOAT or not self.fmt.ranged:
+            if not is_op(node, *REDUCTIONS) or value is None or not is_float(value) or not self.fmt.ranged:
                 continue
             terms = depth(node)
             if self._exceeds(value, self.fmt.largest / terms):
@@ -107,7 +107,7 @@ class Measures:
         for node in self.graph:
             slot = 1 if is_op(node, "Div") else 0 if is_op(node, "Reciprocal", "Log") or _inverse_power(node) else None
             value = input_at(node, slot) if slot is not None else None
-            if value is not None and value.dtype == FLOAT and const_array(value) is None and self.fmt.ranged:
+            if value is not None and is_float(value) and const_array(value) is None and self.fmt.ranged:
                 yield node, before_quantizer(value)
 
     def smallest(self, value: ir.Value) -> float:
@@ -127,7 +127,7 @@ class Measures:
         for node in self.graph:
             reach = max((found[v] for v in node.inputs if v in found), default=0.0) if copies(node) else 0.0
             if reach and not (is_op(node, "Clip") and clip_bound(node) <= self.fmt.safe):
-                found |= {v: reach for v in node.outputs if v.dtype == FLOAT}
+                found |= {v: reach for v in node.outputs if is_float(v)}
         return found
 
     def _mask_peak(self, value: ir.Value) -> float:

@@ -7,16 +7,18 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.ir.ops import const_array, const_scalar, input_at, is_data_movement, is_op, static_shape
+from qcompile.ir.ops import const_array, const_scalar, input_at, is_const, is_data_movement, is_op, static_shape
 from qcompile.ir.optable import ops_with
 from qcompile.rewrite.half.measures import CANCEL, Measures, is_elementwise
-from qcompile.rewrite.half.types import FLOAT, carries_float, float_constants
+from qcompile.rewrite.half.slots import refusal
+from qcompile.rewrite.half.types import carries_float, float_constants, is_float
 
 Finding = tuple[ir.Node, str]
 Rule = Callable[[Measures], Iterable[Finding]]
 
 TINY = 2.0**-20  # float16 keeps at most 4 bits of smaller numbers
-_FLOAT_OPS = ops_with("random") | {"Range", "NonMaxSuppression", "RoiAlign"}
+_FLOAT_OPS = ops_with("random") | {"Range", "RoiAlign"}
+_RECURRENT, _LENGTHS = ("RNN", "LSTM", "GRU"), 4
 _SQUARES = ("ReduceL2", "ReduceSumSquare", "ReduceLogSumExp", "LpNormalization", "MeanVarianceNormalization")
 _BIGGEST_ISLAND_JOIN = 4
 
@@ -40,10 +42,39 @@ def _unsupported(scene: Measures) -> Iterator[Finding]:
     for node in scene.graph:
         if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()):
             yield node, "its body stays as it is"
-        elif node.domain not in ("", "ai.onnx", "trt"):
-            yield node, f"{node.domain} operators are not known to take {scene.fmt.title}"
+        elif (reason := refusal(node, scene.fmt, scene.graph.opset_imports)) is not None:
+            yield node, reason
         elif node.op_type in _FLOAT_OPS:
             yield node, f"{node.op_type} is not computed in {scene.fmt.title}"
+
+
+def _recurrent(scene: Measures) -> Iterator[Finding]:
+    """TensorRT (RTX 1.7.1) builds no lengths in 16 bits, and no Cast in front of the recurrence: it moves it past what copies."""
+    for node in scene.graph:
+        if is_op(node, *_RECURRENT) and input_at(node, _LENGTHS) is not None:
+            yield node, f"a {node.op_type} with sequence lengths does not build in {scene.fmt.title}"
+            yield from ((n, f"{node.name} reads it, and builders fail on a Cast in between") for n in _makers(node.inputs[0]))
+
+
+def _makers(value: ir.Value | None) -> Iterator[ir.Node]:
+    """What makes `value`, and what copies it on."""
+    node = value.producer() if value is not None else None
+    while node is not None:
+        yield node
+        source = node.inputs[0] if is_data_movement(node) else None
+        node = source.producer() if source is not None else None
+
+
+def _positions(scene: Measures) -> Iterator[Finding]:
+    """What a Range counts, up to where it meets data: builders merge a Cast right behind a Range into it, and fail."""
+    free: set[ir.Node] = set()
+    for node in scene.graph:
+        sources = [v.producer() for v in node.inputs if v is not None and is_float(v) and not is_const(v)]
+        mask = any(v.name in scene.masks.reached for v in node.outputs)
+        if carries_float(node) and not mask and all(s in free for s in sources):
+            free.add(node)
+    for start in [n for n in scene.graph if n in free and is_op(n, "Range")]:
+        yield from ((node, "it computes positions, from numbers that a Range counts") for node in _group(start, free))
 
 
 def _overflow(scene: Measures) -> Iterator[Finding]:
@@ -238,25 +269,26 @@ def _gaps(graph: ir.Graph, kept: dict[ir.Node, str]) -> Iterator[ir.Node]:
             yield from group
 
 
-def _group(start: ir.Node, cheap: set[ir.Node]) -> dict[ir.Node, None]:
+def _group(start: ir.Node, within: set[ir.Node]) -> dict[ir.Node, None]:
     group: dict[ir.Node, None] = {}
     todo = [start]
     while todo:
         node = todo.pop()
-        if node in group or node not in cheap:
+        if node in group or node not in within:
             continue
         group[node] = None
-        todo += [p for v in node.inputs if v is not None and v.dtype == FLOAT and (p := v.producer()) is not None]
-        todo += [user for v in node.outputs for user, _ in v.uses()]
+        todo += [p for v in node.inputs if v is not None and is_float(v) and (p := v.producer()) is not None]
+        todo += [user for v in node.outputs if is_float(v) for user, _ in v.uses()]
     return group
 
 
 def _enclosed(group: dict[ir.Node, None], kept: dict[ir.Node, str]) -> bool:
-    sources = [v.producer() for n in group for v in n.inputs if v is not None and v.dtype == FLOAT and v.const_value is None]
+    sources = [v.producer() for n in group for v in n.inputs if v is not None and is_float(v) and v.const_value is None]
     readers = [user for n in group for v in n.outputs for user, _ in v.uses()]
     return bool(sources) and all(n in kept or n in group for n in [*sources, *readers] if n is not None) and None not in sources
 
 
 RULES: tuple[Rule, ...] = (
-    _unsupported, _norm_statistics, _constants, _overflow, _reductions, _squares, _guards, _cuts, _divisors, _angles, _scales,
+    _unsupported, _recurrent, _positions, _norm_statistics, _constants, _overflow, _reductions, _squares, _guards, _cuts,
+    _divisors, _angles, _scales,
 )  # fmt: skip

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from qcompile.calib.observe import AbsMax, AbsMaxStat, MinMax, MinMaxStat, Probe
 from qcompile.ir.ops import const_array, is_data_movement, is_op
+from qcompile.ir.schemas import is_tensor
 from qcompile.rewrite.half.bounds import is_quantizer
 
 FLOAT = ir.DataType.FLOAT
@@ -143,9 +144,14 @@ def float_constants(node: ir.Node) -> Iterator[tuple[int, NDArray]]:
             yield slot, value.const_value.numpy()
 
 
+def is_float(value: ir.Value | None) -> bool:
+    """Whether `value` is a float32 tensor (a sequence has the type of its elements)."""
+    return value is not None and value.dtype == FLOAT and is_tensor(value)
+
+
 def carries_float(node: ir.Node) -> bool:
     """Whether a float32 tensor goes in or out."""
-    return any(v is not None and v.dtype == FLOAT for v in (*node.inputs, *node.outputs))
+    return any(is_float(v) for v in (*node.inputs, *node.outputs))
 
 
 def copies(node: ir.Node) -> bool:

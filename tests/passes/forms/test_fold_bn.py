@@ -107,8 +107,9 @@ def check_fold(model: Model, shape: tuple[Any, ...], remark: str, *, exactly: bo
     assert relative_error(outputs(model, arrays(shape, 1)), outputs(after, arrays(shape, 1))) < 2e-6
     if not exactly:
         return after
-    wide = to_double(model)
-    exact, _ = drive(Runner(verify="off").steps(wide, registry.parse("canonicalize,fold-bn"), context()))
+    canonical, _ = drive(Runner(verify="off").steps(model, registry.parse("canonicalize"), context()))
+    wide = to_double(canonical)
+    exact, _ = drive(Runner(verify="off").steps(wide, registry.parse("fold-bn"), context()))
     assert relative_error(double_outputs(wide, arrays(shape, 1)), double_outputs(exact, arrays(shape, 1))) < 1e-12
     return after
 

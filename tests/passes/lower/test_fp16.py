@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from qcompile.ir.model import Model
-from qcompile.ir.ops import is_op
+from qcompile.ir.ops import const_array, is_op
 from qcompile.pipeline import registry
 from qcompile.report import PassReport
 from tests.passes.lower.half_models import MODELS, digits, naive_half, overflowing_vit, strict
@@ -285,17 +285,46 @@ def test_one_cast_a_tensor_and_no_gaps_between_islands() -> None:
     assert relative_error(outputs(model, x), outputs(strict(done), x)) < 5e-3
 
 
-def test_a_scale_that_vanishes_keeps_its_quantizer_in_float32() -> None:
+@pytest.mark.parametrize(("size", "word"), [(1e-6, "vanishes in float16"), (1e9, "beyond float16")])
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a16"])
+def test_a_site_whose_scale_float16_cannot_hold_stays_float(scheme: str, size: float, word: str) -> None:
     nodes = [
         node("MatMul", ["x", "w"], ["m"], name="fc"),
-        node("Tanh", ["m"], ["h"], name="tanh"),
-        node("MatMul", ["h", "v"], ["y"], name="out"),
+        node("Mul", ["m", "back"], ["n"], name="scaled"),
+        node("Tanh", ["n"], ["h"], name="tanh"),
+        node("MatMul", ["h", "v"], ["k"], name="other"),
+        node("Relu", ["k"], ["r"], name="relu"),
+        node("MatMul", ["r", "u"], ["y"], name="head"),
     ]
-    model = tiny(nodes, {"w": normal(16, 16, scale=1e-6), "v": normal(16, 16)}, opset=19)
-    x = {"x": normal(8, 5, 16, scale=10)}
+    numbers = {"w": normal(128, 64, scale=size), "v": normal(64, 128), "u": normal(128, 128), "back": 0.1 / size}
+    model = tiny(nodes, numbers, ("N", 5, 128), opset=21)
+    x = {"x": normal(8, 5, 128)}
+    done, reports = pipeline("" if scheme == "w4a16" else "smooth", model, x, context("trt", scheme))
+    told = [r.reason for report in reports for r in report.remarks if r.kind == "missed" and r.node == "fc"]
+    scales = [const_array(n.inputs[1]) for n in done.graph if is_op(n, "QuantizeLinear", "DequantizeLinear")]
+    assert any(word in reason and reason.endswith("kept in float") for reason in told)
+    assert scales and all(s is not None and np.isfinite(s).all() and (s > 0).all() for s in scales), (
+        "the other layer is quantized"
+    )
+    assert relative_error(outputs(model, x), outputs(strict(done), x)) < 0.3
+
+
+def test_activations_beyond_float16_stay_float() -> None:
+    """The power of a spectrum, say."""
+    model = tiny(
+        [
+            node("MatMul", ["x", "w"], ["m"], name="fc"),
+            node("Log", ["m"], ["h"], name="log"),
+            node("MatMul", ["h", "v"], ["y"], name="out"),
+        ],
+        {"w": np.abs(normal(64, 64)), "v": normal(64, 64)},
+        ("N", 5, 64),
+        opset=19,
+    )
+    x = {"x": np.abs(normal(8, 5, 64, scale=1e8)) + 1}
     done, reports = pipeline("smooth", model, x, context("trt", "w8a8"))
-    vanishing = [n for n, why in kept(reports[-1]).items() if "scale" in why and "vanishes" in why]
-    assert vanishing and all(is_op(n, "QuantizeLinear", "DequantizeLinear") for n in done.graph if n.name in vanishing)
+    told = {r.node: r.reason for r in reports[-1].remarks if r.kind == "missed"} | kept(reports[-1])
+    assert "fc" in told and np.isfinite(outputs(strict(done), x)[0]).all()
     assert relative_error(outputs(model, x), outputs(strict(done), x)) < 0.05
 
 
