@@ -23,6 +23,7 @@ Trait = Literal[
     "picks",  # the output element is one of the input elements at its place
     "bits",  # of integers, bit by bit
     "integer-product",  # products of integer codes
+    "recurrent",  # carries a state along a sequence, with the weights W and R in slots 1 and 2
     "random",  # another output at each run
     "bounded",  # |y| <= 1 for any input
     "no-larger",  # |y| <= max |x| over the input's elements
@@ -66,6 +67,7 @@ _ROWS: dict[str, tuple[Trait, ...]] = {
     "Exp": ("unary", "spreads-nan"),
     "Expand": ("movement",),
     "Flatten": ("reshapes", "spreads-nan"),
+    "GRU": ("recurrent",),
     "Gather": ("movement",),
     "GatherElements": ("movement",),
     "GatherND": ("movement",),
@@ -75,6 +77,7 @@ _ROWS: dict[str, tuple[Trait, ...]] = {
     "HardSigmoid": ("activation", "bounded"),
     "HardSwish": ("activation",),
     "Identity": ("copies", "no-larger", "spreads-nan"),
+    "LSTM": ("recurrent",),
     "LayerNormalization": ("spreads-nan",),
     "LeakyRelu": ("activation", "no-larger"),
     "Log": ("unary",),
@@ -90,6 +93,7 @@ _ROWS: dict[str, tuple[Trait, ...]] = {
     "Pow": ("arithmetic", "spreads-nan"),
     "QLinearConv": ("integer-product",),
     "QLinearMatMul": ("integer-product",),
+    "RNN": ("recurrent",),
     "RandomNormal": ("random",),
     "RandomNormalLike": ("random",),
     "RandomUniform": ("random",),
