@@ -70,10 +70,13 @@ class Target(Platform):
     def place(self, model: Model, scheme: Scheme, selection: Selection, choices: Choices) -> Placement:
         """Which tensors are quantized, and which layers are not, with the reason."""
         from qcompile.decide.placement import Placement
+        from qcompile.target.unplaced import miss_unplaced
 
         if scheme.weight is None:
             return Placement()
-        return self.placement(model, Request(self, scheme, selection, choices))
+        placed = self.placement(model, Request(self, scheme, selection, choices))
+        miss_unplaced(placed, model.graph, self.name)
+        return placed
 
     def placement(self, model: Model, request: Request) -> Placement:
         """`place` for a scheme that quantizes something: what a target overrides."""
