@@ -20,11 +20,14 @@ from qcompile.backend.tensorrt import plan_profiles, run_worker
 from qcompile.backend.work import COMPUTE_OPS, WorkItem, work_items
 from qcompile.errors import UsageError
 from qcompile.ir.reader import read_proto
-from qcompile.target.attention import attention_products
+from qcompile.target.attention import attention_blocks, attention_products
+from qcompile.target.catalog import TARGETS
 from qcompile.target.check import check
 from qcompile.target.view import GraphView, inner_nodes, uniquely_named
 
 SCHEMA_VERSION = 1
+NAMED = 3  # nodes in a note
+UNKNOWN = "no reason is known: every condition for one kernel that was found holds"
 LABELS = {name: e.label for name, e in ENGINES.items()}
 
 
@@ -61,6 +64,18 @@ class WastedPair:
 
 
 @dataclass(frozen=True)
+class Unfused:
+    """An attention block, by its softmax, that is not one kernel, and why."""
+
+    node: str
+    reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys node, reason."""
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
 class AuditResult:
     """What runs where; `attention` counts (blocks, blocks that run as one fused kernel).
 
@@ -79,6 +94,7 @@ class AuditResult:
     wasted_pairs: tuple[WastedPair, ...]
     unread: int = 0
     blind: bool = False
+    unfused: tuple[Unfused, ...] = ()
     in_bodies: int = 0
 
     @property
@@ -87,10 +103,14 @@ class AuditResult:
         unsized = [n.item.node for n in self.nodes if n.item.flops is None]
         said = (
             (self.unread, lambda: _unread(self)),
-            (unsized, lambda: f"the figures leave out what has no known size: {', '.join(unsized)}"),
+            (unsized, lambda: f"the figures leave out what has no known size: {_few(unsized)}"),
             (self.in_bodies, lambda: f"the figures leave out {self.in_bodies} products in bodies of If, Loop and Scan"),
         )
-        return tuple(text() for there, text in said if there)
+        blocks: dict[str, list[str]] = {}
+        for u in self.unfused:
+            blocks.setdefault(u.reason, []).append(u.node)
+        split = (f"attention in several kernels at {_few(names)}: {reason}" for reason, names in blocks.items())
+        return (*split, *(text() for there, text in said if there))
 
     @property
     def total_flops(self) -> int:
@@ -156,6 +176,7 @@ class AuditResult:
             "attention_fused": self.attention_fused,
             "attention_blocks": self.attention[0],
             "attention_fused_blocks": self.attention[1],
+            "attention_unfused": [u.to_json() for u in self.unfused],
             "weight_only_flops": self.weight_only_flops,
             "unread_lines": self.unread,
             "notes": list(self.notes),
@@ -191,12 +212,17 @@ def audit(onnx_path: str | Path, gpu: str = "sm89", profile: Profile | None = No
     dump, used = parse_dump(plan.layers, names), profiles[0] if profiles else None
     nodes = () if dump.blind else audited_nodes(view, dump.kernels, used)
     attention = (0, 0) if dump.blind else _attention(view, dump.kernels)
+    unfused = () if dump.blind else unfused_blocks(view, dump.kernels, used, target)
     wasted = wasted_pairs(view, nodes, target, gpu)
     inner = sum(n.op_type in COMPUTE_OPS for n in inner_nodes(view.model.graph))
     return AuditResult(
         gpu, target, plan.version, used, nodes, dump.kernels, attention, wasted,
-        unread=dump.unread, blind=dump.blind, in_bodies=inner,
+        unread=dump.unread, blind=dump.blind, in_bodies=inner, unfused=unfused,
     )  # fmt: skip
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
 def _unread(a: AuditResult) -> str:
@@ -220,9 +246,23 @@ def _audited(item: WorkItem, kernels: Sequence[Kernel]) -> AuditedNode:
 
 
 def _attention(view: GraphView, kernels: Sequence[Kernel]) -> tuple[int, int]:
-    fused = [set(k.nodes) for k in kernels if k.attention]
     blocks = attention_products(view)
-    return len(blocks), sum(any(block <= names for names in fused) for block in blocks)
+    return len(blocks), sum(_fused(block, kernels) for block in blocks)
+
+
+def _fused(products: frozenset[str], kernels: Sequence[Kernel]) -> bool:
+    return any(k.attention and products <= set(k.nodes) for k in kernels)
+
+
+def unfused_blocks(view: GraphView, kernels: Sequence[Kernel], profile: Profile | None, target: str) -> tuple[Unfused, ...]:
+    """The attention blocks that are not one kernel, each with the reasons that are known."""
+    blocks = [b for b in attention_blocks(view) if not _fused(frozenset(n.name for n in b.products), kernels)]
+    if not blocks:
+        return ()
+    ends = [{name: getattr(r, end) for name, r in profile.shapes.items()} if profile else {} for end in ("min", "max")]
+    smallest, largest = (concrete_shapes(view.model, end) for end in ends)
+    found = ((b.softmax.name, TARGETS[target].unfused(view, b, smallest, largest)) for b in blocks)
+    return tuple(Unfused(name, "; ".join(reasons) or UNKNOWN) for name, reasons in found)
 
 
 def wasted_pairs(view: GraphView, nodes: Sequence[AuditedNode], target: str, gpu: str) -> tuple[WastedPair, ...]:
