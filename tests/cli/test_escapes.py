@@ -53,7 +53,10 @@ def model(tmp_path: Path) -> Path:
         ["MODEL", "--calib", "random", "--keep-float", "\x1b[2J"],
     ],
 )
-def test_nothing_that_a_terminal_obeys(command: list[str], model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_that_a_terminal_obeys(
+    command: list[str], model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(model.parent)  # where outputs go
     main([str(model) if word == "MODEL" else word for word in command])
     out, err = capsys.readouterr()
     assert not set(out + err) & set("\x1b\x9b\u202e")
