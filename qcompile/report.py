@@ -130,6 +130,14 @@ class Silent:
 SILENT = Silent()
 
 
+def escaped(text: str, keep: str = "") -> str:
+    r"""`text` with what would not print (control characters, escape codes, marks of direction) written as \x1b or \n.
+
+    A name in a model may hold anything, and a terminal obeys it.  Characters in `keep` stay.
+    """
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
 def warned(warnings: Sequence[str], note: Note) -> list[str]:
     """Tell each of them; they are handed back."""
     for text in warnings:

@@ -6,28 +6,28 @@ kernels back to ONNX nodes by the names in their metadata.  It is a proxy: other
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx
-
 from qcompile.backend.dump import TESTED, Kernel, covering, parse_dump
+from qcompile.backend.naming import dumpable_file
 from qcompile.backend.process import ENGINES
 from qcompile.backend.profile import Profile
 from qcompile.backend.shapes import concrete_shapes
 from qcompile.backend.tensorrt import plan_profiles, run_worker
-from qcompile.backend.work import WorkItem, work_items
+from qcompile.backend.work import COMPUTE_OPS, WorkItem, work_items
 from qcompile.errors import UsageError
 from qcompile.ir.reader import read_proto
-from qcompile.target.attention import attention_products
+from qcompile.target.attention import attention_blocks, attention_products
+from qcompile.target.catalog import TARGETS
 from qcompile.target.check import check
-from qcompile.target.view import GraphView, name_nodes, uniquely_named
+from qcompile.target.view import GraphView, inner_nodes, uniquely_named
 
 SCHEMA_VERSION = 1
+NAMED = 3  # nodes in a note
+UNKNOWN = "no reason is known: every condition for one kernel that was found holds"
 LABELS = {name: e.label for name, e in ENGINES.items()}
 
 
@@ -64,8 +64,25 @@ class WastedPair:
 
 
 @dataclass(frozen=True)
+class Unfused:
+    """An attention block, by its softmax, that is not one kernel, and why."""
+
+    node: str
+    reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys node, reason."""
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
 class AuditResult:
-    """What runs where; `attention` counts (blocks, blocks that run as one fused kernel)."""
+    """What runs where; `attention` counts (blocks, blocks that run as one fused kernel).
+
+    `unread`: lines of the kernel dump whose form is not known; what only they compute counts as float.  `blind`: no line says
+    which nodes it covers, so that nothing is known of any of them (no nodes, no figures).  `in_bodies`: nodes that multiply
+    matrices in the bodies of If, Loop and Scan, which are not audited.
+    """
 
     gpu: str
     target: str
@@ -75,6 +92,25 @@ class AuditResult:
     kernels: tuple[Kernel, ...]
     attention: tuple[int, int]
     wasted_pairs: tuple[WastedPair, ...]
+    unread: int = 0
+    blind: bool = False
+    unfused: tuple[Unfused, ...] = ()
+    in_bodies: int = 0
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the figures do not say."""
+        unsized = [n.item.node for n in self.nodes if n.item.flops is None]
+        said = (
+            (self.unread, lambda: _unread(self)),
+            (unsized, lambda: f"the figures leave out what has no known size: {_few(unsized)}"),
+            (self.in_bodies, lambda: f"the figures leave out {self.in_bodies} products in bodies of If, Loop and Scan"),
+        )
+        blocks: dict[str, list[str]] = {}
+        for u in self.unfused:
+            blocks.setdefault(u.reason, []).append(u.node)
+        split = (f"attention in several kernels at {_few(names)}: {reason}" for reason, names in blocks.items())
+        return (*split, *(text() for there, text in said if there))
 
     @property
     def total_flops(self) -> int:
@@ -140,7 +176,10 @@ class AuditResult:
             "attention_fused": self.attention_fused,
             "attention_blocks": self.attention[0],
             "attention_fused_blocks": self.attention[1],
+            "attention_unfused": [u.to_json() for u in self.unfused],
             "weight_only_flops": self.weight_only_flops,
+            "unread_lines": self.unread,
+            "notes": list(self.notes),
             "unsized_nodes": [n.item.node for n in self.nodes if n.item.flops is None],
         }
 
@@ -160,19 +199,37 @@ def audit(onnx_path: str | Path, gpu: str = "sm89", profile: Profile | None = No
     FLOPs are counted at the optimum of `profile` (default: `default_profile`).
 
     Raises:
-        ModelError, UsageError, BackendError: as `build_engine`; also for an unknown kernel-dump format.
+        ModelError, UsageError, BackendError: as `build_engine`.
     """
     if target not in LABELS:
         raise UsageError(f"target {target!r} has no kernel audit; use rtx")
-    with uniquely_named_file(Path(onnx_path)) as path:
-        view = GraphView.open(path)
-        profiles = plan_profiles(view.model, None if profile is None else [profile])
-        plan = run_worker(path, None, target=target, gpus=[gpu], profiles=profiles, layers=True)
-        kernels = parse_dump(plan.layers, plan.version)
-        used = profiles[0] if profiles else None
-        nodes = audited_nodes(view, kernels, used)
-        wasted = wasted_pairs(view, nodes, target, gpu)
-    return AuditResult(gpu, target, plan.version, used, nodes, tuple(kernels), _attention(view, kernels), wasted)
+    path = Path(onnx_path)
+    model = read_proto(path, weights=False)
+    view = GraphView(uniquely_named(model), path.parent)
+    profiles = plan_profiles(view.model, None if profile is None else [profile])
+    with dumpable_file(path, model) as (file, names):
+        plan = run_worker(file, None, target=target, gpus=[gpu], profiles=profiles, layers=True)
+    dump, used = parse_dump(plan.layers, names), profiles[0] if profiles else None
+    nodes = () if dump.blind else audited_nodes(view, dump.kernels, used)
+    attention = (0, 0) if dump.blind else _attention(view, dump.kernels)
+    unfused = () if dump.blind else unfused_blocks(view, dump.kernels, used, target)
+    wasted = wasted_pairs(view, nodes, target, gpu)
+    inner = sum(n.op_type in COMPUTE_OPS for n in inner_nodes(view.model.graph))
+    return AuditResult(
+        gpu, target, plan.version, used, nodes, dump.kernels, attention, wasted,
+        unread=dump.unread, blind=dump.blind, in_bodies=inner, unfused=unfused,
+    )  # fmt: skip
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+
+
+def _unread(a: AuditResult) -> str:
+    known = "" if a.version in TESTED else f"; the audit was tested with {', '.join(TESTED)}: install tensorrt-rtx=={TESTED[-1]}"
+    effect = "nothing is known of the kernels" if a.blind else "what only they compute counts as float"
+    lines = f"{a.unread} of {a.unread + len(a.kernels)} lines"
+    return f"{lines} of the kernel dump of {a.label} {a.version} have an unknown form, so {effect}{known}"
 
 
 def audited_nodes(view: GraphView, kernels: Sequence[Kernel], profile: Profile | None) -> tuple[AuditedNode, ...]:
@@ -189,9 +246,23 @@ def _audited(item: WorkItem, kernels: Sequence[Kernel]) -> AuditedNode:
 
 
 def _attention(view: GraphView, kernels: Sequence[Kernel]) -> tuple[int, int]:
-    fused = [set(k.nodes) for k in kernels if k.attention]
     blocks = attention_products(view)
-    return len(blocks), sum(any(block <= names for names in fused) for block in blocks)
+    return len(blocks), sum(_fused(block, kernels) for block in blocks)
+
+
+def _fused(products: frozenset[str], kernels: Sequence[Kernel]) -> bool:
+    return any(k.attention and products <= set(k.nodes) for k in kernels)
+
+
+def unfused_blocks(view: GraphView, kernels: Sequence[Kernel], profile: Profile | None, target: str) -> tuple[Unfused, ...]:
+    """The attention blocks that are not one kernel, each with the reasons that are known."""
+    blocks = [b for b in attention_blocks(view) if not _fused(frozenset(n.name for n in b.products), kernels)]
+    if not blocks:
+        return ()
+    ends = [{name: getattr(r, end) for name, r in profile.shapes.items()} if profile else {} for end in ("min", "max")]
+    smallest, largest = (concrete_shapes(view.model, end) for end in ends)
+    found = ((b.softmax.name, TARGETS[target].unfused(view, b, smallest, largest)) for b in blocks)
+    return tuple(Unfused(name, "; ".join(reasons) or UNKNOWN) for name, reasons in found)
 
 
 def wasted_pairs(view: GraphView, nodes: Sequence[AuditedNode], target: str, gpu: str) -> tuple[WastedPair, ...]:
@@ -212,19 +283,3 @@ def _float_node(n: AuditedNode) -> dict[str, Any]:
     dtypes = [x.dtype for k in n.kernels for x in k.inputs]
     kernel = {"kernels": [k.type for k in n.kernels], "inputs": dtypes}
     return {"node": n.item.node, "op_type": n.item.op_type, "flops": n.item.flops, "planned": n.item.low_type, **kernel}
-
-
-@contextmanager
-def uniquely_named_file(path: Path) -> Generator[Path]:
-    """`path` itself if its node names are unique and not empty, else a temporary copy with unique names."""
-    model = read_proto(path, weights=False)
-    if uniquely_named(model) is model:
-        yield path
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / path.name
-        full = read_proto(path)
-        name_nodes(full)
-        external = any(t.external_data for t in model.graph.initializer)
-        onnx.save(full, str(copy), save_as_external_data=external)
-        yield copy

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import onnx
 
-from qcompile.backend.audit import uniquely_named_file
 from qcompile.backend.groups import Group, qdq_groups, without
+from qcompile.backend.naming import uniquely_named_file
 from qcompile.backend.profile import Profile
 from qcompile.backend.tensorrt import plan_profiles, run_worker
 from qcompile.errors import BuildError

@@ -1,20 +1,21 @@
 """The builder's verbose kernel dump as data.
 
-The dump is a log message, not an interface: its form was read from the versions in `TESTED`, one line a kernel:
+The dump is a log message, not an interface: its form was read from the versions in `TESTED`, one line a layer:
 
     Name: .., LayerType: gemm, Inputs: [ { Name: .., Dimensions: [1,64,128], .., Datatype: Int8, .. }], Constants: [..],
     Outputs: [..], TacticName: .., StreamId: 0, Metadata: [ONNX Layer: a]<US>[ONNX Layer: b]
+
+Layers that hold no kernel (copies of shapes, jumps of loops and branches) lack `Constants` and have other words in front of
+`Metadata`.  A line of another form costs itself: it is counted.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
-
-from qcompile.errors import BackendError
 
 TESTED = ("1.7.1.116",)
 DEQUANTIZING = "runtime_fusion"  # may read codes, but multiplies in float after dequantizing inside the kernel
@@ -30,13 +31,13 @@ LOW_DATATYPES = {
 }
 
 _LINE = re.compile(
-    r"^Name: (?P<name>.*?), LayerType: (?P<type>\w+), Inputs: \[(?P<inputs>.*?)\], Constants: \[(?P<constants>.*?)\], "
-    r"Outputs: \[(?P<outputs>.*?)\], TacticName: (?P<tactic>.*?), StreamId: -?\d+,(?: EventId: \d+,)? "
-    r"Metadata: ?(?P<metadata>.*)$"
+    r"Name: (?P<name>.*?), LayerType: (?P<type>\w+), Inputs: \[(?P<inputs> *|.*?\})\], "
+    r"(?:Constants: \[(?P<constants> *|.*?\})\], )?Outputs: \[(?P<outputs> *|.*?\})\](?:, .*?Metadata: ?(?P<metadata>.*)|.*)",
+    re.DOTALL,
 )
 _TENSOR = re.compile(r"\{ Name: .*?, Dimensions: \[(?P<dims>[-\d,]*)\], .*?Datatype: (?P<dtype>\w+)")
 _SEPARATOR = re.compile("[\x1e\x1f]")
-_ONNX_NAME = re.compile(r"\[ONNX Layer: (.*)\]$")
+_ONNX_NAME = re.compile(r"\[ONNX Layer: (.*)\]", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -97,26 +98,37 @@ class Kernel:
         return {"name": self.name, "type": self.type, **dtypes, "nodes": list(self.nodes)}
 
 
-def parse_dump(text: str, version: str) -> list[Kernel]:
-    """The kernels of a `Layers:` message, in execution order.
+@dataclass(frozen=True)
+class Dump:
+    """The layers of an engine, in execution order, and how many lines have another form than the known one."""
 
-    Raises:
-        BackendError: the text does not have the known form.
-    """
-    lines = [line for line in text.split("\nI/O Tensors:")[0].split("\n") if line.startswith("Name: ")]
-    matches = [_LINE.match(line) for line in lines]
-    kernels = [_kernel(m) for m in matches if m is not None]
-    if not kernels or len(kernels) < len(lines) or not any(k.nodes for k in kernels):
-        raise BackendError(
-            f"the kernel dump of TensorRT-RTX {version} has an unknown form ({len(kernels)} of {len(lines)} lines read); "
-            f"the audit was tested with {', '.join(TESTED)}: install tensorrt-rtx=={TESTED[-1]}"
-        )
-    return kernels
+    kernels: tuple[Kernel, ...]
+    unread: int
+
+    @property
+    def blind(self) -> bool:
+        """Whether the form is so different that nothing is known of any node."""
+        return self.unread > 0 and not any(k.nodes for k in self.kernels)
 
 
-def _kernel(match: re.Match[str]) -> Kernel:
-    inputs, constants, outputs = (_operands(match[side]) for side in ("inputs", "constants", "outputs"))
-    return Kernel(match["name"], match["type"], inputs, constants, outputs, _names(match["metadata"]))
+def parse_dump(text: str, names: Mapping[str, str] | None = None) -> Dump:
+    """What a `Layers:` message says; `names`: ONNX nodes that were renamed for the builder, and what they are called."""
+    lines = re.split(r"\n(?=Name: )", text.split("\n\nI/O Tensors:")[0])[1:]
+    kernels = [_kernel(line.strip("\n"), names or {}) for line in lines]
+    known = tuple(k for k in kernels if k is not None)
+    return Dump(known, len(kernels) - len(known))
+
+
+def _kernel(line: str, names: Mapping[str, str]) -> Kernel | None:
+    """None where the line has another form, or says in another way which nodes it covers."""
+    match = _LINE.fullmatch(line)
+    if match is None:
+        return None
+    nodes = _names(match["metadata"] or "")
+    if not nodes and (match["metadata"] or "").strip():
+        return None
+    inputs, constants, outputs = (_operands(match[side] or "") for side in ("inputs", "constants", "outputs"))
+    return Kernel(match["name"], match["type"], inputs, constants, outputs, tuple(names.get(n, n) for n in nodes))
 
 
 def _operands(text: str) -> tuple[Operand, ...]:
@@ -125,7 +137,7 @@ def _operands(text: str) -> tuple[Operand, ...]:
 
 
 def _names(metadata: str) -> tuple[str, ...]:
-    tags = (_ONNX_NAME.match(tag) for tag in _SEPARATOR.split(metadata))
+    tags = (_ONNX_NAME.fullmatch(tag.strip()) for tag in _SEPARATOR.split(metadata))
     return tuple(dict.fromkeys(m[1] for m in tags if m is not None))
 
 

@@ -9,15 +9,18 @@ from typing import Literal
 
 from onnx import NodeProto
 
+from qcompile.ir.optable import ops_with
 from qcompile.target.view import WEIGHTED_OPS, GraphView, attribute
 
-WorkKind = Literal["gemm", "conv", "bmm", "attention"]
+WorkKind = Literal["gemm", "conv", "bmm", "attention", "recurrent"]
+RECURRENT_OPS = ops_with("recurrent")
+COMPUTE_OPS = WEIGHTED_OPS | RECURRENT_OPS | {"Attention"}
 COMPUTE_TYPES = frozenset({"int8", "float8e4m3fn", "float4e2m1"})
 
 
 @dataclass(frozen=True)
 class WorkItem:
-    """One GEMM, convolution or attention product.
+    """One GEMM, convolution, attention product or recurrent layer.
 
     `flops` is 2 x multiply-adds at the optimum shapes, None when a shape is unknown; `low_type` is the type that all
     its compute inputs are dequantized from (planned work); `weight_type` is set when only the weight is (weight-only).
@@ -53,12 +56,25 @@ def _attention_flops(node: NodeProto, shapes: Mapping[str, list[int]]) -> int:
     return 2 * q[0] * q[1] * k[1] * (q[2] + v[2] // kv_heads * heads)
 
 
+def _recurrent_flops(node: NodeProto, shapes: Mapping[str, list[int]]) -> int:
+    """The products with W and R at each step of a sequence [length, batch, size] or [batch, length, size]."""
+    length, batch = shapes[node.input[0]][:2]
+    return 2 * length * batch * (prod(shapes[node.input[1]]) + prod(shapes[node.input[2]]))
+
+
 def _flops(node: NodeProto, shapes: Mapping[str, list[int]]) -> int | None:
-    count = {"Conv": _conv_flops, "ConvTranspose": _conv_flops, "Attention": _attention_flops}.get(node.op_type, _gemm_flops)
     try:
-        return count(node, shapes)
+        return _COUNTS.get(node.op_type, _gemm_flops)(node, shapes)
     except (KeyError, IndexError):
         return None
+
+
+_COUNTS = {
+    "Conv": _conv_flops,
+    "ConvTranspose": _conv_flops,
+    "Attention": _attention_flops,
+    **dict.fromkeys(RECURRENT_OPS, _recurrent_flops),
+}
 
 
 def _item(view: GraphView, node: NodeProto, shapes: Mapping[str, list[int]]) -> WorkItem:
@@ -73,12 +89,14 @@ def _item(view: GraphView, node: NodeProto, shapes: Mapping[str, list[int]]) -> 
 def _kind(node: NodeProto, constant_weight: bool) -> WorkKind:
     if node.op_type == "Attention":
         return "attention"
+    if node.op_type in RECURRENT_OPS:
+        return "recurrent"
     if node.op_type in ("Conv", "ConvTranspose"):
         return "conv"
     return "gemm" if constant_weight else "bmm"
 
 
 def work_items(view: GraphView, shapes: Mapping[str, list[int]]) -> list[WorkItem]:
-    """Every GEMM / conv / attention product of the top-level graph that is computed at run time, in graph order."""
-    nodes = view.of_type(*WEIGHTED_OPS, "Attention")
+    """What multiplies matrices in the top-level graph at run time, in graph order."""
+    nodes = view.of_type(*COMPUTE_OPS)
     return [_item(view, n, shapes) for n in nodes if not all(view.is_constant(x) for x in n.input[:2])]

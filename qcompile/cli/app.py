@@ -15,6 +15,7 @@ import click
 
 from qcompile._version import __version__
 from qcompile.errors import QcompileError, UsageError
+from qcompile.report import escaped
 
 DEBUG = "QCOMPILE_DEBUG"
 INTERRUPTED = 130
@@ -118,7 +119,7 @@ def _path(error: click.ClickException) -> str:
 def _fail(message: str, code: int, prefix: str = "error: ") -> int:
     if os.environ.get(DEBUG) == "1":
         traceback.print_exc()
-    sys.stderr.write(f"{prefix}{message}\n")
+    sys.stderr.write(escaped(f"{prefix}{message}\n", keep="\n"))
     return code
 
 

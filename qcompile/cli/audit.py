@@ -35,11 +35,15 @@ def audit_lines(a: AuditResult) -> list[str]:
     """The figures of one audit."""
     found, fused = a.attention
     blocks = f"{fused} of {found} blocks run as one fused kernel" if found else "no attention"
+    head, notes = f"audit        {a.gpu} ({a.label} {a.version}; built, not run)", [f"note         {n}" for n in a.notes]
+    if a.blind:
+        return [head, *notes]
     return [
-        f"audit        {a.gpu} ({a.label} {a.version}; built, not run)",
+        head,
         _share(a),
         f"coverage     {percent(a.coverage)} of all GEMM, convolution and attention work ({flops(a.total_flops)}FLOP)",
         f"attention    {blocks}",
+        *notes,
     ]
 
 

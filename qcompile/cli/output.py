@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qcompile.report import OutputFigure, json_text
+from qcompile.report import OutputFigure, escaped, json_text
 
 PLAIN_WIDTH = 118
 MOST_OUTPUTS = 8
@@ -53,9 +53,9 @@ def _print(table: Table) -> None:
 
 
 def print_text(*lines: str) -> None:
-    """Plain lines; brackets in node names are no markup."""
+    """Plain lines; brackets in node names are no markup, and what does not print is escaped."""
     for line in lines:
-        click.echo(line)
+        click.echo(escaped(line))
 
 
 def print_table(
@@ -66,7 +66,7 @@ def print_table(
     for i, name in enumerate(columns):
         table.add_column(name, justify="right" if i in right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(escaped(cell)) for cell in row))
     _print(table)
 
 

@@ -36,7 +36,7 @@ def show_passes(listing: Listing) -> None:
 def show_pass(shown: OnePass) -> None:
     """One pass in full."""
     p = shown.described
-    print_text(f"{p.name} ({p.kind})", "", p.text)
+    print_text(f"{p.name} ({p.kind})", "", *p.text.splitlines())
     print_text("", f"needs        a {p.needs} model" + (f", behind {', '.join(p.after)}" if p.after else ""))
     if p.reaches is not None:
         print_text(f"makes it     {p.reaches}")

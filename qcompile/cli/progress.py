@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
-from qcompile.report import PassReport
+from qcompile.report import PassReport, escaped
 
 EVERY_SECONDS = 10
 
@@ -52,7 +52,7 @@ class Reporter:
 
     def note(self, message: str) -> None:
         """One line for the user."""
-        sys.stderr.write(f"{message}\n")
+        sys.stderr.write(escaped(f"{message}\n", keep="\n"))
         sys.stderr.flush()
 
 
@@ -95,7 +95,7 @@ class BarReporter(Reporter):
 
     def note(self, message: str) -> None:
         """A line above the bars."""
-        self._bars.console.print(message, markup=False, highlight=False)
+        self._bars.console.print(escaped(message, keep="\n"), markup=False, highlight=False)
 
     def _drop_sweep(self) -> None:
         if self._sweep is not None:

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from qcompile.ir.infer import infer_shapes
 from qcompile.ir.model import Model
+from qcompile.ir.ops import bodies
 
 _DYNAMIC = 64  # what a dimension of unknown length counts
 _EARLIEST = 0.5  # a block is cut after this share of its limit at the earliest
@@ -167,12 +168,8 @@ def _block(order: Sequence[ir.Node], lives: dict[str, _Life], groups: Sequence[t
 def _reads(node: ir.Node) -> list[ir.Value]:
     """What a node reads, the bodies of If, Loop and Scan included."""
     read = [v for v in node.inputs if v is not None]
-    for attr in node.attributes.values():
-        bodies = [attr.as_graph()] if attr.type == ir.AttributeType.GRAPH else []
-        bodies += list(attr.as_graphs()) if attr.type == ir.AttributeType.GRAPHS else []
-        inner = [v for body in bodies for n in body.all_nodes() for v in n.inputs if v is not None]
-        read += [v for v in inner if v.graph is node.graph]
-    return read
+    inner = [v for body in bodies(node) for n in body.all_nodes() for v in n.inputs if v is not None]
+    return read + [v for v in inner if v.graph is node.graph]
 
 
 def _weights(node: ir.Node, constant: Collection[ir.Node]) -> dict[str, int]:

@@ -63,6 +63,13 @@ def str_attr(node: ir.Node, name: str, default: str) -> str:
     return default if attr is None else attr.as_string()
 
 
+def bodies(node: ir.Node) -> list[ir.Graph]:
+    """The graphs that an If, a Loop or a Scan holds."""
+    graphs = [a for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
+    lists = [a for a in node.attributes.values() if a.type == ir.AttributeType.GRAPHS]
+    return [*(a.as_graph() for a in graphs), *(g for a in lists for g in a.as_graphs())]
+
+
 def input_at(node: ir.Node, slot: int) -> ir.Value | None:
     """Input `slot`, or None when the optional input is missing."""
     return node.inputs[slot] if slot < len(node.inputs) else None

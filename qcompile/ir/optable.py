@@ -23,6 +23,7 @@ Trait = Literal[
     "picks",  # the output element is one of the input elements at its place
     "bits",  # of integers, bit by bit
     "integer-product",  # products of integer codes
+    "recurrent",  # carries a state along a sequence, with the weights W and R in slots 1 and 2
     "random",  # another output at each run
     "jumps",  # a small error of the input can be a whole step of the output: indices, flags, rounded numbers
     "bounded",  # |y| <= 1 for any input
@@ -74,6 +75,7 @@ _ROWS: dict[str, tuple[Trait, ...]] = {
     "Expand": ("movement",),
     "Flatten": ("reshapes", "spreads-nan"),
     "Floor": ("elementwise", "jumps"),
+    "GRU": ("recurrent",),
     "Gather": ("movement",),
     "GatherElements": ("movement",),
     "GatherND": ("movement",),
@@ -86,6 +88,7 @@ _ROWS: dict[str, tuple[Trait, ...]] = {
     "HardSwish": ("activation",),
     "Hardmax": ("jumps",),
     "Identity": ("copies", "no-larger", "spreads-nan"),
+    "LSTM": ("recurrent",),
     "LayerNormalization": ("spreads-nan",),
     "LeakyRelu": ("activation", "no-larger"),
     "Less": ("elementwise", "jumps"),
@@ -107,6 +110,7 @@ _ROWS: dict[str, tuple[Trait, ...]] = {
     "QLinearConv": ("integer-product",),
     "QLinearMatMul": ("integer-product",),
     "QuantizeLinear": ("jumps",),
+    "RNN": ("recurrent",),
     "RandomNormal": ("random",),
     "RandomNormalLike": ("random",),
     "RandomUniform": ("random",),

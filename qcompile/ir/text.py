@@ -10,6 +10,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompile.ir.model import Model
+from qcompile.report import escaped
 
 _SMALL = 8
 
@@ -35,17 +36,17 @@ def print_model(
 
 
 def _node(node: ir.Node, constant: Callable[[ir.Value], str]) -> str:
-    outs = ", ".join(v.name or "-" for v in node.outputs)
+    outs = ", ".join(escaped(v.name or "-") for v in node.outputs)
     ins = ", ".join(_operand(v, constant) for v in node.inputs)
     attrs = " ".join(f"{a.name}={_attr(a)}" for a in sorted(node.attributes.values(), key=lambda a: a.name))
     op = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
-    return f"{outs} = {op}({ins})" + (f" {{{attrs}}}" if attrs else "") + f" @{node.name}"
+    return f"{outs} = {op}({ins})" + (f" {{{attrs}}}" if attrs else "") + f" @{escaped(str(node.name))}"
 
 
 def _operand(value: ir.Value | None, constant: Callable[[ir.Value], str]) -> str:
     if value is None:
         return "-"
-    return str(value.name) if value.const_value is None else constant(value)
+    return escaped(str(value.name)) if value.const_value is None else constant(value)
 
 
 def summary(value: ir.Value) -> str:
@@ -71,8 +72,8 @@ def _attr(attr: ir.Attr) -> str:
     if attr.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
         return "graph"
     value = attr.value
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    return f"{value:.6g}" if isinstance(value, float) else escaped(str(value))
 
 
 def _typed(value: ir.Value) -> str:
-    return f"{value.name}: {value.dtype}{value.shape if value.shape is not None else ''}"
+    return f"{escaped(str(value.name))}: {value.dtype}{value.shape if value.shape is not None else ''}"

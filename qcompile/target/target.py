@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # a command that only lists targets imports no graphs
     from qcompile.ir.select import Selection
     from qcompile.oracle.ranges import Proof
     from qcompile.quant.spec import Scheme
+    from qcompile.target.attention import AttentionBlock
     from qcompile.target.findings import Rule
     from qcompile.target.view import GraphView
 
@@ -70,10 +71,13 @@ class Target(Platform):
     def place(self, model: Model, scheme: Scheme, selection: Selection, choices: Choices) -> Placement:
         """Which tensors are quantized, and which layers are not, with the reason."""
         from qcompile.decide.placement import Placement
+        from qcompile.target.unplaced import miss_unplaced
 
         if scheme.weight is None:
             return Placement()
-        return self.placement(model, Request(self, scheme, selection, choices))
+        placed = self.placement(model, Request(self, scheme, selection, choices))
+        miss_unplaced(placed, model.graph, self.name)
+        return placed
 
     def placement(self, model: Model, request: Request) -> Placement:
         """`place` for a scheme that quantizes something: what a target overrides."""
@@ -82,6 +86,16 @@ class Target(Platform):
     @property
     def rules(self) -> Sequence[Rule]:
         """The rules of `qcompile check`."""
+        return ()
+
+    def unfused(
+        self,
+        view: GraphView,
+        block: AttentionBlock,
+        smallest: Mapping[str, Sequence[int]],
+        largest: Mapping[str, Sequence[int]],
+    ) -> tuple[str, ...]:
+        """Why an attention block became several kernels, as far as it is known; shapes of tensors at both ends of a profile."""
         return ()
 
     def proof(self, view: GraphView) -> Proof | None:

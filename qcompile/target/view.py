@@ -61,6 +61,13 @@ def uniquely_named(model: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
+def inner_nodes(graph: onnx.GraphProto) -> Iterator[NodeProto]:
+    """The nodes of the bodies of If, Loop and Scan in `graph`."""
+    for body in (g for n in graph.node for a in n.attribute for g in (a.g, *a.graphs)):
+        yield from body.node
+        yield from inner_nodes(body)
+
+
 class GraphView:
     """Producers, consumers, constants and types of the top-level graph; nothing is copied or changed."""
 

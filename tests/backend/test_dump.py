@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from qcompile.backend.dump import covering, parse_dump
-from qcompile.errors import BackendError
 
 
 def tensor(dims: str, dtype: str) -> str:
@@ -39,7 +38,9 @@ DUMP = "\n".join(
 
 
 def test_kernels() -> None:
-    kernels = parse_dump(DUMP, "1.7.1.116")
+    dump = parse_dump(DUMP)
+    kernels = dump.kernels
+    assert dump.unread == 0 and not dump.blind
     assert [k.type for k in kernels][:4] == ["shape_call", "wait", "gemm", "runtime_fusion"]
     assert {k.name: k.reads() for k in kernels if k.compute} == {
         "a+b": "int8",
@@ -53,9 +54,36 @@ def test_kernels() -> None:
     assert [k.name for k in cover["fc"]] == ["fuse"] and cover["/q/MatMul[0]"] == cover["/k/MatMul"]
 
 
-@pytest.mark.parametrize(
-    "text", ["", "Layers:\nsomething else", DUMP.replace("LayerType", "Kind"), DUMP.replace("ONNX Layer", "Node")]
-)
-def test_unknown_formats(text: str) -> None:
-    with pytest.raises(BackendError, match=r"9\.9.*tested with 1\.7\.1\.116"):
-        parse_dump(text, "9.9")
+NO_KERNELS = [
+    "Name: [ShapeHostToDeviceCopy 0], LayerType: ShapeHostToDevice, Inputs: [], Outputs: [ { Name: (Unnamed 7) [Cast]_out, "
+    "Location: Device, Dimensions: [1], Datatype: Int32, Format: none }], ParameterType: ShapeH2D, shapeValues0: [-4, -5], "
+    "TacticValue: 0x0, StreamId: 0, Metadata: ",
+    "Name: c, LayerType: cjmp, Inputs: [], Constants: [], Outputs: [], TacticName: , StreamId: 0, JumpTargetThen: a, "
+    "JumpTargetElse: <EXIT>, Metadata: [ONNX Layer: if]",
+    "Name: j, LayerType: jmp, Inputs: [], Constants: [], Outputs: [], TacticName: , StreamId: 0, JumpTarget: b, Metadata: ",
+    "Name: other, LayerType: Reformat, Inputs: [], Outputs: [], ParameterType: Reformat",
+]
+
+
+def test_layers_without_kernels() -> None:
+    dump = parse_dump("\n".join(["Layers:", *NO_KERNELS]))
+    assert dump.unread == 0
+    assert [k.type for k in dump.kernels] == ["ShapeHostToDevice", "cjmp", "jmp", "Reformat"]
+    assert [k.nodes for k in dump.kernels] == [(), ("if",), (), ()]
+
+
+def test_an_unknown_line_costs_itself() -> None:
+    dump = parse_dump(DUMP.replace("LayerType: runtime_fusion", "Kind: runtime_fusion"))
+    assert dump.unread == 1 and not dump.blind
+    assert len(dump.kernels) == len(parse_dump(DUMP).kernels) - 1
+
+
+@pytest.mark.parametrize(("text", "unread"), [(DUMP.replace("LayerType", "Kind"), 9), (DUMP.replace("ONNX Layer", "Node"), 7)])
+def test_unknown_forms(text: str, unread: int) -> None:
+    dump = parse_dump(text)
+    assert dump.blind and dump.unread == unread
+
+
+def test_names_are_given_back() -> None:
+    dump = parse_dump(DUMP, {"fc": "f\nc"})
+    assert {n for k in dump.kernels for n in k.nodes} >= {"f\nc", "conv"}

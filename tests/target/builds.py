@@ -60,7 +60,7 @@ def build_all(models: Sequence[tuple[onnx.ModelProto, str]], folder: Path) -> li
 
 def audited(model: onnx.ModelProto, built: Built) -> tuple[AuditedNode, ...]:
     """The work items of a built model with their kernels."""
-    return audited_nodes(GraphView.open(model), parse_dump(built.layers, built.version), None)
+    return audited_nodes(GraphView.open(model), parse_dump(built.layers).kernels, None)
 
 
 def outcome(model: onnx.ModelProto, built: Built) -> Outcome:

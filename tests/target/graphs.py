@@ -183,26 +183,42 @@ class AttentionForm:
     scale_at: str = "scores"
     late_transpose: bool = False
     mask: bool = False
+    tokens: int | str = 64
+    head: int = 32
+    output: bool = True
+    guard: bool = False
+    softcap: bool = False
+
+    @property
+    def width(self) -> int:
+        return 4 * self.head
 
 
 def attention(form: AttentionForm = AttentionForm(), opset: int = 21, batch: int | str = "n") -> onnx.ModelProto:
-    """x [n, 64, 128] -> q, k, v projections -> 4 heads -> output projection, in float16."""
-    b, base, half = Builder(), Form(), TensorProto.FLOAT16
+    """x [n, tokens, 4 * head] -> q, k, v projections -> 4 heads -> output projection, in float16."""
+    b, base, half, width = Builder(), Form(), TensorProto.FLOAT16, form.width
     x = b.quantize("x", base, form.kind)
-    parts = _packed(b, x, form.kind) if form.packed else {p: _projected(b, x, p, form.kind) for p in "qkv"}
+    parts = _packed(b, x, form) if form.packed else {p: _projected(b, x, p, form) for p in "qkv"}
     ready = {p: _head(b, form, p, name) for p, name in parts.items()}
     scores = b.node("MatMul", [ready["q"], ready["k"]], "scores")
     if form.scale_at == "scores":
         scores = b.node("Mul", [scores, b.tensor("scaling", half, [], 0.125)], "scaled")
+    scores = b.node("Tanh", [scores], "capped") if form.softcap else scores
     scores = b.node("Add", [scores, b.tensor("mask", half, [64, 64], -1)], "masked") if form.mask else scores
     scores = b.quantize(scores, base, form.kind) if form.scores else scores
     probabilities = b.node("Softmax", [scores], "p", axis=-1)
+    if form.guard:
+        nan = b.node("IsNaN", [probabilities], "nan")
+        probabilities = b.node("Where", [nan, b.tensor("nothing", half, [], 0), probabilities], "p_guarded")
     if "softmax" in form.quantized:
         probabilities = b.quantize(probabilities, base, form.kind, scale=form.softmax_scale)
     out = b.node("Transpose", [b.node("MatMul", [probabilities, ready["v"]], "o")], "o_t", perm=[0, 2, 1, 3])
-    merged = b.node("Reshape", [out, _shape(b, "merge", [0, 0, 128])], "merged")
-    b.node("MatMul", [b.quantize(merged, base, form.kind), _codes(b, "w_out", [128, 128], form.kind)], "y")
-    return b.model([("x", half, [batch, 64, 128])], [("y", half)], opset)
+    merged = b.node("Reshape", [out, _shape(b, "merge", [0, 0, width])], "merged")
+    if form.output:
+        b.node("MatMul", [b.quantize(merged, base, form.kind), _codes(b, "w_out", [width, width], form.kind)], "y")
+    else:
+        b.node("MatMul", [merged, b.tensor("w_out", half, [width, width], 0.01)], "y")
+    return b.model([("x", half, [batch, form.tokens, width])], [("y", half)], opset)
 
 
 def _head(b: Builder, form: AttentionForm, part: str, name: str) -> str:
@@ -216,14 +232,14 @@ def _head(b: Builder, form: AttentionForm, part: str, name: str) -> str:
     return b.node("Transpose", [head], f"{part}_late", perm=[0, 1, 3, 2]) if late else head
 
 
-def _projected(b: Builder, x: str, part: str, kind: str) -> str:
-    linear = b.node("MatMul", [x, _codes(b, f"w_{part}", [128, 128], kind)], f"{part}_lin")
-    biased = b.node("Add", [linear, b.tensor(f"b_{part}", TensorProto.FLOAT16, [128], 0.1)], f"{part}_b")
-    return b.node("Reshape", [biased, _shape(b, f"shape_{part}", [0, 0, 4, 32])], f"{part}_h")
+def _projected(b: Builder, x: str, part: str, form: AttentionForm) -> str:
+    linear = b.node("MatMul", [x, _codes(b, f"w_{part}", [form.width, form.width], form.kind)], f"{part}_lin")
+    biased = b.node("Add", [linear, b.tensor(f"b_{part}", TensorProto.FLOAT16, [form.width], 0.1)], f"{part}_b")
+    return b.node("Reshape", [biased, _shape(b, f"shape_{part}", [0, 0, 4, form.head])], f"{part}_h")
 
 
-def _packed(b: Builder, x: str, kind: str) -> dict[str, str]:
-    linear = b.node("MatMul", [x, _codes(b, "w_qkv", [128, 384], kind)], "qkv")
+def _packed(b: Builder, x: str, form: AttentionForm) -> dict[str, str]:
+    linear = b.node("MatMul", [x, _codes(b, "w_qkv", [128, 384], form.kind)], "qkv")
     biased = b.node("Add", [linear, b.tensor("b_qkv", TensorProto.FLOAT16, [384], 0.1)], "qkv_b")
     cut = b.node("Reshape", [biased, _shape(b, "cut", [0, 0, 3, 4, 32])], "cut_r")
     b.nodes.append(helper.make_node("Split", [cut], ["q_5", "k_5", "v_5"], name="n_split", axis=2, num_outputs=3))

@@ -24,6 +24,7 @@ from qcompile.ir.optable import ops_with
 from qcompile.ir.shape_fold import fold_shapes
 from qcompile.ir.widen import widen
 from qcompile.passes.forms.canonicalize.attention_op import decompose_attention
+from qcompile.passes.forms.canonicalize.nan_guard import idle_guard
 from qcompile.pipeline.base import EQUIVALENT_TOLERANCE, Kind, Pass, PassContext, PassResult, Stage
 
 _SIZE_LIMIT = 1 << 31
@@ -121,6 +122,8 @@ def _refuse_quantized(model: Model) -> None:
 def _simplify(graph: ir.Graph, node: ir.Node, ctx: PassContext) -> None:
     if node.op_type == "Attention" and node.domain == "":
         decompose_attention(graph, node, ctx)
+    elif (probabilities := idle_guard(node)) is not None and not node.outputs[0].is_graph_output():
+        replace_value(graph, node.outputs[0], probabilities)
     elif _does_nothing(node):
         source = node.inputs[0]
         assert source is not None

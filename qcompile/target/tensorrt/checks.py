@@ -12,7 +12,8 @@ from qcompile.ir.optable import ops_with
 from qcompile.target.attention import AttentionBlock, attention_blocks, scores_of
 from qcompile.target.findings import Context, Hits, Operand, Site, scale_of
 from qcompile.target.rules_common import wrong_weight_axis
-from qcompile.target.view import DEQUANTIZE_OPS, MOVEMENT_OPS, QUANTIZE_OPS, attribute
+from qcompile.target.tensorrt.fusion import dequantized
+from qcompile.target.view import DEQUANTIZE_OPS, QUANTIZE_OPS, attribute
 
 FLOAT_CODES = frozenset({"float8e4m3fn", "float4e2m1", "float8e5m2"})
 SUPPORTED_CODES = frozenset({"int8", "float8e4m3fn", "int4", "float4e2m1"})
@@ -20,7 +21,6 @@ INTEGER_OPS = ops_with("integer-product") | ops_with("bits") | {"DynamicQuantize
 COMPUTE_CODES = frozenset({"int8", "float8e4m3fn", "float4e2m1"})
 HALF_TYPES = frozenset({TensorProto.FLOAT16, TensorProto.BFLOAT16})
 KNOWN_DOMAINS = frozenset({"", "ai.onnx", "trt"})
-_ARITHMETIC = frozenset({"Mul", "Div", "Add", "Sub", "Where"})
 
 
 def zero_point_not_zero(c: Context) -> Hits:
@@ -202,16 +202,7 @@ def partial_attention(c: Context) -> Hits:
 
 def quantized_operands(c: Context, block: AttentionBlock) -> list[str]:
     """Which of q, k, softmax and v are quantized."""
-    return [name for name, (node, slot) in block.operands.items() if _quantized(c, node.input[slot])]
-
-
-def _quantized(c: Context, name: str) -> bool:
-    """Whether a DequantizeLinear stands behind `name`, through data movement and arithmetic."""
-    node = c.view.producer.get(name)
-    while node is not None and node.op_type in _ARITHMETIC | MOVEMENT_OPS:
-        nexts = (c.view.producer.get(x) for x in node.input if x and not c.view.is_constant(x))
-        node = next((n for n in nexts if n is not None), None)
-    return node is not None and node.op_type in DEQUANTIZE_OPS
+    return [name for name, (node, slot) in block.operands.items() if dequantized(c.view, node.input[slot])]
 
 
 def packed_qkv(c: Context) -> Hits:

@@ -10,15 +10,16 @@ import onnx_ir as ir
 from qcompile.decide.placement import Placement
 from qcompile.ir.model import Model
 from qcompile.ir.notes import kept_float
-from qcompile.ir.ops import activation_channel_axis, const_value, is_compute, is_op, static_shape, weight_slot
+from qcompile.ir.ops import activation_channel_axis, const_value, is_compute, is_data_movement, is_op, static_shape, weight_slot
 from qcompile.quant.spec import PerBlock
-from qcompile.structure.scores import Scores, find_scores, find_values
+from qcompile.structure.scores import Scores, Values, find_scores, find_values
 from qcompile.target.heads import final_heads
 from qcompile.target.specs import activation_spec, weight_spec
 from qcompile.target.target import Request
 from qcompile.target.tensorrt.blocks import in_blocks, scaled_blocks
 from qcompile.target.tensorrt.branches import range_branches
 from qcompile.target.tensorrt.defaults import attention_refusal, default_refusal
+from qcompile.target.tensorrt.fusion import BlockFacts, obstacles
 from qcompile.target.tensorrt.joins import share_concat_ranges, share_residuals
 
 _PROBABILITY = (0.0, 1.0)
@@ -123,6 +124,35 @@ def _attention(out: Placement, softmax: ir.Node, request: Request) -> None:
     for node in products:
         out.add(node, 0, activation_spec(request))
         out.add(node, 1, activation_spec(request))
+    for obstacle in obstacles(_facts(out, scores, values, request)) if request.native else ():
+        out.note(scores.matmul, f"this attention will not be one kernel: {obstacle}")
+
+
+def _facts(out: Placement, scores: Scores[ir.Node], values: Values[ir.Node], request: Request) -> BlockFacts:
+    """What is known of a quantized block before it is built."""
+    made = _sizes(scores.matmul.outputs[0])
+    return BlockFacts(
+        activation_spec(request).qtype.name,
+        head=_sizes(scores.matmul.inputs[0])[1],
+        value_head=_sizes(values.matmul.outputs[0])[1],
+        queries=made[0],
+        keys=(made[1], made[1]),
+        softcap=any(is_op(n, "Tanh") for n in scores.between),
+        guard=any(is_op(n, "Where") and is_op(n.inputs[0].producer(), "IsNaN") for n in values.changed if n.inputs[0]),
+        output=_quantized_behind(out, values.matmul.outputs[0]),
+    )
+
+
+def _sizes(value: ir.Value | None) -> tuple[int | None, int | None]:
+    """The last two axes, None where unknown."""
+    shape = static_shape(value) or ()
+    return (shape[-2], shape[-1]) if len(shape) >= 2 else (None, None)
+
+
+def _quantized_behind(out: Placement, value: ir.Value) -> bool:
+    """Whether a layer that reads the tensor, itself or moved, is quantized so far."""
+    moved = (n.outputs[0] for n, slot in value.uses() if slot == 0 and (is_data_movement(n) or is_op(n, "Cast")))
+    return bool(out.specs(value)) or any(_quantized_behind(out, v) for v in moved)
 
 
 def _fixed(request: Request) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from qcompile.decide.placement import Placement
     from qcompile.ir.model import Model
     from qcompile.quant.spec import Scheme
+    from qcompile.target.attention import AttentionBlock
     from qcompile.target.findings import Rule
+    from qcompile.target.view import GraphView
 
 _CAPABILITIES = ((INT8.name, 75), (INT4.name, 80), ("bfloat16", 80), (FLOAT8E4M3FN.name, 89))  # and fp4: Blackwell
 _LOW = (INT8, FLOAT8E4M3FN, FLOAT4E2M1)
@@ -47,6 +49,18 @@ class TensorRT(Target):
         from qcompile.target.tensorrt.placement import place
 
         return place(model, request)
+
+    def unfused(
+        self,
+        view: GraphView,
+        block: AttentionBlock,
+        smallest: Mapping[str, Sequence[int]],
+        largest: Mapping[str, Sequence[int]],
+    ) -> tuple[str, ...]:
+        """The conditions of `fusion` that do not hold."""
+        from qcompile.target.tensorrt.fusion import unfused
+
+        return unfused(view, block, smallest, largest)
 
     @property
     def rules(self) -> Sequence[Rule]:
