@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from math import inf, prod
 
 import onnx_ir as ir
-from onnx_ir.passes.common import ShapeInferencePass
 
+from qcompile.ir.infer import infer_shapes
 from qcompile.ir.model import Model
 
 _DYNAMIC = 64  # what a dimension of unknown length counts
@@ -211,7 +211,7 @@ def typed(model: Model) -> Model:
     if all(v.type is not None and v.shape is not None for node in model.graph for v in node.outputs if v.name):
         return model
     copy = model.clone()
-    ShapeInferencePass()(copy.ir)
+    infer_shapes(copy)
     return copy
 
 

@@ -6,26 +6,24 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import (
-    IdentityEliminationPass,
-    InlinePass,
-    LiftConstantsToInitializersPass,
-    RemoveInitializersFromInputsPass,
-    ShapeInferencePass,
-)
+from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass, RemoveInitializersFromInputsPass
 from onnxscript.optimizer import fold_constants
 
 from qcompile.errors import ModelError
 from qcompile.ir.edit import erase_dead, replace_value
+from qcompile.ir.infer import forget_declared, infer_shapes
 from qcompile.ir.model import Model
 from qcompile.ir.ops import const_array
 from qcompile.ir.optable import ops_with
 from qcompile.ir.shape_fold import fold_shapes
 from qcompile.passes.forms.canonicalize.attention_op import decompose_attention
+from qcompile.passes.forms.canonicalize.identities import drop_identities
 from qcompile.pipeline.base import Kind, Pass, PassContext, PassResult, Stage
 
 _SIZE_LIMIT = 1 << 31
 _SHAPE_ROUNDS = 8
+_SPLIT_COUNTS = 18
+_FREE_INITIALIZERS = 4  # the IR version from which on initializers need not be inputs
 _QUANTIZED = ops_with("integer-product") | {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}
 
 
@@ -49,15 +47,19 @@ class Canonicalize(Pass):
         before, count = _signature(model.graph), len(model.graph)
         InlinePass()(model.ir)
         RemoveInitializersFromInputsPass()(model.ir)
+        model.ir.ir_version = max(model.ir.ir_version, _FREE_INITIALIZERS)
+        forget_declared(model)
+        infer_shapes(model)
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model.ir)
         fold_constants(model.ir, input_size_limit=_SIZE_LIMIT, output_size_limit=_SIZE_LIMIT, should_fold=_foldable)
+        _spell_splits(model)
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model.ir)
-        IdentityEliminationPass()(model.ir)
+        drop_identities(model.ir)
         _fold_known_shapes(model)
         for node in list(model.graph):
             _simplify(model.graph, node, ctx)
         erase_dead(model)
-        ShapeInferencePass()(model.ir)
+        infer_shapes(model)
         model.name_nodes()
         _remark_subgraphs(model, ctx)
         modified = before != _signature(model.graph)
@@ -72,7 +74,7 @@ def _signature(graph: ir.Graph) -> tuple[object, ...]:
     """What the graph is made of, without the weights' values (no step changes those under an old name)."""
     nodes = [
         (n.domain, n.op_type, n.name, [v and v.name for v in n.inputs], [v.name for v in n.outputs], sorted(n.attributes))
-        for n in graph
+        for n in graph.all_nodes()
     ]
     return nodes, sorted(graph.initializers)
 
@@ -80,7 +82,7 @@ def _signature(graph: ir.Graph) -> tuple[object, ...]:
 def _fold_known_shapes(model: Model) -> None:
     """Each round of shape inference may make more Reshape targets and pads constant."""
     for _ in range(_SHAPE_ROUNDS):
-        ShapeInferencePass()(model.ir)
+        infer_shapes(model)
         if not fold_shapes(model.graph):
             return
 
@@ -88,6 +90,14 @@ def _fold_known_shapes(model: Model) -> None:
 def _foldable(node: ir.Node) -> bool | None:
     """Fold whatever has only constant inputs; leave the folder's own rules to the rest."""
     return True if node.inputs and all(v is None or v.const_value is not None for v in node.inputs) else None
+
+
+def _spell_splits(model: Model) -> None:
+    """The folder writes Split(num_outputs) for SplitToSequence in any opset; before 18, equal parts have no attribute."""
+    if model.opset < _SPLIT_COUNTS:
+        for node in model.graph.all_nodes():
+            if node.op_type == "Split" and not node.domain:
+                node.attributes.pop("num_outputs", None)
 
 
 def _refuse_quantized(model: Model) -> None:
@@ -123,7 +133,7 @@ def _does_nothing(node: ir.Node) -> bool:
         return False
     match node.op_type:
         case "Dropout":
-            return len(node.outputs) == 1 or not node.outputs[1].uses()
+            return not _trains(node) and not any(v.uses() or v.is_graph_output() for v in node.outputs[1:])
         case "Pad":
             pads = const_array(node.inputs[1]) if len(node.inputs) > 1 and node.inputs[1] is not None else None
             return pads is not None and not np.any(pads)
@@ -133,6 +143,13 @@ def _does_nothing(node: ir.Node) -> bool:
             return _keeps(node, 1.0)
         case _:
             return False
+
+
+def _trains(node: ir.Node) -> bool:
+    """Whether a Dropout may drop: its training_mode is given, and is not a constant False."""
+    mode = node.inputs[2] if len(node.inputs) > 2 else None
+    array = None if mode is None else const_array(mode)
+    return mode is not None and (array is None or bool(array.any()))
 
 
 def _keeps(node: ir.Node, neutral: float) -> bool:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import ShapeInferencePass
 
 from qcompile.ir.edit import add_constant, erase_dead, new_node, replace_value
+from qcompile.ir.infer import infer_shapes
 from qcompile.ir.model import Model
 from qcompile.ir.notes import copy_notes
 from qcompile.ir.ops import const_array, int_attr, ints_attr, is_op
@@ -56,7 +56,7 @@ class SplitQkv(Pass):
         joined = join_thirds(model.graph, ctx) if ctx.target.joins_thirds else 0
         erase_dead(model)
         if found or joined:
-            ShapeInferencePass()(model.ir)
+            infer_shapes(model)
         return PassResult(bool(found) or joined > 0)
 
 

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from qcompile.calib.observe import Observer, Probe, Reduction
 from qcompile.calib.sweep import graphs
 from qcompile.calib.sweep.finite import blind_tensors
 from qcompile.errors import ModelError
+from qcompile.ir.infer import infer_shapes
 from qcompile.ir.model import Model
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
@@ -72,7 +73,7 @@ def instrument(model: Model, probes: Sequence[Probe]) -> Instrumented:
     values = graphs.named_values(copy)
     _require_known(values, probes)
     if any(values[p.tensor].shape is None for p in probes):
-        ShapeInferencePass()(copy.ir)
+        infer_shapes(copy)
         values = graphs.named_values(copy)
     made = Instrumented(copy)
     copy.graph.outputs.clear()

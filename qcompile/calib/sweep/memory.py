@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from math import prod
 
 import onnx_ir as ir
-from onnx_ir.passes.common import ShapeInferencePass
 
 from qcompile.calib.data.dataset import Dataset
 from qcompile.calib.data.readers import Arrays
@@ -32,6 +31,7 @@ from qcompile.calib.sweep.instrument import Instrumented, instrument
 from qcompile.errors import UsageError
 from qcompile.execute.opening import is_shared
 from qcompile.ir.cut import computed_bytes
+from qcompile.ir.infer import infer_shapes
 from qcompile.ir.model import Model
 from qcompile.ir.spill import is_large
 
@@ -209,7 +209,7 @@ def tensor_bytes(model: Model, data: Dataset, batch: int) -> dict[str, int]:
         array = feeds.get(str(value.name))
         if array is not None:
             value.shape = ir.Shape([batch, *array.shape[1:]] if array.ndim else [])
-    ShapeInferencePass()(copy.ir)
+    infer_shapes(copy)
     known = {name: _bytes(value) for name, value in named_values(copy).items()}
     largest = max((size for size in known.values() if size is not None), default=0)
     return {name: largest if size is None else size for name, size in known.items()}

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from onnx_ir.passes.common import ShapeInferencePass
-
 from qcompile.calib.observe import Probe, Told
+from qcompile.ir.infer import infer_shapes
 from qcompile.ir.model import Model
 from qcompile.report import Remarks
 from qcompile.rewrite.half.cast import convert
@@ -25,7 +24,7 @@ def wanted(model: Model, fmt: Narrow) -> Iterable[Probe]:
 
 def lower(model: Model, fmt: Narrow, told: Told, remarks: Remarks) -> bool:
     """Convert every node that is safe; cast where precisions meet.  Returns whether any was converted."""
-    ShapeInferencePass()(model.ir)
+    infer_shapes(model)
     scene = Measures(model.graph, fmt, told)
     kept = islands(scene)
     for node in [n for n in model.graph if n in kept]:
