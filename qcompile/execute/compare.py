@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from qcompile.execute.emulate.runnable import runnable
 from qcompile.execute.metrics import decibel
 from qcompile.execute.opening import open_model, run_in_parts
+from qcompile.execute.session import SAMPLES, run
 from qcompile.ir.cut import BLOCK_NODES
 from qcompile.ir.mapped import let_go
 from qcompile.ir.model import Model
@@ -33,7 +34,7 @@ class OrtComparator:
         if is_large(model.graph) or len(model.graph) > 2 * BLOCK_NODES:
             return run_in_parts(runnable(model), self.feeds, PART_BYTES, threads=self.threads)
         session = open_model(model, exact=True, threads=self.threads)
-        found = [[np.asarray(y) for y in session.run(None, feed)] for feed in self.feeds]
+        found = [run(session, {k: v for k, v in feed.items() if k != SAMPLES}, None, i) for i, feed in enumerate(self.feeds)]
         let_go(model.ir)
         return found
 

@@ -33,6 +33,8 @@ _CODE_LOCATION = re.compile(r"\S*/\S+\.(?:cc|h|cpp):\d+ [^ ]+(?:\([^)]*\))?(?: c
 _NOISE = re.compile(r"Stacktrace|#\d|0x|\*+|\[?/|={3}|Please fix")
 _STATUS = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
 _MAX_BYTES = 2**31 - 1
+SAMPLES = "qcompile_samples"
+"""An array beside the inputs whose length is the number of samples, where that is not the first axis of the inputs."""
 _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 MAPPED: dict[str, Any] = {"arena": False, "packed": False}
 """Options of `make_session` that leave weights in their files: packed copies of them would be anonymous memory."""
@@ -213,7 +215,9 @@ def _run(
 
 
 def batch_length(feeds: dict[str, NDArray[Any]]) -> int:
-    """How many samples a batch holds: the first axis of its first array that has one."""
+    """How many samples a batch holds: as many as `SAMPLES` is long, else the first axis of its first array that has one."""
+    if SAMPLES in feeds:
+        return len(feeds[SAMPLES])
     return next((v.shape[0] for v in feeds.values() if v.ndim), 1)
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from qcompile.calib.data.dataset import Dataset, fixed_batch
+from qcompile.calib.data.dataset import Dataset
 from qcompile.errors import DataError, ModelError, UsageError
 from qcompile.execute.emulate.runnable import runnable
 from qcompile.execute.feeds import Feeds, cast_feeds, pad_batch
@@ -123,7 +123,7 @@ def _feeds(model: Model, session: Session, data: Dataset | None, seed: int) -> F
     sample = next(data.batches(1), None)
     if sample is None:
         raise DataError("the data holds no sample to time; give more data")
-    fixed = fixed_batch(model.inputs())
+    fixed = data.run_size(model.inputs())
     return cast_feeds(session, pad_batch(sample, fixed) if fixed else sample)
 
 
