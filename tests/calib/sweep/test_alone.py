@@ -36,7 +36,6 @@ def joined(axis: int, *shape: int) -> Model:
         (lambda: model(-1, 3, 4), False),
         (lambda: joined(1, 1, 1, 4), True),  # an error
         (lambda: joined(0, 1, 3, 4), True),  # a row for all samples
-        (lambda: joined(2, 1, 1, 1), True),
     ],
 )
 def test_frozen_batches_are_found(made: Any, alone: bool) -> None:
