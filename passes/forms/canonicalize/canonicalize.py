@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,12 +11,13 @@ from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass, R
 from onnxscript.optimizer import fold_constants
 
 from qcompile.errors import ModelError
-from qcompile.ir.edit import erase_dead, replace_value
+from qcompile.ir.edit import add_constant, erase_dead, replace_value
 from qcompile.ir.infer import forget_declared, infer_shapes
 from qcompile.ir.model import Model
-from qcompile.ir.ops import const_array
+from qcompile.ir.ops import const_array, input_at
 from qcompile.ir.optable import ops_with
 from qcompile.ir.shape_fold import fold_shapes
+from qcompile.ir.shapes import rank
 from qcompile.passes.forms.canonicalize.attention_op import decompose_attention
 from qcompile.passes.forms.canonicalize.identities import drop_identities
 from qcompile.pipeline.base import Kind, Pass, PassContext, PassResult, Stage
@@ -48,6 +50,7 @@ class Canonicalize(Pass):
         InlinePass()(model.ir)
         RemoveInitializersFromInputsPass()(model.ir)
         model.ir.ir_version = max(model.ir.ir_version, _FREE_INITIALIZERS)
+        declared = [v.shape for v in model.graph.outputs]
         forget_declared(model)
         infer_shapes(model)
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model.ir)
@@ -60,6 +63,7 @@ class Canonicalize(Pass):
             _simplify(model.graph, node, ctx)
         erase_dead(model)
         infer_shapes(model)
+        _declare_again(model.graph, declared)
         model.name_nodes()
         _remark_subgraphs(model, ctx)
         modified = before != _signature(model.graph)
@@ -77,6 +81,13 @@ def _signature(graph: ir.Graph) -> tuple[object, ...]:
         for n in graph.all_nodes()
     ]
     return nodes, sorted(graph.initializers)
+
+
+def _declare_again(graph: ir.Graph, declared: Sequence[ir.Shape | None]) -> None:
+    """Outputs of which nothing else is known keep their word."""
+    for value, shape in zip(graph.outputs, declared, strict=True):
+        if value.shape is None and shape is not None:
+            value.shape = shape.copy()
 
 
 def _fold_known_shapes(model: Model) -> None:
@@ -111,12 +122,27 @@ def _refuse_quantized(model: Model) -> None:
 def _simplify(graph: ir.Graph, node: ir.Node, ctx: PassContext) -> None:
     if node.op_type == "Attention" and node.domain == "":
         decompose_attention(graph, node, ctx)
+    elif node.op_type == "Pad" and node.domain == "" and _spell_pads(graph, node):
+        ctx.remarks.applied(str(node.name), "pads written out for every axis")
     elif _does_nothing(node):
         source = node.inputs[0]
         assert source is not None
         if source.is_graph_input() and node.outputs[0].is_graph_output():
             return
         replace_value(graph, node.outputs[0], source) if not node.outputs[0].is_graph_output() else _bypass_output(graph, node)
+
+
+def _spell_pads(graph: ir.Graph, pad: ir.Node) -> bool:
+    """Pads of some `axes` as pads of all: ONNX Runtime's optimizer mistakes the short form."""
+    axes, pads, size = (input_at(pad, 3), input_at(pad, 1), rank(pad.inputs[0]))
+    wanted, amounts = (None if v is None else const_array(v) for v in (axes, pads))
+    if wanted is None or amounts is None or size is None:
+        return False
+    full, count = np.zeros((2, size), np.int64), len(wanted)
+    full[:, [int(a) % size for a in wanted]] = amounts.reshape(2, count)
+    pad.replace_input_with(1, add_constant(graph, f"{pad.name}_pads", full.reshape(-1)))
+    pad.resize_inputs(3 if pad.inputs[2] is not None else 2)
+    return True
 
 
 def _bypass_output(graph: ir.Graph, node: ir.Node) -> None:

@@ -169,3 +169,13 @@ def test_a_declared_output_comes_back_unless_it_is_wrong() -> None:
     a, b = after.graph.outputs
     assert a.shape is not None and list(map(str, a.shape)) == ["batch", "8"]
     assert b.shape is not None and len(b.shape) == 2
+
+
+def test_pads_of_some_axes_are_written_out() -> None:
+    """ONNX Runtime's optimizer takes the short form for the long one."""
+    nodes = [helper.make_node("Pad", ["x", "pads", "", "axes"], ["y"])]
+    weights = {"pads": np.array([1, 2]), "axes": np.array([-1])}
+    after = canonical(model_of(nodes, [info("y", None)], opset=18, weights=weights))
+    (pad,) = after.graph
+    assert len(pad.inputs) == 2 and pad.inputs[1] is not None and pad.inputs[1].const_value is not None
+    assert pad.inputs[1].const_value.numpy().tolist() == [0, 1, 0, 2]
