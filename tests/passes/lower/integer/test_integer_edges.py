@@ -214,7 +214,8 @@ def test_a_vector_that_multiplies_is_refused_by_name() -> None:
 
 def test_a_branch_that_reads_a_product_is_refused_by_name() -> None:
     value = lambda name: helper.make_tensor_value_info(name, TensorProto.FLOAT, None)  # noqa: E731
-    branches = {f"{k}_branch": helper.make_graph([node("Relu", ["a"], [k], name=k)], k, [], [value(k)]) for k in ("then", "else")}
+    bodies = [helper.make_graph([node("Relu", ["a"], [k], name=k)], k, [], [value(k)]) for k in ("then", "else")]
+    branches: dict[str, Any] = dict(zip(("then_branch", "else_branch"), bodies, strict=True))
     nodes = [node("MatMul", ["x", "w"], ["a"], name="fc"), node("If", ["yes"], ["y"], name="choice", **branches)]
     nodes.insert(0, node("ReduceMax", ["x"], ["top"], name="top", keepdims=0))
     nodes.insert(1, node("Cast", ["top"], ["yes"], name="yes", to=TensorProto.BOOL))
