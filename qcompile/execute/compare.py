@@ -81,7 +81,7 @@ def _random_like(feed: dict[str, NDArray[Any]], seed: int) -> dict[str, NDArray[
 
 
 def _random(rng: np.random.Generator, array: NDArray[Any]) -> NDArray[Any]:
-    """Floats uniform over the array's range; integers and bools drawn from its own values."""
-    if array.dtype.kind == "f" and array.size:
+    """Floats uniform over the array's range; integers, bools and masks with infinities drawn from its own values."""
+    if array.dtype.kind == "f" and array.size and np.isfinite(array).all():
         return rng.uniform(float(array.min()), float(array.max()), array.shape).astype(array.dtype)
     return rng.permutation(array.reshape(-1)).reshape(array.shape)

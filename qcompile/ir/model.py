@@ -14,6 +14,7 @@ from onnx_ir.passes.common import NameFixPass
 
 from qcompile.errors import ModelError
 from qcompile.ir.atomic import atomic_file, write_atomic
+from qcompile.ir.masks import is_mask
 from qcompile.ir.notes import spell, spelled
 from qcompile.ir.reader import as_ir, read_ir
 from qcompile.ir.spill import is_large
@@ -29,7 +30,8 @@ ORT_MAX_OPSET = 26
 class InputInfo:
     """A graph input: numpy dtype and shape; a dynamic axis is its name or None.
 
-    `ranked`: the file says how many axes it has.  `read`: some node or output needs it.
+    `ranked`: the file says how many axes it has.  `read`: some node or output needs it.  `masks`: it may hold infinities
+    (see `qcompile.ir.masks`).
     """
 
     name: str
@@ -37,6 +39,7 @@ class InputInfo:
     shape: tuple[int | str | None, ...]
     ranked: bool = True
     read: bool = True
+    masks: bool = False
 
 
 @dataclass
@@ -219,7 +222,7 @@ def _input_info(value: ir.Value) -> InputInfo:
     shape = tuple((d if d >= 0 else None) if isinstance(d, int) else d.value for d in dims)
     dtype = value.dtype.numpy() if value.dtype is not None else np.dtype(np.float32)
     read = bool(value.uses()) or value.is_graph_output()
-    return InputInfo(str(value.name), np.dtype(dtype), shape, value.shape is not None, read)
+    return InputInfo(str(value.name), np.dtype(dtype), shape, value.shape is not None, read, is_mask(value))
 
 
 def _save_external(model: Model, path: Path) -> Path:

@@ -23,7 +23,7 @@ class Dataset:
 
     `names` are the arrays of a batch; `labels` [N] or None; `source` says where the data came from;
     `random` marks made-up data.  `alone`: a sample is all inputs of a run, whose first axes need not be samples; or the model
-    takes no two at a time.
+    takes no two at a time.  `masks` are the inputs that may hold infinities.
     """
 
     reader: Reader
@@ -33,6 +33,7 @@ class Dataset:
     all_labels: NDArray[Any] | None = None
     random: bool = False
     alone: bool = False
+    masks: frozenset[str] = frozenset()
 
     def __len__(self) -> int:
         return len(self.index)
@@ -52,7 +53,7 @@ class Dataset:
         while start < len(self.index):
             stop = self._batch_end(start, size)
             batch = self.reader.read(self.index[start:stop])
-            _require_finite(batch, self.index[start:stop], self.source)
+            _require_finite(batch, self.index[start:stop], self.source, self.masks)
             yield {**batch, SAMPLES: np.zeros(1, np.int8)} if self.alone else batch
             start = stop
 
@@ -103,11 +104,14 @@ def fixed_batch(inputs: Sequence[InputInfo]) -> int | None:
     return fixed[0] if len(sizes) == 1 and fixed else None
 
 
-def _require_finite(batch: Arrays, index: Sequence[int], source: str) -> None:
+def _require_finite(batch: Arrays, index: Sequence[int], source: str, masks: frozenset[str]) -> None:
     for name, array in batch.items():
         if array.dtype.kind != "f" or np.isfinite(array).all():
             continue
-        bad = np.argwhere(~np.isfinite(array))[0]
+        wrong = np.isnan(array) if name in masks else ~np.isfinite(array)
+        if not wrong.any():
+            continue
+        bad = np.argwhere(wrong)[0]
         what = "NaN" if np.isnan(array[tuple(bad)]) else "an infinite value"
         sample = index[int(bad[0])] if len(bad) else index[0]
         raise DataError(f"{source}: array {name!r} holds {what} in sample {sample}; clean the data or its preprocessing")

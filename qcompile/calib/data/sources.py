@@ -53,7 +53,7 @@ def load_data(
     Raises:
         DataError: the data is missing, unreadable, or does not fit the model.
     """
-    data = open_source(spec, inputs, preprocess, samples, seed)
+    data = replace(open_source(spec, inputs, preprocess, samples, seed), masks=frozenset(i.name for i in inputs if i.masks))
     if samples is not None and 0 < len(data) < samples:
         raise DataError(f"{data.source} holds {len(data)} samples, {samples} are wanted; give more data or --samples {len(data)}")
     least = data.run_size(inputs) or 1

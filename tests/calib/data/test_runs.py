@@ -110,3 +110,13 @@ def test_what_nothing_reads_is_made_up(tmp_path: Path) -> None:
 def test_made_up_runs() -> None:
     data = load_data("random", [X, STATE, STEP, info("rate")], samples=3)
     assert shapes(data) == [{"x": (1, 4), "h": (2, 1, 3), "t": (1,), "rate": ()}] * 3
+
+
+def test_infinities_of_masks_are_meant(tmp_path: Path) -> None:
+    mask = np.where(np.arange(4) > 1, -np.inf, 0).astype(F32)[None].repeat(5, 0)
+    data = opened(tmp_path, [X, info("m", "N", 4, masks=True)], x=ones(5, 4), m=mask)
+    assert np.isneginf(next(data.batches(5))["m"]).sum() == 10
+    mask[3, 0] = np.nan
+    data = opened(tmp_path, [X, info("m", "N", 4, masks=True)], x=ones(5, 4), m=mask)
+    with pytest.raises(DataError, match="array 'm' holds NaN in sample 3"):
+        list(data.batches(5))
