@@ -117,7 +117,17 @@ def make_session(
         return session
     except Exception as e:  # onnxruntime's classes share no base but Exception
         name = "" if isinstance(model, bytes) else f" {model}"
-        raise ModelError(f"ONNX Runtime cannot load the model{name}: {meaningful_line(e)}; try: qcompile inspect") from e
+        line = meaningful_line(e)
+        raise ModelError(f"ONNX Runtime cannot load the model{name}: {line}; {_advice(line)}") from e
+
+
+def _advice(line: str) -> str:
+    if "is not a registered function/op" not in line:
+        return "try: qcompile inspect"
+    return (
+        "data can only be measured on a model that ONNX Runtime runs: export the operator as a local function of standard ones,"
+        " or compile the parts in front of it and behind it"
+    )
 
 
 def _share(options: ort.SessionOptions, weights: Mapping[str, NDArray[Any]], *, in_place: bool) -> list[ort.OrtValue]:
