@@ -16,6 +16,7 @@ from qcompile.errors import DataError
 from qcompile.ir.model import InputInfo
 
 LENGTH = 32  # of a dynamic axis of made-up data
+BATCH_NAMES = frozenset({"n", "b", "batch", "batch_size", "bs"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,12 +133,15 @@ def _fits(wanted: Sequence[int | str | None], have: Sequence[int]) -> bool:
 
 
 def made_up_shapes(inputs: Sequence[InputInfo]) -> dict[str, list[int]]:
-    """Shapes of one run of made-up data: axes of one name have one size, 1 where it is the first axis of an input."""
+    """Shapes of one run of made-up data: a dynamic first axis is 1, and so are the axes that have its name, or one of
+    `BATCH_NAMES`, or none behind a fixed first axis (the batch of a state); others are 32."""
     batches = {i.shape[0] for i in inputs if i.shape and isinstance(i.shape[0], str)}
 
-    def size(axis: int, dim: int | str | None) -> int:
+    def size(shape: Sequence[int | str | None], axis: int) -> int:
+        dim = shape[axis]
         if isinstance(dim, int):
             return dim
-        return 1 if axis == 0 or dim in batches else LENGTH
+        named = dim in batches or str(dim).lower() in BATCH_NAMES
+        return 1 if axis == 0 or named or (dim is None and axis == 1 and isinstance(shape[0], int)) else LENGTH
 
-    return {i.name: [size(k, d) for k, d in enumerate(i.shape)] for i in inputs}
+    return {i.name: [size(i.shape, k) for k in range(len(i.shape))] for i in inputs}
