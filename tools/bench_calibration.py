@@ -81,7 +81,7 @@ def questions(path: Path) -> tuple[Model, dict[str, list[Probe]]]:
 def ratios(path: Path, data: Dataset, threads: int, runs: int) -> dict[str, Any]:
     """Times of the sweeps over `data`, x plain inference (minima, medians, and of the process's CPU time)."""
     model, asked = questions(path)
-    size = batch_size(model, len(data), BATCH)
+    size = batch_size(model, data, BATCH)
     session = make_session(model.to_proto().SerializeToString(), qdq_fusion=False, threads=threads)
     wanted = {i.name for i in session.get_inputs()}
 

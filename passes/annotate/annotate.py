@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import numpy as np
+import onnx_ir as ir
 
-from qcompile.calib.observe import Probe
+from qcompile.calib.observe import HistogramStat, MinMaxStat, Probe
 from qcompile.decide.decisions import clear_decisions, decide, decision, decisions
 from qcompile.decide.placement import Placement, Point
 from qcompile.decide.quantizer import Quantizer
@@ -66,8 +67,12 @@ class Annotate(Pass):
         clear_decisions(model.graph)
         placement = self._place(model, ctx)
         readers = Readers.of(placement.points)
-        for point in placement.points:
+        unfilled = self._unfilled(placement.points, ctx, readers)
+        points = [p for p in placement.points if p.node not in unfilled]
+        for point in points:
             self._decide(point, ctx, readers)
+        for node, tensor in unfilled.items():
+            ctx.remarks.missed(str(node.name), f"kept in float: no calibration sample puts a value into {tensor}")
         for node, reason in placement.missed:
             ctx.remarks.missed(node, reason)
         for node, reason in placement.notes:
@@ -90,6 +95,19 @@ class Annotate(Pass):
         if _dynamic(point.spec) or point.bounds is not None or point.follows is not None:
             return []
         return readers.asks(point, self._method(point, ctx)).probes
+
+    def _unfilled(self, points: Sequence[Point], ctx: PassContext, readers: Readers) -> dict[ir.Node, str]:
+        """Nodes with a tensor that held no value in any sample (an expert that got no token, an empty memory), and those that
+        would share its quantizer."""
+        found = dict[ir.Node, str]()
+        for p in points:
+            stats = [] if p.is_weight else [ctx.told[probe] for probe in self._probes(p, ctx, readers)]
+            if any(isinstance(s, HistogramStat | MinMaxStat) and bool(np.any(s.lo > s.hi)) for s in stats):
+                found.setdefault(p.node, str(p.measured.name))
+        for p in points:
+            if p.follows is not None and p.follows.node in found:
+                found.setdefault(p.node, found[p.follows.node])
+        return found
 
     def _decide(self, point: Point, ctx: PassContext, readers: Readers) -> None:
         name = str(point.value.name)

@@ -16,6 +16,7 @@ from qcompile.ir.notes import carry_notes
 from qcompile.pipeline.base import Kind, Pass, PassContext, PassResult, Stage
 
 _SMALL = 1 << 16
+_SCAN_BATCHED = 8
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class RaiseOpset(Pass):
 
 def _convert(model: Model, big: Sequence[str], wanted: int) -> ir.Model:
     """Convert without the large weights: they travel as graph inputs."""
+    if wanted > _SCAN_BATCHED >= model.opset and any(n.op_type == "Scan" and not n.domain for n in model.graph.all_nodes()):
+        raise ModelError("Scan of opset 8 has a batch axis that later ones lack and cannot be raised; export at opset 9 or later")
     slim = model.clone()
     for name in big:
         value = slim.graph.initializers.pop(name)
@@ -61,7 +64,7 @@ def _convert(model: Model, big: Sequence[str], wanted: int) -> ir.Model:
     proto = ir.to_proto(slim.ir)
     try:
         converted = version_converter.convert_version(proto, wanted)
-        onnx.checker.check_model(converted)
+        onnx.checker.check_model(_shaped(converted))
     except Exception as e:
         raise ModelError(
             f"cannot raise opset {model.opset} to {wanted}: {_last_line(e)}; export the model at opset {wanted}"
@@ -69,6 +72,16 @@ def _convert(model: Model, big: Sequence[str], wanted: int) -> ir.Model:
     result = ir.from_proto(converted)
     result.metadata_props.update(model.metadata)
     return result
+
+
+def _shaped(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy for the checker, which wants a shape on every input and output; ONNX Runtime does not."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    for value in (*copy.graph.input, *copy.graph.output):
+        if value.type.HasField("tensor_type") and not value.type.tensor_type.HasField("shape"):
+            value.type.tensor_type.shape.SetInParent()
+    return copy
 
 
 def _restore(model: Model, big: dict[str, ir.TensorProtocol], nodes: dict[str | None, ir.Node]) -> None:

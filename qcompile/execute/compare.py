@@ -16,7 +16,7 @@ from qcompile.execute.emulate.runnable import runnable
 from qcompile.execute.figures import OutputTally, figures, tallies, worst_db
 from qcompile.execute.metrics import Distance
 from qcompile.execute.opening import open_model, run_in_parts
-from qcompile.execute.session import run
+from qcompile.execute.session import SAMPLES, run
 from qcompile.ir.cut import BLOCK_NODES
 from qcompile.ir.mapped import let_go
 from qcompile.ir.model import Model
@@ -81,7 +81,7 @@ class OrtComparator:
 
     def _run(self, model: Model, *, exact: bool) -> Answers:
         session = open_model(computed(model), exact=exact, threads=self.threads)
-        found = [run(session, feed) for feed in self.feeds]
+        found = [run(session, {k: v for k, v in feed.items() if k != SAMPLES}, None, i) for i, feed in enumerate(self.feeds)]
         let_go(model.ir)
         return Answers(found, tallies(model))
 
@@ -121,7 +121,7 @@ def _random_like(feed: dict[str, NDArray[Any]], seed: int) -> dict[str, NDArray[
 
 
 def _random(rng: np.random.Generator, array: NDArray[Any]) -> NDArray[Any]:
-    """Floats uniform over the array's range; integers and bools drawn from its own values."""
-    if array.dtype.kind == "f" and array.size:
+    """Floats uniform over the array's range; integers, bools and masks with infinities drawn from its own values."""
+    if array.dtype.kind == "f" and array.size and np.isfinite(array).all():
         return rng.uniform(float(array.min()), float(array.max()), array.shape).astype(array.dtype)
     return rng.permutation(array.reshape(-1)).reshape(array.shape)

@@ -34,6 +34,8 @@ _CODE_LOCATION = re.compile(r"\S*/\S+\.(?:cc|h|cpp):\d+ [^ ]+(?:\([^)]*\))?(?: c
 _NOISE = re.compile(r"Stacktrace|#\d|0x|\*+|\[?/|={3}|Please fix")
 _STATUS = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
 _MAX_BYTES = 2**31 - 1
+SAMPLES = "qcompile_samples"
+"""An array beside the inputs whose length is the number of samples, where that is not the first axis of the inputs."""
 _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 MAPPED: dict[str, Any] = {"arena": False, "packed": False}
 """Options of `make_session` that leave weights in their files: packed copies of them would be anonymous memory."""
@@ -116,7 +118,17 @@ def make_session(
         return session
     except Exception as e:  # onnxruntime's classes share no base but Exception
         name = "" if isinstance(model, bytes) else f" {model}"
-        raise ModelError(f"ONNX Runtime cannot load the model{name}: {meaningful_line(e)}; try: qcompile inspect") from e
+        line = meaningful_line(e)
+        raise ModelError(f"ONNX Runtime cannot load the model{name}: {line}; {_advice(line)}") from e
+
+
+def _advice(line: str) -> str:
+    if "is not a registered function/op" not in line:
+        return "try: qcompile inspect"
+    return (
+        "data can only be measured on a model that ONNX Runtime runs: export the operator as a local function of standard ones,"
+        " or compile the parts in front of it and behind it"
+    )
 
 
 def _share(options: ort.SessionOptions, weights: Mapping[str, NDArray[Any]], *, in_place: bool) -> list[ort.OrtValue]:
@@ -232,7 +244,9 @@ def _run(
 
 
 def batch_length(feeds: dict[str, NDArray[Any]]) -> int:
-    """How many samples a batch holds: the first axis of its first array that has one."""
+    """How many samples a batch holds: as many as `SAMPLES` is long, else the first axis of its first array that has one."""
+    if SAMPLES in feeds:
+        return len(feeds[SAMPLES])
     return next((v.shape[0] for v in feeds.values() if v.ndim), 1)
 
 

@@ -32,6 +32,38 @@ def infer_shapes(model: Model) -> None:
         complete_types(graph, model.ir.opset_imports)
 
 
+def forget_declared(model: Model) -> None:
+    """Drop the declared shapes of what operators of the default domain make: exporters and tools leave wrong ones behind."""
+    for node in model.graph.all_nodes():
+        if node.domain in ("", "ai.onnx"):
+            for value in node.outputs:
+                value.shape = None
+
+
+def restore_declared(model: Model, source: Model) -> list[str]:
+    """Give the outputs of `model` the dimensions that `source` declares, where inference does not contradict them.
+
+    Returns a line for every output whose declared shape is wrong.
+    """
+    declared = {v.name: v.shape for v in source.graph.outputs if v.shape is not None}
+    wrong = list[str]()
+    for value in model.graph.outputs:
+        shape = declared.get(value.name)
+        if shape is None or value.is_graph_input():
+            continue
+        if value.shape is not None and not _agree(value.shape, shape):
+            wrong.append(
+                f"output {value.name!r} is declared as {list(shape)} and is {list(value.shape)}: the declaration was dropped"
+            )
+        else:
+            value.shape = shape.copy()
+    return wrong
+
+
+def _agree(a: ir.Shape, b: ir.Shape) -> bool:
+    return len(a) == len(b) and all(x == y for x, y in zip(a, b, strict=True) if isinstance(x, int) and isinstance(y, int))
+
+
 def _long(tensor: ir.TensorProtocol | None) -> bool:
     return tensor is not None and tensor.nbytes > _SHAPES and tensor.dtype != ir.DataType.STRING
 

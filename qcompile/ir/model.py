@@ -14,6 +14,7 @@ from onnx_ir.passes.common import NameFixPass
 
 from qcompile.errors import ModelError
 from qcompile.ir.atomic import atomic_file, write_atomic
+from qcompile.ir.masks import is_mask
 from qcompile.ir.notes import spell, spelled
 from qcompile.ir.reader import as_ir, read_ir
 from qcompile.ir.spill import is_large
@@ -27,11 +28,18 @@ ORT_MAX_OPSET = 26
 
 @dataclass(frozen=True)
 class InputInfo:
-    """A graph input: numpy dtype and shape; a dynamic axis is its name or None."""
+    """A graph input: numpy dtype and shape; a dynamic axis is its name or None.
+
+    `ranked`: the file says how many axes it has.  `read`: some node or output needs it.  `masks`: it may hold infinities
+    (see `qcompile.ir.masks`).
+    """
 
     name: str
     dtype: np.dtype
     shape: tuple[int | str | None, ...]
+    ranked: bool = True
+    read: bool = True
+    masks: bool = False
 
 
 @dataclass
@@ -165,6 +173,7 @@ def _opened(model: Model, path: Path) -> Model:
     _short_domain(model.ir)
     map_tensors(model.ir, lambda t: read_in(t) if t.nbytes <= READ_BYTES else t)
     _check_graph(model.ir, path)
+    _free_axes(model.ir)
     model.name_nodes()
     return model
 
@@ -174,6 +183,14 @@ def _short_domain(model: ir.Model) -> None:
     version = model.opset_imports.pop("ai.onnx", None)
     if version is not None:
         model.opset_imports.setdefault("", version)
+
+
+def _free_axes(model: ir.Model) -> None:
+    """A dimension of -1 means what ONNX Runtime takes it for: a dynamic one."""
+    for graph in model.graphs():
+        for value in (*graph.inputs, *(v for node in graph for v in node.outputs)):
+            if value.shape is not None and any(isinstance(d, int) and d < 0 for d in value.shape):
+                value.shape = ir.Shape([None if isinstance(d, int) and d < 0 else d for d in value.shape])
 
 
 def _check_graph(model: ir.Model, path: Path) -> None:
@@ -202,9 +219,10 @@ def _unused(name: str, taken: set[str], seen: set[str]) -> str:
 
 def _input_info(value: ir.Value) -> InputInfo:
     dims = value.shape if value.shape is not None else ()
-    shape = tuple(d if isinstance(d, int) else d.value for d in dims)
+    shape = tuple((d if d >= 0 else None) if isinstance(d, int) else d.value for d in dims)
     dtype = value.dtype.numpy() if value.dtype is not None else np.dtype(np.float32)
-    return InputInfo(str(value.name), np.dtype(dtype), shape)
+    read = bool(value.uses()) or value.is_graph_output()
+    return InputInfo(str(value.name), np.dtype(dtype), shape, value.shape is not None, read, is_mask(value))
 
 
 def _save_external(model: Model, path: Path) -> Path:

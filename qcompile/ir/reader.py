@@ -13,6 +13,7 @@ from onnx.external_data_helper import load_external_data_for_model
 from onnx_ir.external_data import set_base_dir
 
 from qcompile.errors import ModelError
+from qcompile.ir.accept import in_order, spell_out
 from qcompile.ir.mapped import MappedTensor, map_file
 from qcompile.ir.skim import Found, skim
 
@@ -66,12 +67,22 @@ def as_ir(proto: ModelProto, path: Path) -> ir.Model:
     Raises:
         ModelError: onnx_ir cannot read it.
     """
+    spell_out(proto, path)
     try:
         model = ir.from_proto(proto)
     except Exception as e:  # onnx_ir's errors share no base
-        raise _unreadable(path, e) from e
+        raise ModelError(f"{path} cannot be read: {_root(e)}; does onnx.checker accept it? Export the model again") from e
+    in_order(model.graph, path)
     set_base_dir(model.graph, path.parent)
     return model
+
+
+def _root(error: BaseException) -> str:
+    """The first line of what went wrong at the bottom."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return lines[0][:200].rstrip(". ") if lines else type(error).__name__
 
 
 def _hollow(path: Path) -> tuple[ModelProto, Found | None]:

@@ -27,6 +27,28 @@ def verify_structure(model: Model, after: str) -> None:
             raise VerifyError(f"pass {after!r} lost the graph output {out.name!r}; {_BUG}")
 
 
+def verify_interface(before: Model, model: Model, after: str) -> None:
+    """Inputs and outputs have the names, types and order that they had.
+
+    Raises:
+        VerifyError: naming the pass `after` which they differ, and both.
+    """
+    for what in ("inputs", "outputs"):
+        was, now = _interface(before, what), _interface(model, what)
+        if was != now:
+            raise VerifyError(f"pass {after!r} changed the {what} {_shown(was)} to {_shown(now)}; {_BUG}")
+
+
+def _interface(model: Model, what: str) -> list[tuple[str, str]]:
+    values = model.graph.outputs if what == "outputs" else model.graph.inputs
+    kept = [v for v in values if what == "outputs" or v.name not in model.graph.initializers]
+    return [(str(v.name), str(v.type)) for v in kept]
+
+
+def _shown(interface: list[tuple[str, str]]) -> str:
+    return ", ".join(f"{name} {kind}" for name, kind in interface)
+
+
 def _check_node(node: ir.Node, made: set[str | None], names: set[str], after: str) -> None:
     if not node.name or node.name in names:
         raise VerifyError(f"pass {after!r} left a missing or double node name {node.name!r}; {_BUG}")

@@ -14,7 +14,7 @@ from qcompile.calib.observe import NotCarried, Probe, Stat, Told
 from qcompile.calib.observe.change import AffineMap, Changes
 from qcompile.errors import GateError, QcompileError, VerifyError
 from qcompile.ir.model import Model
-from qcompile.ir.verify import verify_structure
+from qcompile.ir.verify import verify_interface, verify_structure
 from qcompile.pipeline.base import Comparator, Kind, Needs, Pass, PassContext, PassResult
 from qcompile.pipeline.spec import format_pass
 from qcompile.pipeline.verify import Verifier
@@ -106,6 +106,8 @@ class Runner:
             if not result.modified and not ctx.remarks.all:
                 ctx.remarks.note("", "no site matched")
             verify_structure(model, p.name)
+            if not p.changes_function:
+                verify_interface(before, model, p.name)
         except Exception as e:
             hint = self._failed(p, before, e)
             if isinstance(e, QcompileError):

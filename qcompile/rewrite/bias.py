@@ -69,7 +69,7 @@ def bias_site(node: ir.Node) -> tuple[ir.Node, int] | None:
         return None
     add, slot = uses[0]
     bias = const_array(add.inputs[1 - slot])
-    return (add, 1 - slot) if bias is not None and bias.size == bias.shape[-1] > 1 else None
+    return (add, 1 - slot) if bias is not None and bias.ndim and bias.size == bias.shape[-1] > 1 else None
 
 
 def bias_at(site: tuple[ir.Node, int], channels: int) -> F64:

@@ -7,7 +7,7 @@ from onnx import helper
 
 from qcompile.errors import VerifyError
 from qcompile.ir.model import Model
-from qcompile.ir.verify import verify_structure
+from qcompile.ir.verify import verify_interface, verify_structure
 from tests.ir import tiny
 
 
@@ -65,3 +65,11 @@ def test_damage_is_named_with_the_pass(damage: Callable[[Model], None], message:
     damage(model)
     with pytest.raises(VerifyError, match=f"'smooth'.*{message}.*please report it with the reproducer"):
         verify_structure(model, "smooth")
+
+
+def test_another_interface_is_named() -> None:
+    before = Model.from_proto(tiny.linear())
+    after = before.clone()
+    after.graph.outputs.append(after.graph.outputs[0])
+    with pytest.raises(VerifyError, match=r"'smooth' changed the outputs y .* to y .*, y"):
+        verify_interface(before, after, "smooth")

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qcompile.calib.data.runs import LENGTH
 from qcompile.errors import ModelError, UsageError
 from qcompile.ir.model import InputInfo
-from qcompile.verbs.bench import models as benchmark
 from qcompile.verbs.bench.models import bench, made_up_inputs
 from tests.verbs import evaluation_graphs as graphs
 
@@ -32,12 +32,14 @@ def test_made_up_inputs_have_safe_values_and_shapes() -> None:
         InputInfo("ids", np.dtype(np.int64), ("batch", "sequence")),
         InputInfo("mask", np.dtype(np.bool_), (None, 7)),
         InputInfo("past", np.dtype(np.float32), (2, "batch", 4)),
+        InputInfo("state", np.dtype(np.float32), (2, None, 4)),
+        InputInfo("rate", np.dtype(np.int64), ()),
     ]
     made = made_up_inputs(inputs)
     assert made["x"].shape == (1, 3, 8, 8) and made["x"].dtype == np.float16
-    assert made["ids"].shape == (1, benchmark.DYNAMIC_LENGTH) and set(np.unique(made["ids"])) <= {0, 1}
+    assert made["ids"].shape == (1, LENGTH) and set(np.unique(made["ids"])) <= {0, 1}
     assert made["mask"].shape == (1, 7) and made["mask"].dtype == np.bool_
-    assert made["past"].shape == (2, 1, 4)
+    assert made["past"].shape == made["state"].shape == (2, 1, 4) and made["rate"].shape == ()
     assert np.array_equal(made["x"], made_up_inputs(inputs)["x"])
 
 

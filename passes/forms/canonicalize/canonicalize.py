@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import (
-    IdentityEliminationPass,
-    InlinePass,
-    LiftConstantsToInitializersPass,
-    RemoveInitializersFromInputsPass,
-)
+from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass, RemoveInitializersFromInputsPass
 from onnxscript.optimizer import fold_constants
 
 from qcompile.errors import ModelError
-from qcompile.ir.edit import erase_dead, replace_value
-from qcompile.ir.infer import infer_shapes
+from qcompile.ir.edit import add_constant, erase_dead, replace_value
+from qcompile.ir.infer import forget_declared, infer_shapes
 from qcompile.ir.model import Model
-from qcompile.ir.ops import const_array
+from qcompile.ir.ops import const_array, input_at
 from qcompile.ir.optable import ops_with
 from qcompile.ir.shape_fold import fold_shapes
+from qcompile.ir.shapes import rank
 from qcompile.ir.widen import widen
 from qcompile.passes.forms.canonicalize.attention_op import decompose_attention
+from qcompile.passes.forms.canonicalize.identities import drop_identities
 from qcompile.passes.forms.canonicalize.nan_guard import idle_guard
 from qcompile.pipeline.base import EQUIVALENT_TOLERANCE, Kind, Pass, PassContext, PassResult, Stage
 
 _SIZE_LIMIT = 1 << 31
 _SHAPE_ROUNDS = 8
+_SPLIT_COUNTS = 18
+_FREE_INITIALIZERS = 4  # the IR version from which on initializers need not be inputs
 _QUANTIZED = ops_with("integer-product") | {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}
 
 
@@ -60,15 +60,21 @@ class Canonicalize(Pass):
         tolerance = _widened(model, ctx) if self.widen else EQUIVALENT_TOLERANCE
         InlinePass()(model.ir)
         RemoveInitializersFromInputsPass()(model.ir)
+        model.ir.ir_version = max(model.ir.ir_version, _FREE_INITIALIZERS)
+        declared = [v.shape for v in model.graph.outputs]
+        forget_declared(model)
+        infer_shapes(model)
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model.ir)
         fold_constants(model.ir, input_size_limit=_SIZE_LIMIT, output_size_limit=_SIZE_LIMIT, should_fold=_foldable)
+        _spell_splits(model)
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model.ir)
-        IdentityEliminationPass()(model.ir)
+        drop_identities(model.ir)
         _fold_known_shapes(model)
         for node in list(model.graph):
             _simplify(model.graph, node, ctx)
         erase_dead(model)
         infer_shapes(model)
+        _declare_again(model.graph, declared)
         model.name_nodes()
         _remark_subgraphs(model, ctx)
         modified = before != _signature(model.graph) or tolerance > EQUIVALENT_TOLERANCE
@@ -93,9 +99,16 @@ def _signature(graph: ir.Graph) -> tuple[object, ...]:
     """What the graph is made of, without the weights' values (no step changes those under an old name)."""
     nodes = [
         (n.domain, n.op_type, n.name, [v and v.name for v in n.inputs], [v.name for v in n.outputs], sorted(n.attributes))
-        for n in graph
+        for n in graph.all_nodes()
     ]
     return nodes, sorted(graph.initializers)
+
+
+def _declare_again(graph: ir.Graph, declared: Sequence[ir.Shape | None]) -> None:
+    """Outputs of which nothing else is known keep their word."""
+    for value, shape in zip(graph.outputs, declared, strict=True):
+        if value.shape is None and shape is not None:
+            value.shape = shape.copy()
 
 
 def _fold_known_shapes(model: Model) -> None:
@@ -111,6 +124,14 @@ def _foldable(node: ir.Node) -> bool | None:
     return True if node.inputs and all(v is None or v.const_value is not None for v in node.inputs) else None
 
 
+def _spell_splits(model: Model) -> None:
+    """The folder writes Split(num_outputs) for SplitToSequence in any opset; before 18, equal parts have no attribute."""
+    if model.opset < _SPLIT_COUNTS:
+        for node in model.graph.all_nodes():
+            if node.op_type == "Split" and not node.domain:
+                node.attributes.pop("num_outputs", None)
+
+
 def _refuse_quantized(model: Model) -> None:
     for node in model.graph.all_nodes():
         if node.op_type in _QUANTIZED:
@@ -124,12 +145,27 @@ def _simplify(graph: ir.Graph, node: ir.Node, ctx: PassContext) -> None:
         decompose_attention(graph, node, ctx)
     elif (probabilities := idle_guard(node)) is not None and not node.outputs[0].is_graph_output():
         replace_value(graph, node.outputs[0], probabilities)
+    elif node.op_type == "Pad" and node.domain == "" and _spell_pads(graph, node):
+        ctx.remarks.applied(str(node.name), "pads written out for every axis")
     elif _does_nothing(node):
         source = node.inputs[0]
         assert source is not None
         if source.is_graph_input() and node.outputs[0].is_graph_output():
             return
         replace_value(graph, node.outputs[0], source) if not node.outputs[0].is_graph_output() else _bypass_output(graph, node)
+
+
+def _spell_pads(graph: ir.Graph, pad: ir.Node) -> bool:
+    """Pads of some `axes` as pads of all: ONNX Runtime's optimizer mistakes the short form."""
+    axes, pads, size = (input_at(pad, 3), input_at(pad, 1), rank(pad.inputs[0]))
+    wanted, amounts = (None if v is None else const_array(v) for v in (axes, pads))
+    if wanted is None or amounts is None or size is None:
+        return False
+    full, count = np.zeros((2, size), np.int64), len(wanted)
+    full[:, [int(a) % size for a in wanted]] = amounts.reshape(2, count)
+    pad.replace_input_with(1, add_constant(graph, f"{pad.name}_pads", full.reshape(-1)))
+    pad.resize_inputs(3 if pad.inputs[2] is not None else 2)
+    return True
 
 
 def _bypass_output(graph: ir.Graph, node: ir.Node) -> None:
@@ -146,7 +182,7 @@ def _does_nothing(node: ir.Node) -> bool:
         return False
     match node.op_type:
         case "Dropout":
-            return len(node.outputs) == 1 or not node.outputs[1].uses()
+            return not _trains(node) and not any(v.uses() or v.is_graph_output() for v in node.outputs[1:])
         case "Pad":
             pads = const_array(node.inputs[1]) if len(node.inputs) > 1 and node.inputs[1] is not None else None
             return pads is not None and not np.any(pads)
@@ -156,6 +192,13 @@ def _does_nothing(node: ir.Node) -> bool:
             return _keeps(node, 1.0)
         case _:
             return False
+
+
+def _trains(node: ir.Node) -> bool:
+    """Whether a Dropout may drop: its training_mode is given, and is not a constant False."""
+    mode = node.inputs[2] if len(node.inputs) > 2 else None
+    array = None if mode is None else const_array(mode)
+    return mode is not None and (array is None or bool(array.any()))
 
 
 def _keeps(node: ir.Node, neutral: float) -> bool:

@@ -120,6 +120,8 @@ def _repeated(hashes: Sequence[bytes], index: Sequence[int]) -> list[str]:
 
 
 def _of_input(one: _Input, info: InputInfo, index: Sequence[int], preprocess: str | None) -> list[str]:
+    if info.masks:
+        return []
     found = _constant(one, index)
     if not one.floating:
         return found

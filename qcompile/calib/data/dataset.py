@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from qcompile.calib.data.readers import Arrays, Reader
 from qcompile.errors import DataError
+from qcompile.execute.session import SAMPLES
 from qcompile.ir.model import InputInfo
 
 
@@ -21,7 +22,8 @@ class Dataset:
     """Samples of `reader` at `index`, in this order, checked for NaN and infinity as they are read.
 
     `names` are the arrays of a batch; `labels` [N] or None; `source` says where the data came from;
-    `random` marks made-up data.
+    `random` marks made-up data.  `alone`: a sample is all inputs of a run, whose first axes need not be samples; or the model
+    takes no two at a time.  `masks` are the inputs that may hold infinities.
     """
 
     reader: Reader
@@ -30,6 +32,8 @@ class Dataset:
     source: str
     all_labels: NDArray[Any] | None = None
     random: bool = False
+    alone: bool = False
+    masks: frozenset[str] = frozenset()
 
     def __len__(self) -> int:
         return len(self.index)
@@ -49,9 +53,13 @@ class Dataset:
         while start < len(self.index):
             stop = self._batch_end(start, size)
             batch = self.reader.read(self.index[start:stop])
-            _require_finite(batch, self.index[start:stop], self.source)
-            yield batch
+            _require_finite(batch, self.index[start:stop], self.source, self.masks)
+            yield {**batch, SAMPLES: np.zeros(1, np.int8)} if self.alone else batch
             start = stop
+
+    def run_size(self, inputs: Sequence[InputInfo]) -> int | None:
+        """Samples that a model with these `inputs` takes a run, when that is fixed (see `fixed_batch`)."""
+        return None if self.alone else fixed_batch(inputs)
 
     def take(self, n: int) -> Dataset:
         """`n` samples spread evenly over the stored order (stored data is often sorted by class); all when fewer."""
@@ -71,6 +79,8 @@ class Dataset:
         return hashlib.sha256(self.reader.digest(self.index)).hexdigest()
 
     def _batch_end(self, start: int, size: int) -> int:
+        if self.alone:
+            return start + 1
         key = self.reader.shape_key(self.index[start])
         stop = start + 1
         while stop < min(start + size, len(self.index)) and self.reader.shape_key(self.index[stop]) == key:
@@ -94,11 +104,14 @@ def fixed_batch(inputs: Sequence[InputInfo]) -> int | None:
     return fixed[0] if len(sizes) == 1 and fixed else None
 
 
-def _require_finite(batch: Arrays, index: Sequence[int], source: str) -> None:
+def _require_finite(batch: Arrays, index: Sequence[int], source: str, masks: frozenset[str]) -> None:
     for name, array in batch.items():
         if array.dtype.kind != "f" or np.isfinite(array).all():
             continue
-        bad = np.argwhere(~np.isfinite(array))[0]
+        wrong = np.isnan(array) if name in masks else ~np.isfinite(array)
+        if not wrong.any():
+            continue
+        bad = np.argwhere(wrong)[0]
         what = "NaN" if np.isnan(array[tuple(bad)]) else "an infinite value"
         sample = index[int(bad[0])] if len(bad) else index[0]
         raise DataError(f"{source}: array {name!r} holds {what} in sample {sample}; clean the data or its preprocessing")

@@ -19,6 +19,17 @@ from qcompile.calib.data.dataset import Dataset, fixed_batch
 from qcompile.calib.data.mapped import mapped_array
 from qcompile.calib.data.preprocess import Preprocess, bind, holds_pictures, load_preprocess
 from qcompile.calib.data.readers import ArrayReader, Arrays, FeedReader, ImageReader
+from qcompile.calib.data.runs import (
+    LENGTH,
+    RunReader,
+    are_samples,
+    as_runs,
+    first_axes,
+    is_run,
+    made_up_shapes,
+    ranked,
+    with_unread,
+)
 from qcompile.errors import DataError
 from qcompile.ir.model import InputInfo
 
@@ -42,10 +53,10 @@ def load_data(
     Raises:
         DataError: the data is missing, unreadable, or does not fit the model.
     """
-    data = open_source(spec, inputs, preprocess, samples, seed)
+    data = replace(open_source(spec, inputs, preprocess, samples, seed), masks=frozenset(i.name for i in inputs if i.masks))
     if samples is not None and 0 < len(data) < samples:
         raise DataError(f"{data.source} holds {len(data)} samples, {samples} are wanted; give more data or --samples {len(data)}")
-    least = fixed_batch(inputs) or 1
+    least = data.run_size(inputs) or 1
     if len(data) < least:
         raise DataError(f"{data.source} holds {len(data)} samples and the model takes {least} a run; give more data")
     return data if samples is None else data.take(samples)
@@ -108,14 +119,15 @@ def _member(path: Path, archive: np.lib.npyio.NpzFile, name: str) -> NDArray[Any
 
 def _require_names(there: Iterable[str], inputs: Sequence[InputInfo], source: str) -> None:
     there = list(there)
-    missing = [i.name for i in inputs if i.name not in there]
+    missing = [i.name for i in inputs if i.read and i.name not in there]
     if not missing:
         return
     near = {m: difflib.get_close_matches(m, there, n=1) for m in missing}
     hints = [f"{found[0]!r} is near {m!r}" for m, found in near.items() if found]
     raise DataError(
-        f"{source} holds the arrays {sorted(there)} and the model needs {[i.name for i in inputs]}; "
-        f"missing: {', '.join(missing)}{' (' + ', '.join(hints) + ')' if hints else ''}; rename the arrays"
+        f"{source} holds the arrays {sorted(there)} and the model needs {[i.name for i in inputs if i.read]}; "
+        f"missing: {', '.join(missing)}{' (' + ', '.join(hints) + ')' if hints else ''};"
+        f" {'rename the arrays' if hints else 'add what is missing'}"
     )
 
 
@@ -126,11 +138,16 @@ def _archives(folder: Path, files: Sequence[Path], inputs: Sequence[InputInfo], 
     for part, file in zip(parts, files, strict=True):
         if part.keys() != names:
             raise DataError(f"{file} holds {sorted(part)} and {files[0]} holds {sorted(names)}; give all files the same arrays")
-    if all(len({p[n].shape[1:] for p in parts}) == 1 for n in names):
+    if all(len({p[n].shape[1:] for p in parts}) == 1 for n in names) and not _whole_runs(parts, inputs):
         return _array_dataset({n: np.concatenate([p[n] for p in parts]) for n in names}, inputs, preprocess, str(folder))
     if preprocess is not None:
         raise DataError(f"the arrays of {folder} differ in shape; pictures to preprocess need one size, or a folder of pictures")
     return _varied(folder, parts, inputs)
+
+
+def _whole_runs(parts: Sequence[Arrays], inputs: Sequence[InputInfo]) -> bool:
+    full = [with_unread(inputs, p) for p in parts]
+    return any(is_run(ranked(inputs, p), p) for p in full)
 
 
 def _varied(folder: Path, parts: Sequence[Arrays], inputs: Sequence[InputInfo]) -> Dataset:
@@ -144,6 +161,10 @@ def _varied(folder: Path, parts: Sequence[Arrays], inputs: Sequence[InputInfo]) 
 
 def _array_dataset(arrays: Arrays, inputs: Sequence[InputInfo], preprocess: str | None, source: str) -> Dataset:
     labels = arrays.pop("labels", None) if all(i.name != "labels" for i in inputs) else None
+    arrays = with_unread(inputs, arrays)
+    inputs = ranked(inputs, arrays)
+    if preprocess is None and not are_samples(inputs, arrays) and _are_runs(inputs, arrays):
+        return _run_dataset(arrays, inputs, source, labels)
     pictures = {i.name: p for i in inputs if (p := _picture_rule(arrays[i.name], i, preprocess))}
     if preprocess is not None and not pictures:
         raise DataError(f"{source}: no uint8 pictures to preprocess; leave --preprocess out")
@@ -153,6 +174,22 @@ def _array_dataset(arrays: Arrays, inputs: Sequence[InputInfo], preprocess: str 
     _require_equal_lengths({**arrays, **({} if labels is None else {"labels": labels})}, source)
     reader = ArrayReader(arrays, {i.name: i.dtype for i in inputs}, pictures)
     return Dataset(reader, tuple(range(len(reader))), tuple(i.name for i in inputs), source, labels)
+
+
+def _are_runs(inputs: Sequence[InputInfo], arrays: Arrays) -> bool:
+    """Whether the arrays may hold whole runs: an input has a first axis of its own, or an array one more than its input."""
+    ranks = {i.name: len(i.shape) for i in inputs}
+    own = any(not shape or isinstance(shape[0], int) for shape in (i.shape for i in inputs))
+    return own or any(np.ndim(a) == ranks[n] + 1 for n, a in arrays.items() if n in ranks)
+
+
+def _run_dataset(arrays: Arrays, inputs: Sequence[InputInfo], source: str, labels: NDArray[Any] | None) -> Dataset:
+    for info in inputs:
+        _require_dtype(arrays[info.name], info, source)
+    runs = as_runs(inputs, arrays, source)
+    _require_equal_lengths({**runs, **({} if labels is None else {"labels": labels})}, source)
+    reader = RunReader(runs, {i.name: i.dtype for i in inputs})
+    return Dataset(reader, tuple(range(len(reader))), tuple(i.name for i in inputs), source, labels, alone=True)
 
 
 def _picture_rule(array: NDArray[Any], info: InputInfo, preprocess: str | None) -> Preprocess | None:
@@ -283,41 +320,78 @@ def _single(item: Any, inputs: Sequence[InputInfo], source: str) -> Arrays:
 
 def _feed_dataset(feeds: Iterable[Arrays], inputs: Sequence[InputInfo], source: str, limit: int | None = None) -> Dataset:
     """The first `limit` samples of the feeds (all when None)."""
-    samples = itertools.chain.from_iterable(_split(f, inputs, source) for f in feeds)
-    held = tuple(itertools.islice(samples, limit))
-    if not held:
+    given = list(_limited((_given(f, inputs, source) for f in feeds), inputs, limit))
+    if not given:
         raise DataError(f"{source} gives no samples; it must give at least one")
-    return Dataset(FeedReader(held), tuple(range(len(held))), tuple(i.name for i in inputs), source)
+    inputs = ranked(inputs, given[0])
+    whole, mixed = any(is_run(inputs, f) for f in given), len(first_axes(inputs)) > 1
+    split = _as_it_is if whole else _runs_of if mixed else _split
+    held = tuple(itertools.chain.from_iterable(split(f, inputs, source) for f in given))[:limit]
+    return Dataset(FeedReader(held), tuple(range(len(held))), tuple(i.name for i in inputs), source, alone=whole or mixed)
+
+
+def _limited(feeds: Iterable[Arrays], inputs: Sequence[InputInfo], limit: int | None) -> Iterator[Arrays]:
+    """Feeds until they hold `limit` samples."""
+    held = 0
+    for feed in feeds:
+        if limit is not None and held >= limit:
+            return
+        held += 1 if is_run(inputs, feed) else max((len(a) for a in feed.values() if a.ndim), default=1)
+        yield feed
+
+
+def _given(feed: Arrays, inputs: Sequence[InputInfo], source: str) -> Arrays:
+    """The arrays that the model takes, in its element types; those without the batch axis get one."""
+    _require_names(feed, inputs, source)
+    named = with_unread(inputs, {n: np.asarray(a) for n, a in feed.items()})
+    for info in inputs:
+        _require_dtype(named[info.name], info, source)
+    return {i.name: _with_batch_axis(named[i.name].astype(i.dtype, copy=False), i) for i in inputs}
+
+
+def _as_it_is(feed: Arrays, inputs: Sequence[InputInfo], source: str) -> list[Arrays]:
+    for info in inputs:
+        if feed[info.name].ndim != len(info.shape):
+            _require_fit(feed[info.name], info, source)
+    return [feed]
+
+
+def _runs_of(feed: Arrays, inputs: Sequence[InputInfo], source: str) -> list[Arrays]:
+    runs = as_runs(inputs, feed, source)
+    return [{n: a[k] for n, a in runs.items()} for k in range(len(next(iter(runs.values()))))]
 
 
 def _split(feed: Arrays, inputs: Sequence[InputInfo], source: str) -> list[Arrays]:
-    """One feed as samples with a leading axis of 1; arrays without the batch axis get one."""
-    _require_names(feed, inputs, source)
-    arrays = {i.name: _with_batch_axis(np.asarray(feed[i.name]), i) for i in inputs}
+    """One feed as samples with a leading axis of 1."""
     for info in inputs:
-        _require_fit(arrays[info.name], info, source) if info.shape else _require_dtype(arrays[info.name], info, source)
-    batched = {n: a for n, a in arrays.items() if a.ndim}
+        if info.shape:
+            _require_fit(feed[info.name], info, source)
+    batched = {n: a for n, a in feed.items() if a.ndim}
     _require_equal_lengths(batched, source)
-    typed = {i.name: arrays[i.name].astype(i.dtype, copy=False) for i in inputs}
     count = len(next(iter(batched.values()))) if batched else 1
-    return [{n: a[k : k + 1] if a.ndim else a for n, a in typed.items()} for k in range(count)]
+    return [{n: a[k : k + 1] if a.ndim else a for n, a in feed.items()} for k in range(count)]
 
 
 def _with_batch_axis(array: NDArray[Any], info: InputInfo) -> NDArray[Any]:
-    return array[None] if array.ndim == len(info.shape) - 1 else array
+    return array[None] if info.ranked and array.ndim == len(info.shape) - 1 else array
 
 
 def _random(inputs: Sequence[InputInfo], samples: int, seed: int) -> Dataset:
     """Standard normal floats and 0/1 integers (masks: 1); dynamic axes other than the batch get 32."""
-    samples = max(samples, fixed_batch(inputs) or 1)
-    rng = np.random.default_rng(seed)
-    arrays = {i.name: _random_array(i, samples, rng) for i in inputs}
-    reader = ArrayReader(arrays, {i.name: i.dtype for i in inputs}, {})
-    return Dataset(reader, tuple(range(samples)), tuple(arrays), "random", random=True)
+    unknown = [i.name for i in inputs if not i.ranked]
+    if unknown:
+        raise DataError(f"input {unknown[0]!r} has no shape in the file, so that no data can be made up; give real data")
+    samples, alone = max(samples, fixed_batch(inputs) or 1), len(first_axes(inputs)) > 1 or not all(i.shape for i in inputs)
+    shapes = (
+        made_up_shapes(inputs) if alone else {i.name: [d if isinstance(d, int) else LENGTH for d in i.shape[1:]] for i in inputs}
+    )
+    rng, dtypes = np.random.default_rng(seed), {i.name: i.dtype for i in inputs}
+    arrays = {i.name: _random_array(i, (samples, *shapes[i.name]), rng) for i in inputs}
+    reader = RunReader(arrays, dtypes) if alone else ArrayReader(arrays, dtypes, {})
+    return Dataset(reader, tuple(range(samples)), tuple(arrays), "random", random=True, alone=alone)
 
 
-def _random_array(info: InputInfo, samples: int, rng: np.random.Generator) -> NDArray[Any]:
-    shape = (samples, *(d if isinstance(d, int) else 32 for d in info.shape[1:]))
+def _random_array(info: InputInfo, shape: tuple[int, ...], rng: np.random.Generator) -> NDArray[Any]:
     if info.dtype.kind in "fV":
         return rng.standard_normal(shape, np.float32).astype(info.dtype)
     if "mask" in info.name:

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from qcompile.calib.data import Dataset, load_data
 from qcompile.calib.store.merge import merge
 from qcompile.calib.store.store import Gathered, Key, Range, Statistics, from_bytes, probe_from_json, to_bytes
+from qcompile.calib.sweep.alone import suited
 from qcompile.calib.sweep.provider import Sweeps
 from qcompile.errors import DataError, ModelError
-from qcompile.ir.model import InputInfo, Model
+from qcompile.ir.model import Model
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,9 @@ class DataSpec:
     cap: int | None = None
     seed: int = 0
 
-    def open(self, inputs: Sequence[InputInfo]) -> Dataset:
-        """The data, checked against the model's inputs."""
-        data = load_data(self.spec, inputs, self.preprocess, self.samples, self.seed)
+    def open(self, model: Model) -> Dataset:
+        """The data, checked against the model's inputs, and taken apart where the model takes no two samples at a time."""
+        data = suited(load_data(self.spec, model.inputs(), self.preprocess, self.samples, self.seed), model)
         return data if self.samples is not None or self.cap is None else data.take(self.cap)
 
 
@@ -116,7 +117,7 @@ def _model(path: str, digest: str) -> Model:
 
 @functools.lru_cache(maxsize=1)
 def _data(spec: DataSpec, path: str, digest: str, fingerprint: str) -> Dataset:
-    data = spec.open(_model(path, digest).inputs())
+    data = spec.open(_model(path, digest))
     if data.fingerprint() != fingerprint:
         raise DataError(f"a worker finds other data at {spec.spec}; give all workers the same files")
     return data

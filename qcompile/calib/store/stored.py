@@ -12,6 +12,7 @@ from qcompile.calib.store.merge import words
 from qcompile.calib.store.store import Statistics, load
 from qcompile.calib.sweep.provider import Sweeps
 from qcompile.errors import DataError
+from qcompile.execute.session import SAMPLES
 from qcompile.ir.model import Model
 
 
@@ -68,4 +69,9 @@ class StoredStatistics:
     def feeds(self) -> Dataset | None:
         """The stored samples to verify on."""
         feeds = self.statistics.feeds
-        return Dataset(FeedReader(feeds), tuple(range(len(feeds))), tuple(feeds[0]), self.path) if feeds else None
+        if not feeds:
+            return None
+        names, alone = tuple(n for n in feeds[0] if n != SAMPLES), SAMPLES in feeds[0]
+        held = tuple({n: f[n] for n in names} for f in feeds)
+        index = tuple(range(len(held)))  # what they hold was let through before
+        return Dataset(FeedReader(held), index, names, self.path, alone=alone, masks=frozenset(names))

@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from qcompile.calib.data.dataset import Dataset, fixed_batch
+from qcompile.calib.data.dataset import Dataset
 from qcompile.calib.data.readers import Arrays
 from qcompile.calib.observe import Observer, Probe, Stat
 from qcompile.calib.observe.chunks import chunk_samples, segments
@@ -25,12 +25,12 @@ from qcompile.calib.sweep.instrument import tensors_of
 from qcompile.calib.sweep.memory import MemoryPlan, statistics_bytes, tensor_bytes, tiled, with_margin
 from qcompile.calib.sweep.sweep import batch_size, sweep
 from qcompile.errors import DataError
+from qcompile.execute.session import SAMPLES
 from qcompile.ir.cut import BLOCK_NODES, Block, computed_bytes, cut, part, typed
 from qcompile.ir.model import Model
 from qcompile.ir.spill import is_large, mark_large, scratch_folder
 from qcompile.report import Meter
 
-_SAMPLES = "qcompile_samples"
 _LOADING = 5  # times its weights: a smaller limit leaves too little beside them to run at once
 _MANY = 3  # blocks' worth of nodes
 _COMPUTED = 1 << 28  # bytes of dequantized weights at a time
@@ -85,10 +85,10 @@ def blocked_sweep(
     source = typed(model)
     parts = _parts(source, wanted, limit)
     if mem_limit is not None:
-        plan_blocks(source, data, wanted, batch_size(model, len(data), batch), mem_limit, limit=limit)
+        plan_blocks(source, data, wanted, batch_size(model, data, batch), mem_limit, limit=limit)
     end = len(data) if stop is None else min(stop, len(data))
-    size = batch_size(model, len(data), batch)
-    for first, last in segments(start, end, None if on_batch is None else chunk_samples(fixed_batch(model.inputs()))):
+    size = batch_size(model, data, batch)
+    for first, last in segments(start, end, None if on_batch is None else chunk_samples(data.run_size(model.inputs()))):
         tell = _Progress(progress, len(parts), start, first, end)
         stats |= _segment(parts, data, stats, first, last, tell, batch=size, threads=threads, mem_limit=mem_limit)
         if on_batch is not None:
@@ -272,7 +272,7 @@ class _SpoolReader:
         return self.runs.at(i).first
 
     def read(self, index: Sequence[int]) -> Arrays:
-        found = {_SAMPLES: np.zeros(len(index), np.int8)}  # first: other arrays need not begin with the samples
+        found = {SAMPLES: np.zeros(len(index), np.int8)}  # other arrays need not begin with the samples
         for name, spool in self.spools.items():
             found[name] = spool.read(spool.at(index[0]))
         if self.own:

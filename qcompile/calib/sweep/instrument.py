@@ -18,6 +18,7 @@ from qcompile.calib.sweep import graphs
 from qcompile.calib.sweep.finite import blind_tensors
 from qcompile.errors import ModelError
 from qcompile.ir.infer import infer_shapes
+from qcompile.ir.masks import is_mask, mask_region
 from qcompile.ir.model import Model
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
@@ -38,13 +39,17 @@ class Reduced:
 
 @dataclass
 class Instrumented:
-    """The graph with its reductions, and which outputs answer what; `searched` raw tensors are looked through for NaN."""
+    """The graph with its reductions, and which outputs answer what; `searched` raw tensors are looked through for NaN.
+
+    `masked` tensors may hold the infinities of a mask that is an input: they are read raw, and their finite values count.
+    """
 
     model: Model
     reductions: dict[tuple[str, Reduction], Reduced] = field(default_factory=dict[tuple[str, Reduction], Reduced])
     raw: dict[str, str] = field(default_factory=dict[str, str])
     reduced: dict[Probe, Reduced] = field(default_factory=dict[Probe, Reduced])
     searched: set[str] = field(default_factory=set[str])
+    masked: set[str] = field(default_factory=set[str])
 
     def output(self, value: ir.Value) -> str:
         """Let the value leave the session."""
@@ -77,10 +82,11 @@ def instrument(model: Model, probes: Sequence[Probe]) -> Instrumented:
         values = graphs.named_values(copy)
     made = Instrumented(copy)
     copy.graph.outputs.clear()
-    wanted = {p: _reduction(values[p.tensor], p.observer) for p in probes}
+    made.masked = _masked(copy)
+    wanted = {p: None if p.tensor in made.masked else _reduction(values[p.tensor], p.observer) for p in probes}
     whole = [p for p, reduction in wanted.items() if reduction is None]
     raw = dict.fromkeys(t for p in whole for t in tensors_of(p))
-    made.searched = _searched(raw, probes, whole)
+    made.searched = _searched(raw, probes, whole) - made.masked
     blind = blind_tensors({p.tensor for p in probes if p.observer.infinities != "allowed"}, values) - set(raw)
     for p, reduction in wanted.items():
         if reduction is not None:
@@ -88,6 +94,11 @@ def instrument(model: Model, probes: Sequence[Probe]) -> Instrumented:
     made.raw.update({tensor: graphs.expose(copy, values[tensor]) for tensor in raw})
     RemoveUnusedNodesPass()(copy.ir)
     return made
+
+
+def _masked(model: Model) -> set[str]:
+    inputs = [v for v in model.graph.inputs if v.name not in model.graph.initializers and is_mask(v)]
+    return {str(v.name) for each in inputs for v in (each, *(mask_region(each) or ()))}
 
 
 def raw_tensor(model: Model, tensor: str) -> Model:

@@ -208,7 +208,7 @@ def tensor_bytes(model: Model, data: Dataset, batch: int) -> dict[str, int]:
     for value in copy.graph.inputs:
         array = feeds.get(str(value.name))
         if array is not None:
-            value.shape = ir.Shape([batch, *array.shape[1:]] if array.ndim else [])
+            value.shape = ir.Shape(array.shape if data.alone or not array.ndim else [batch, *array.shape[1:]])
     infer_shapes(copy)
     known = {name: _bytes(value) for name, value in named_values(copy).items()}
     largest = max((size for size in known.values() if size is not None), default=0)

@@ -63,5 +63,5 @@ class Sweeps:
         ready = runnable(model)
         limit = block_bytes(ready, self.mem_limit)
         plan = plan_memory if limit is None else partial(plan_blocks, limit=limit)
-        size = batch_size(ready, len(self.data), self.batch)
+        size = batch_size(ready, self.data, self.batch)
         return plan(ready, self.data, with_extremes(probes), size, self.mem_limit)

@@ -36,6 +36,8 @@ class Batch:
         """
         reduced = probe in self.plan.reduced
         arrays = tuple(self.found[name] for name in self.plan.outputs_of(probe))
+        if probe.tensor in self.plan.masked:
+            arrays = (_bounded(arrays[0]), *arrays[1:])
         try:
             tally.add(Seen(arrays, reduced, self.first, self.held, self.chunk))
         except ValueError:
@@ -55,3 +57,13 @@ class Batch:
         for (tensor, _), reduced in self.plan.reductions.items():
             if not all(np.isfinite(self.found[n]).all() for n in reduced.names):
                 require_finite(model, tensor, fetch(tensor), self.first)
+
+
+def _bounded(array: NDArray[Any]) -> NDArray[Any]:
+    """Infinities as large as the largest finite value; NaN stays."""
+    odd = np.isinf(array) if array.dtype.kind == "f" else np.zeros(array.shape, np.bool_)
+    if not odd.any():
+        return array
+    finite = array[np.isfinite(array)]
+    low, high = (finite.min(), finite.max()) if finite.size else (0, 0)
+    return np.where(odd, np.clip(array, low, high), array)

@@ -16,7 +16,7 @@ from typing import Any
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from qcompile.calib.data.dataset import Dataset, fixed_batch
+from qcompile.calib.data.dataset import Dataset
 from qcompile.calib.observe import Probe, Stat
 from qcompile.calib.observe.chunks import chunk_samples, segments
 from qcompile.calib.sweep.instrument import Instrumented, instrument, raw_tensor
@@ -73,14 +73,14 @@ def sweep(
     wanted = list(dict.fromkeys(probes))
     stats: dict[Probe, Stat] = {p: p.observer.empty() for p in wanted} | {p: s for p, s in (known or {}).items() if p in wanted}
     end = len(data) if stop is None else min(stop, len(data))
-    size = batch_size(model, len(data), batch)
+    size = batch_size(model, data, batch)
     groups = [wanted]
     if mem_limit is not None:
         keep_no_pieces()
         groups = [list(s.probes) for s in plan_memory(model, data, wanted, size, mem_limit).sweeps]
     if len(groups) == 1:
         return Sweep(model, data, wanted, size, threads, mem_limit is None).run(stats, start, end, progress, on_batch)
-    length = None if on_batch is None else _SEGMENT_CHUNKS * chunk_samples(fixed_batch(model.inputs()))
+    length = None if on_batch is None else _SEGMENT_CHUNKS * chunk_samples(data.run_size(model.inputs()))
     done = _Counted(progress, (end - start) * len(groups))
     for first, last in segments(start, end, length):
         for group in groups:
@@ -92,16 +92,18 @@ def sweep(
     return stats
 
 
-def batch_size(model: Model, available: int, batch: int | None = None) -> int:
+def batch_size(model: Model, data: Dataset, batch: int | None = None) -> int:
     """Samples a run: the model's fixed batch axis, else `batch`, else 8.
 
     Raises:
         DataError: fewer samples than one run needs.
     """
-    fixed = fixed_batch(model.inputs())
-    least = fixed or 1
+    fixed = data.run_size(model.inputs())
+    least, available = fixed or 1, len(data)
     if available < least:
         raise DataError(f"the data holds {available} samples and the model needs {least} a run; give more samples")
+    if data.alone:
+        return 1
     return fixed or min(batch or DEFAULT_BATCH, available)
 
 
@@ -184,7 +186,7 @@ class Sweep:
 
     def _batches(self, start: int, end: int) -> Iterator[tuple[Arrays, int, int]]:
         """(inputs, number of the first sample, chunk); no batch crosses a chunk boundary."""
-        fixed = fixed_batch(self.model.inputs())
+        fixed = self.data.run_size(self.model.inputs())
         length, first = chunk_samples(fixed), start
         while first < end:
             chunk = first // length

@@ -13,12 +13,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.ir.ops import is_data_movement, is_op
-from qcompile.ir.optable import ops_with
+from qcompile.ir.masks import mask_region
+from qcompile.ir.ops import is_op
 from qcompile.rewrite.half.types import FLOAT
 
-_CARRIES = ops_with("picks") | {"Add", "Mul", "Cast", "Identity", "Trilu", "ScatterND"}
-_SINKS = ("Softmax", "LogSoftmax", "ReduceMax", "MaxPool", "GlobalMaxPool", "ArgMax")
 _POSITIVE, _NEGATIVE = 256.0, -1000.0
 
 
@@ -36,7 +34,7 @@ def find_masks(graph: ir.Graph) -> Masks:
     """All masks of the main graph."""
     masks = Masks()
     for value in _candidates(graph):
-        region = _region(value)
+        region = mask_region(value)
         if region is not None:
             masks.constants.add(value)
             masks.reached |= {str(v.name) for v in region}
@@ -67,25 +65,3 @@ def filled(node: ir.Node) -> float:
     """What a ConstantOfShape is filled with."""
     attribute = node.attributes.get("value")
     return float(np.asarray(attribute.as_tensor().numpy()).reshape(-1)[0]) if attribute is not None else 0.0
-
-
-def _region(start: ir.Value) -> list[ir.Value] | None:
-    """The computed tensors between a constant and the Softmaxes that read it; None if it also goes elsewhere."""
-    seen: dict[ir.Value, None] = {}
-    todo = [start]
-    while todo:
-        value = todo.pop()
-        if value.is_graph_output():
-            return None
-        for node, slot in value.uses():
-            if is_op(node, *_SINKS):
-                continue
-            if not _carries(node, slot):
-                return None
-            todo += [v for v in node.outputs if v not in seen]
-            seen.update(dict.fromkeys(node.outputs))
-    return list(seen)
-
-
-def _carries(node: ir.Node, slot: int) -> bool:
-    return is_op(node, *_CARRIES) or is_data_movement(node) or (is_op(node, "Sub") and slot == 0)

@@ -40,8 +40,9 @@ class Measures:
         """Everything that the rules will read."""
         values = [*self.watched(), *self.integers(), *self.angles(), *(v for _, v, _ in self.deep())]
         values += [v for n, *_ in self.cuts() if (v := n.inputs[0]) is not None]
-        yield from dict.fromkeys(probe(v) for v in values)
-        yield from dict.fromkeys(signed(v) for v in [*self.masks.scaled, *(v for _, v in self.divisors())])
+        data = _from_data(self.graph)
+        yield from dict.fromkeys(probe(v) for v in values if v in data)
+        yield from dict.fromkeys(signed(v) for v in [*self.masks.scaled, *(v for _, v in self.divisors())] if v in data)
 
     def peak(self, value: ir.Value | None) -> float:
         """The largest magnitude: what was measured, else what the weights allow."""
@@ -134,6 +135,21 @@ class Measures:
         """Masks are negative: what counts is the other side."""
         stat = self.told.get(signed(value))
         return float(stat.hi) if stat is not None else 0.0
+
+
+def _from_data(graph: ir.Graph) -> set[ir.Value]:
+    """What depends on the values of an input.  What follows from shapes alone (the buckets of T5's positions, where Log(0) is
+    meant) is not measured: it stays in float32 as far as its bounds tell."""
+    found = {v for v in graph.inputs if v.name not in graph.initializers}
+    for node in graph:
+        reads = not node.inputs or any(v in found for v in node.inputs) or any(True for _ in _bodies(node))
+        if reads and not is_op(node, "Shape", "Size"):
+            found.update(node.outputs)
+    return found
+
+
+def _bodies(node: ir.Node) -> Iterator[ir.Attr]:
+    return (a for a in node.attributes.values() if a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS))
 
 
 def signed(value: ir.Value) -> Probe[MinMaxStat]:

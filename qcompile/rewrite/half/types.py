@@ -118,7 +118,8 @@ def _harmless(node: ir.Node, slot: int) -> bool:
 
 
 def _is_tokens(value: ir.Value) -> bool:
-    return value.shape is not None and len(value.shape) == 3
+    """Of a known number of channels: the last axis of attention scores may be as long as the sample."""
+    return value.shape is not None and len(value.shape) == 3 and isinstance(value.shape[-1], int)
 
 
 def largest(stat: MinMaxStat | AbsMaxStat) -> float:

@@ -209,8 +209,8 @@ def leaves(found: Plan, value: ir.Value, factor: float = 1.0, partial: bool = Fa
     if value.is_graph_output():
         yield Leaf(None, 0, "raw", factor, partial)
     for node, slot in data_uses(value):
-        step = found.of[node]
-        if step.family == "keep":
+        step = found.of.get(node)
+        if step is None or step.family == "keep":  # inside a subgraph, whose node is refused
             continue
         if step.family == "move" and slot == 0:
             narrow = partial or node.op_type in _SELECTS
@@ -257,7 +257,7 @@ def must_store(found: Plan, step: Step, value: ir.Value) -> bool:
         return True
     if value.is_graph_output() and step.family in ("multiply", "sum"):
         return True
-    return any(found.of[n].family in ("move", "concat", "where") for n, _ in data_uses(value))
+    return any(n in found.of and found.of[n].family in ("move", "concat", "where") for n, _ in data_uses(value))
 
 
 def is_bias(found: Plan, node: ir.Node) -> bool:

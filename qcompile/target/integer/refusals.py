@@ -32,6 +32,8 @@ def refusal(node: ir.Node) -> str | None:
 
 def _linear(node: ir.Node) -> str | None:
     slot = weight_slot(node)
+    if is_op(node, "MatMul") and any(is_const(v) and len(static_shape(v) or ()) < 2 for v in node.inputs):
+        return "its constant operand is not a 2-D weight"
     if slot is None:
         return None if is_op(node, "MatMul") else "its weight is computed, not constant"
     if slot != 1:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from qcompile.decide.placement import Placement
 from qcompile.ir.model import Model
 from qcompile.ir.notes import kept_float
-from qcompile.ir.ops import const_array, const_value, is_compute, is_data_movement, is_op, weight_slot
+from qcompile.ir.ops import const_array, const_value, ints_attr, is_compute, is_data_movement, is_op, static_shape, weight_slot
 from qcompile.quant.spec import QuantSpec
 from qcompile.target.specs import activation_spec, unfit_for_cpu, weight_spec
 from qcompile.target.target import Request
@@ -81,7 +81,7 @@ def _product(state: _Ort, node: ir.Node) -> None:
 
 def _refusal(node: ir.Node, with_gemms: bool) -> str | None:
     """Why the default leaves the layer in float; --quantize overrides."""
-    if is_op(node, "Conv") and _to_tokens(node.outputs[0]):
+    if is_op(node, "Conv") and _skips(node) and _to_tokens(node.outputs[0]):
         return "a patch embedding: an integer kernel would need its output quantized, which costs accuracy and gains nothing"
     if _is_flat(node) and (not with_gemms or _is_head(node)):
         return "a small dense layer or head is as fast in float"
@@ -116,6 +116,13 @@ def _gemm_share(graph: ir.Graph) -> float:
             total += weight.size
             flat += weight.size if _is_flat(node) else 0
     return flat / total if total else 0.0
+
+
+def _skips(conv: ir.Node) -> bool:
+    """Whether the windows may be patches of a picture: not along one axis alone, and not overlapping at every position."""
+    kernel = (static_shape(conv.inputs[1]) or ())[2:]
+    long, strides = sum(k != 1 for k in kernel), ints_attr(conv, "strides") or (1,)
+    return long == 0 or (long > 1 and max(strides) > 1)
 
 
 def _to_tokens(value: ir.Value) -> bool:

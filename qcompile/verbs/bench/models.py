@@ -14,7 +14,8 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from qcompile.calib.data.dataset import Dataset, fixed_batch
+from qcompile.calib.data.dataset import Dataset
+from qcompile.calib.data.runs import made_up_shapes
 from qcompile.errors import DataError, ModelError, UsageError
 from qcompile.execute.emulate.runnable import runnable
 from qcompile.execute.feeds import Feeds, cast_feeds, pad_batch
@@ -25,8 +26,6 @@ from qcompile.report import SCHEMA_VERSION, Meter
 from qcompile.verbs.options import Written
 
 DEFAULT_RUNS = 40
-DYNAMIC_LENGTH = 32
-BATCH_NAMES = frozenset({"n", "b", "batch", "batch_size", "bs"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,17 +103,11 @@ def _require_kernels(path: str | Path, model: Model) -> None:
 def made_up_inputs(inputs: Sequence[InputInfo], seed: int = 0) -> Feeds:
     """One sample for each input: standard normal reals, integers and booleans 0 or 1 (safe as indices and masks).
 
-    A dynamic first axis is 1, dynamic axes named like a batch too, others 32.
+    Dynamic axes as in `qcompile.calib.data.runs.made_up_shapes`.
     """
     rng = np.random.default_rng(seed)
-    shapes = {i.name: [_size(dim, axis) for axis, dim in enumerate(i.shape)] for i in inputs}
+    shapes = made_up_shapes(inputs)
     return {i.name: made_up(shapes[i.name], i.dtype, rng) for i in inputs}
-
-
-def _size(dim: int | str | None, axis: int) -> int:
-    if isinstance(dim, int):
-        return dim
-    return 1 if axis == 0 or str(dim).lower() in BATCH_NAMES else DYNAMIC_LENGTH
 
 
 def _feeds(model: Model, session: Session, data: Dataset | None, seed: int) -> Feeds:
@@ -123,7 +116,7 @@ def _feeds(model: Model, session: Session, data: Dataset | None, seed: int) -> F
     sample = next(data.batches(1), None)
     if sample is None:
         raise DataError("the data holds no sample to time; give more data")
-    fixed = fixed_batch(model.inputs())
+    fixed = data.run_size(model.inputs())
     return cast_feeds(session, pad_batch(sample, fixed) if fixed else sample)
 
 

@@ -15,7 +15,7 @@ import psutil
 
 from qcompile._version import __version__
 from qcompile.calib.data.checks import check_ranges, shapes
-from qcompile.calib.data.dataset import Dataset, fixed_batch
+from qcompile.calib.data.dataset import Dataset
 from qcompile.calib.observe import Observer, Probe
 from qcompile.calib.observe.chunks import chunk_samples
 from qcompile.calib.store.gather import Enough, Gatherer
@@ -204,10 +204,10 @@ def _is_activation(value: ir.Value) -> bool:
 def _fresh(job: Job, data: Dataset, warnings: Sequence[str]) -> Statistics:
     """A file that holds nothing yet."""
     versions = {"qcompile": __version__, "onnxruntime": RUNTIME_VERSION}
-    fixed = fixed_batch(job.model.inputs())
+    fixed = data.run_size(job.model.inputs())
     key = Key(
         job.model.digest(), data.fingerprint(), len(data), chunk_samples(fixed),
-        batch_size(job.model, len(data), job.options.batch), job.options.seed, versions,
+        batch_size(job.model, data, job.options.batch), job.options.seed, versions,
     )  # fmt: skip
     about = {
         "source": data.source, "random": data.random, "shapes": shapes(data), "warnings": list(warnings),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from qcompile.calib.data.dataset import Dataset, fixed_batch
+from qcompile.calib.data.dataset import Dataset
 from qcompile.calib.observe import Probe, Stat
 from qcompile.calib.sweep.memory import MemoryPlan
 from qcompile.pipeline.base import Needs
@@ -74,6 +74,6 @@ class _OnFew:
         if self.found.memory is None:
             whole = sweeper(self.job, self.data, SILENT)
             self.found.memory = whole.plan(needs.model, needs.probes)
-        few = self.data.take(max(SAMPLES, fixed_batch(self.job.model.inputs()) or 0))
+        few = self.data.take(max(SAMPLES, self.data.run_size(self.job.model.inputs()) or 0))
         self.found.samples = len(few)
         return sweeper(self.job, few, SILENT).collect(needs.model, needs.probes)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from numpy.typing import NDArray
 
 from qcompile.calib.data.checks import check_data, shapes
-from qcompile.calib.data.dataset import Dataset, fixed_batch
+from qcompile.calib.data.dataset import Dataset
 from qcompile.calib.observe import Probe, Stat
 from qcompile.calib.store.shards import DataSpec
 from qcompile.calib.store.stored import StoredStatistics
@@ -65,7 +65,7 @@ class Calibration:
 
 def _feeds(data: Dataset, model: Model) -> list[dict[str, NDArray[Any]]]:
     """Eight samples, as many a run as the model takes; fewer from 128 MB of weights on, so that it costs less than a sweep."""
-    fixed = fixed_batch(model.inputs())
+    fixed = data.run_size(model.inputs())
     count = min(VERIFY_SAMPLES, max(2, VERIFY_SAMPLES * _FEWER // max(1, model.weight_bytes())))
     feeds = [f for f in data.take(max(count, fixed or 1)).batches(fixed or count) if fixed in (None, batch_length(f))]
     if not feeds:
@@ -86,7 +86,8 @@ def open_data(job: Job) -> Dataset | None:
         DataError: it needs some and there is none, or it cannot be read.
     """
     if job.data_source is not None:
-        return data_spec(job, job.data_source).open(job.model.inputs())
+        data = data_spec(job, job.data_source).open(job.model)
+        return replace(data, alone=True) if job.options.batch == 1 else data
     if job.options.exact or not _wants_data(job):
         return None
     raise DataError(

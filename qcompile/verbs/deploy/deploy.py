@@ -30,7 +30,8 @@ from qcompile.backend.triton import (
     interface_of,
     model_config,
 )
-from qcompile.calib.data import find_beside, fixed_batch, load_data
+from qcompile.calib.data import find_beside, load_data
+from qcompile.calib.sweep.alone import suited
 from qcompile.errors import BackendError, GateError, ModelError, UsageError
 from qcompile.execute.feeds import Feeds
 from qcompile.ir.model import Model
@@ -232,11 +233,12 @@ def _requests(source: Source, interface: Interface, serving: Serving, options: D
     spec = options.data or beside
     if spec is None:
         return _Requests((), (), None)
-    inputs = Model.load(source.onnx).inputs()
-    data = load_data(spec, inputs, options.preprocess, options.samples)
+    model = Model.load(source.onnx)
+    inputs = model.inputs()
+    data = suited(load_data(spec, inputs, options.preprocess, options.samples), model)
     if not options.samples:
         data = data.take(DEFAULT_SAMPLES)
-    fixed = None if serving.max_batch else fixed_batch(inputs)
+    fixed = None if serving.max_batch else data.run_size(inputs)
     feeds = tuple(requests_of(data, serving.max_batch, fixed))
     return _Requests(feeds, _warmup(feeds[0], model_config(interface, serving), options.version), data.source)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from qcompile.calib.data.dataset import Dataset, fixed_batch
+from qcompile.calib.data.dataset import Dataset
 from qcompile.errors import ModelError
 from qcompile.execute.feeds import run_padded
 from qcompile.execute.metrics import ChannelTally, Distance
@@ -105,7 +105,7 @@ def _run(
     threads: int | None,
     progress: Meter | None,
 ) -> None:
-    fixed = fixed_batch(reference.inputs()) or fixed_batch(candidate.inputs())
+    fixed = data.run_size(reference.inputs()) or data.run_size(candidate.inputs())
     sessions = [_exposed(m, layers, threads) for m in (reference, candidate)]
     names = _float_outputs(sessions, layers)
     done = 0

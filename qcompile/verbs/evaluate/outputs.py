@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qcompile.calib.data.dataset import Dataset, fixed_batch
+from qcompile.calib.data.dataset import Dataset
 from qcompile.errors import DataError, ModelError
 from qcompile.execute.emulate.runnable import runnable
 from qcompile.execute.feeds import run_padded
@@ -117,13 +117,13 @@ def evaluate(
         raise DataError("there are no samples to evaluate on; give more data")
     models = Model.load(reference), Model.load(candidate)
     sessions, simulated = _sessions(models, Path(reference), Path(candidate), threads)
-    tallies = _run(sessions, _Tallies(outputs=tallies_of(models[0])), data, _fixed(*models), progress)
+    tallies = _run(sessions, _Tallies(outputs=tallies_of(models[0])), data, _fixed(data, *models), progress)
     layers = layer_errors(*models, data, threads=threads, progress=progress) if per_layer else None
     return _summary((Path(reference), Path(candidate)), tallies, simulated, len(data), layers)
 
 
-def _fixed(reference: Model, candidate: Model) -> int | None:
-    return fixed_batch(reference.inputs()) or fixed_batch(candidate.inputs())
+def _fixed(data: Dataset, reference: Model, candidate: Model) -> int | None:
+    return data.run_size(reference.inputs()) or data.run_size(candidate.inputs())
 
 
 def _sessions(

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from qcompile.calib.data import load_data
 from qcompile.calib.data.checks import check_data
+from qcompile.calib.sweep.alone import suited
 from qcompile.errors import UsageError
 from qcompile.ir.model import Model
 from qcompile.report import SCHEMA_VERSION, Progress, warned
@@ -61,7 +62,7 @@ def run(reference: Path, candidate: Path | None, options: EvalOptions, progress:
         raise UsageError("eval compares two models; give REFERENCE and CANDIDATE (or --oracle and one integer-only model)")
     model = Model.load(reference)
     inputs = model.inputs()
-    data = load_data(options.data, inputs, options.preprocess, options.samples)
+    data = suited(load_data(options.data, inputs, options.preprocess, options.samples), model)
     notes = warned([*randomness(model), *check_data(data, inputs, options.preprocess)], progress.note)
     told: dict[str, Any] = {"threads": options.threads, "progress": progress.on_sweep}
     comparison = None if candidate is None else evaluate(reference, candidate, data, per_layer=options.per_layer, **told)

@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tasks(folder: Path, ranges: list[tuple[int, int]]) -> list[ShardTask]:
     model, spec = Model.load(folder / "m.onnx"), DataSpec(str(folder / "d.npz"))
-    key = Key(model.digest(), spec.open(model.inputs()).fingerprint(), SAMPLES, CHUNK, 8, 0)
+    key = Key(model.digest(), spec.open(model).fingerprint(), SAMPLES, CHUNK, 8, 0)
     probes = json.dumps([probe_to_json(p) for p in PROBES])
     path, text = str(folder / "m.onnx"), json.dumps(dataclasses.asdict(key))
     return [ShardTask(path, key.model, "g", spec, text, probes, *r, 1) for r in ranges]
@@ -47,7 +47,7 @@ def tasks(folder: Path, ranges: list[tuple[int, int]]) -> list[ShardTask]:
 def whole(folder: Path) -> bytes:
     """One undisturbed sweep in this process."""
     model = Model.load(folder / "m.onnx")
-    stats = sweep(model, DataSpec(str(folder / "d.npz")).open(model.inputs()), PROBES, batch=8, threads=1)
+    stats = sweep(model, DataSpec(str(folder / "d.npz")).open(model), PROBES, batch=8, threads=1)
     task = tasks(folder, [(0, 1)])[0]
     return to_bytes(Statistics(Key(**json.loads(task.key)), (Gathered("g", ((0, SAMPLES),), stats),)))
 

@@ -221,3 +221,16 @@ def test_refusals_leave_the_model_alone(mode: str, model: Model, words: str) -> 
     after, (report,) = run_passes(before, registry.parse(f"bias-correct{{mode={mode}}}"), arrays(), ctx)
     assert after.digest() == before.digest() and not report.modified
     assert {r.kind for r in report.remarks} == {"missed"} and all(words in r.reason and r.node for r in report.remarks)
+
+
+def test_a_number_behind_a_product_is_no_bias() -> None:
+    rng = np.random.default_rng(0)
+    nodes = [node("MatMul", ["x", "w"], ["a"], name="mel"), node("Add", ["a", "tiny"], ["y"], name="floor")]
+    model = built(nodes, ["N", 5, 8], {"w": rng.standard_normal((8, 8)).astype(np.float32), "tiny": np.float32(1e-6)})
+    _, reports = run_passes(
+        model,
+        registry.parse("canonicalize,annotate,rtn,bias-correct"),
+        {"x": rng.standard_normal((9, 5, 8)).astype(np.float32)},
+        context(),
+    )
+    assert [r.reason for r in reports[-1].remarks] == ["the layer has no constant bias to correct"]

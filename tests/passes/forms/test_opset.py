@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from onnx import helper
+import pytest
+from onnx import TensorProto, helper
 
+from qcompile.errors import ModelError
 from qcompile.pipeline import registry
 from tests.passes.measures import outputs
 from tests.passes.models import built
@@ -21,3 +23,12 @@ def test_constants_keep_their_order() -> None:
     after, _ = run_passes(model, registry.parse("opset{version=21}"), feeds, context("trt"))
     assert after.opset == 21 and list(after.graph.initializers) == list(weights)
     assert np.array_equal(outputs(model, feeds)[0], outputs(after, feeds)[0])
+
+
+def test_scan_of_opset_8_is_refused() -> None:
+    value = lambda name: helper.make_tensor_value_info(name, TensorProto.FLOAT, [2])  # noqa: E731
+    body = helper.make_graph([helper.make_node("Identity", ["n"], ["m"])], "body", [value("n")], [value("m")])
+    scan = helper.make_node("Scan", ["", "x"], ["y"], num_scan_inputs=1, body=body)
+    model = built([scan], [1, 3, 2], {"unused": np.zeros(1, np.float32)}, opset=8, outs=("y",))
+    with pytest.raises(ModelError, match=r"Scan of opset 8 .*; export at opset 9 or later"):
+        registry.parse("opset{version=19}")[0].apply(model, context("trt"))

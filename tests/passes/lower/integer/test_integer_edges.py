@@ -203,3 +203,21 @@ def test_an_integer_operator_that_no_rule_allows_is_refused() -> None:
     model = built(nodes, ("n", 6), constants, elem_type=TensorProto.INT64)
     with pytest.raises(ModelError, match="CumSum 'running': CumSum on integers is not an operator of this target"):
         lowered(model, {"x": integers(16, 6)})
+
+
+def test_a_vector_that_multiplies_is_refused_by_name() -> None:
+    nodes = [node("MatMul", ["x", "w"], ["a"], name="fc"), node("MatMul", ["a", "v"], ["y"], name="score")]
+    model = built(nodes, ("n", 3, 6), weights(w=(6, 5)) | {"v": normal(5)})
+    with pytest.raises(ModelError, match="MatMul 'score': its constant operand is not a 2-D weight"):
+        lowered(model, {"x": normal(16, 3, 6)})
+
+
+def test_a_branch_that_reads_a_product_is_refused_by_name() -> None:
+    value = lambda name: helper.make_tensor_value_info(name, TensorProto.FLOAT, None)  # noqa: E731
+    bodies = [helper.make_graph([node("Relu", ["a"], [k], name=k)], k, [], [value(k)]) for k in ("then", "else")]
+    branches: dict[str, Any] = dict(zip(("then_branch", "else_branch"), bodies, strict=True))
+    nodes = [node("MatMul", ["x", "w"], ["a"], name="fc"), node("If", ["yes"], ["y"], name="choice", **branches)]
+    nodes.insert(0, node("ReduceMax", ["x"], ["top"], name="top", keepdims=0))
+    nodes.insert(1, node("Cast", ["top"], ["yes"], name="yes", to=TensorProto.BOOL))
+    with pytest.raises(ModelError, match="If 'choice': it holds a subgraph"):
+        lowered(built(nodes, ("n", 3, 6), weights(w=(6, 5))), {"x": normal(16, 3, 6)})

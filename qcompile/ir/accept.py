@@ -1,0 +1,126 @@
+"""What a file may hold beyond what onnx_ir reads: spelled out where it can be, else said with its own cause."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from onnx import GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, TypeProto, numpy_helper
+
+from qcompile.errors import ModelError
+
+
+def spell_out(proto: ModelProto, path: Path) -> None:
+    """Sparse initializers become dense ones; equal copies of an initializer become one.
+
+    Raises:
+        ModelError: a name means two things, or a value is a map.
+    """
+    for graph in _graphs(proto.graph):
+        _require_no_maps(graph, path)
+        graph.initializer.extend(_dense(sparse) for sparse in graph.sparse_initializer)
+        del graph.sparse_initializer[:]
+        _join_copies(graph, path)
+        _require_one_maker(graph, path)
+
+
+def in_order(graph: ir.Graph, path: Path) -> None:
+    """Nodes behind what they read, as ONNX Runtime sorts them too.
+
+    Raises:
+        ModelError: the graph has a cycle.
+    """
+    seen = set[ir.Node]()
+    for node in graph:
+        if any(v is not None and (p := v.producer()) is not None and p.graph is graph and p not in seen for v in _reads(node)):
+            break
+        seen.add(node)
+    else:
+        return
+    try:
+        graph.sort()
+    except ValueError as e:
+        raise ModelError(f"{path}: its nodes read each other in a circle; export the model again") from e
+
+
+def _reads(node: ir.Node) -> Iterator[ir.Value | None]:
+    """Inputs, and what the bodies of a node take from outside."""
+    yield from node.inputs
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield from (v for inner in attribute.as_graph().all_nodes() for v in inner.inputs)
+
+
+def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for body in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                yield from _graphs(body)
+
+
+def _dense(sparse: SparseTensorProto) -> TensorProto:
+    values, where = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)
+    dense = np.zeros(tuple(sparse.dims), values.dtype)
+    if where.ndim == 1:
+        dense.reshape(-1)[where] = values
+    else:
+        dense[tuple(where.T)] = values
+    return numpy_helper.from_array(dense, sparse.values.name)
+
+
+def _join_copies(graph: GraphProto, path: Path) -> None:
+    names = [t.name for t in graph.initializer]
+    if len(set(names)) == len(names):
+        return
+    kept: dict[str, TensorProto] = {}
+    for tensor in graph.initializer:
+        other = kept.setdefault(tensor.name, tensor)
+        if other is not tensor and not _same(other, tensor):
+            raise ModelError(f"{path}: two initializers are named {tensor.name!r}; export the model again")
+    copies = list(kept.values())
+    del graph.initializer[:]
+    graph.initializer.extend(copies)
+
+
+def _same(a: TensorProto, b: TensorProto) -> bool:
+    """Of large weights the data is not here, so that it cannot be compared."""
+    stored = a.raw_data or a.float_data or a.int64_data or a.int32_data or a.data_location == TensorProto.EXTERNAL
+    return bool(stored) and a.SerializeToString(deterministic=True) == b.SerializeToString(deterministic=True)
+
+
+def _require_one_maker(graph: GraphProto, path: Path) -> None:
+    makers: dict[str, str] = {}
+    given = {v.name for v in graph.input} | {t.name for t in graph.initializer}
+    for index, node in enumerate(graph.node):
+        for name in filter(None, node.output):
+            if name in given:
+                what = f"{_called(node, index)} makes {name!r}, which is an input or a weight"
+                raise ModelError(f"{path}: {what}; rename one of them")
+            if name in makers:
+                both = f"{makers[name]} and {_called(node, index)}"
+                raise ModelError(f"{path}: the tensor {name!r} is made by two nodes ({both}); rename one")
+            makers[name] = _called(node, index)
+
+
+def _called(node: NodeProto, index: int) -> str:
+    return node.name or f"{node.op_type} number {index}"
+
+
+def _require_no_maps(graph: GraphProto, path: Path) -> None:
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        if not _has_map(value.type):
+            continue
+        maker = next((_called(n, i) for i, n in enumerate(graph.node) if value.name in n.output), None)
+        cut = "export the model without it" if maker is None else f"cut the model before {maker} and keep its input as the output"
+        raise ModelError(f"{path}: {value.name!r} is a map or a sequence of maps, which qcompile does not handle; {cut}")
+
+
+def _has_map(kind: TypeProto) -> bool:
+    if kind.HasField("sequence_type"):
+        return _has_map(kind.sequence_type.elem_type)
+    if kind.HasField("optional_type"):
+        return _has_map(kind.optional_type.elem_type)
+    return kind.HasField("map_type")

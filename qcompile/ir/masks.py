@@ -1,0 +1,39 @@
+"""Attention masks: values that only ever reach a Softmax, where -inf means: nothing of this."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from qcompile.ir.ops import is_data_movement, is_op
+from qcompile.ir.optable import ops_with
+
+_CARRIES = ops_with("picks") | {"Add", "Mul", "Cast", "Identity", "Trilu", "ScatterND"}
+_SINKS = ("Softmax", "LogSoftmax", "ReduceMax", "MaxPool", "GlobalMaxPool", "ArgMax")
+_MASK_SLOT = 3  # of the standard Attention
+
+
+def is_mask(value: ir.Value) -> bool:
+    """Whether a float input is a mask: infinities in it are meant."""
+    return value.dtype is not None and value.dtype.is_floating_point() and bool(value.uses()) and mask_region(value) is not None
+
+
+def mask_region(start: ir.Value) -> list[ir.Value] | None:
+    """The computed tensors between a constant and the Softmaxes that read it; None if it also goes elsewhere."""
+    seen: dict[ir.Value, None] = {}
+    todo = [start]
+    while todo:
+        value = todo.pop()
+        if value.is_graph_output():
+            return None
+        for node, slot in value.uses():
+            if is_op(node, *_SINKS) or (is_op(node, "Attention") and slot == _MASK_SLOT):
+                continue
+            if not _carries(node, slot):
+                return None
+            todo += [v for v in node.outputs if v not in seen]
+            seen.update(dict.fromkeys(node.outputs))
+    return list(seen)
+
+
+def _carries(node: ir.Node, slot: int) -> bool:
+    return is_op(node, *_CARRIES) or is_data_movement(node) or (is_op(node, "Sub") and slot == 0)
