@@ -9,7 +9,22 @@ from qcompile.ir.optable import ops_with
 
 _CARRIES = ops_with("picks") | {"Add", "Mul", "Cast", "Identity", "Trilu", "ScatterND"}
 _SINKS = ("Softmax", "LogSoftmax", "ReduceMax", "MaxPool", "GlobalMaxPool", "ArgMax")
+_MASKED = "qcompile.masked"
 _MASK_SLOT = 3  # of the standard Attention
+
+
+def masked_tensors(graph: ir.Graph) -> frozenset[str]:
+    """The masks among the inputs, and what is computed of them alone; a part of a graph knows what `keep_masked` told it."""
+    known = graph.meta.get(_MASKED)
+    if known is not None:
+        return known
+    inputs = [v for v in graph.inputs if v.name not in graph.initializers and is_mask(v)]
+    return frozenset(str(v.name) for each in inputs for v in (each, *(mask_region(each) or ())))
+
+
+def keep_masked(part: ir.Graph, masked: frozenset[str]) -> None:
+    """`part` of a graph with these masks: an activation that it takes from an earlier part is none."""
+    part.meta[_MASKED] = masked
 
 
 def is_mask(value: ir.Value) -> bool:

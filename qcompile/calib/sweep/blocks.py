@@ -27,6 +27,7 @@ from qcompile.calib.sweep.sweep import batch_size, sweep
 from qcompile.errors import DataError
 from qcompile.execute.session import SAMPLES
 from qcompile.ir.cut import BLOCK_NODES, Block, computed_bytes, cut, part, typed
+from qcompile.ir.masks import keep_masked, masked_tensors
 from qcompile.ir.model import Model
 from qcompile.ir.spill import is_large, mark_large, scratch_folder
 from qcompile.report import Meter
@@ -146,6 +147,7 @@ def _parts(source: Model, probes: Sequence[Probe], limit: int) -> list[_Part]:
 
 def _part(source: Model, block: Block, probes: list[Probe]) -> _Part:
     made = part(source, block)
+    keep_masked(made.graph, masked_tensors(source.graph))
     if is_large(source.graph):
         mark_large(made.graph)
     return _Part(block, made, probes)

@@ -18,7 +18,7 @@ from qcompile.calib.sweep import graphs
 from qcompile.calib.sweep.finite import blind_tensors
 from qcompile.errors import ModelError
 from qcompile.ir.infer import infer_shapes
-from qcompile.ir.masks import is_mask, mask_region
+from qcompile.ir.masks import masked_tensors
 from qcompile.ir.model import Model
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
@@ -49,7 +49,7 @@ class Instrumented:
     raw: dict[str, str] = field(default_factory=dict[str, str])
     reduced: dict[Probe, Reduced] = field(default_factory=dict[Probe, Reduced])
     searched: set[str] = field(default_factory=set[str])
-    masked: set[str] = field(default_factory=set[str])
+    masked: frozenset[str] = frozenset()
 
     def output(self, value: ir.Value) -> str:
         """Let the value leave the session."""
@@ -82,7 +82,7 @@ def instrument(model: Model, probes: Sequence[Probe]) -> Instrumented:
         values = graphs.named_values(copy)
     made = Instrumented(copy)
     copy.graph.outputs.clear()
-    made.masked = _masked(copy)
+    made.masked = masked_tensors(copy.graph)
     wanted = {p: None if p.tensor in made.masked else _reduction(values[p.tensor], p.observer) for p in probes}
     whole = [p for p, reduction in wanted.items() if reduction is None]
     raw = dict.fromkeys(t for p in whole for t in tensors_of(p))
@@ -94,11 +94,6 @@ def instrument(model: Model, probes: Sequence[Probe]) -> Instrumented:
     made.raw.update({tensor: graphs.expose(copy, values[tensor]) for tensor in raw})
     RemoveUnusedNodesPass()(copy.ir)
     return made
-
-
-def _masked(model: Model) -> set[str]:
-    inputs = [v for v in model.graph.inputs if v.name not in model.graph.initializers and is_mask(v)]
-    return {str(v.name) for each in inputs for v in (each, *(mask_region(each) or ()))}
 
 
 def raw_tensor(model: Model, tensor: str) -> Model:

@@ -19,6 +19,7 @@ from qcompile.structure.core import only_user
 UNKNOWN_DEPTH = 4096
 CANCEL = 16.0  # a term this much larger than the output is off by more than 2^-8 of its range when rounded to float16
 _BOUNDED = ops_with("bounded") | {"QuantizeLinear", "DequantizeLinear"}
+_SINGULAR = ("Log", "Div", "Reciprocal", "Pow")  # infinite at zero
 REDUCTIONS = ("ReduceSum", "ReduceMean", "GlobalAveragePool", "AveragePool", "CumSum")
 ReducedBy = tuple[ir.Node, ir.Value, int]
 
@@ -40,9 +41,9 @@ class Measures:
         """Everything that the rules will read."""
         values = [*self.watched(), *self.integers(), *self.angles(), *(v for _, v, _ in self.deep())]
         values += [v for n, *_ in self.cuts() if (v := n.inputs[0]) is not None]
-        data = _from_data(self.graph)
-        yield from dict.fromkeys(probe(v) for v in values if v in data)
-        yield from dict.fromkeys(signed(v) for v in [*self.masks.scaled, *(v for _, v in self.divisors())] if v in data)
+        meant = _meant_infinite(self.graph)
+        yield from dict.fromkeys(probe(v) for v in values if v not in meant)
+        yield from dict.fromkeys(signed(v) for v in [*self.masks.scaled, *(v for _, v in self.divisors())] if v not in meant)
 
     def peak(self, value: ir.Value | None) -> float:
         """The largest magnitude: what was measured, else what the weights allow."""
@@ -137,13 +138,16 @@ class Measures:
         return float(stat.hi) if stat is not None else 0.0
 
 
-def _from_data(graph: ir.Graph) -> set[ir.Value]:
-    """What depends on the values of an input.  What follows from shapes alone (the buckets of T5's positions, where Log(0) is
-    meant) is not measured: it stays in float32 as far as its bounds tell."""
-    found = {v for v in graph.inputs if v.name not in graph.initializers}
+def _meant_infinite(graph: ir.Graph) -> set[ir.Value]:
+    """What follows from shapes alone and may be infinite on purpose (the buckets of T5's positions, behind Log(0)): it is not
+    measured and stays in float32 as far as its bounds tell."""
+    data = {v for v in graph.inputs if v.name not in graph.initializers}
+    found: set[ir.Value] = set()
     for node in graph:
-        reads = not node.inputs or any(v in found for v in node.inputs) or any(True for _ in _bodies(node))
+        reads = not node.inputs or any(v in data for v in node.inputs) or any(True for _ in _bodies(node))
         if reads and not is_op(node, "Shape", "Size"):
+            data.update(node.outputs)
+        elif is_op(node, *_SINGULAR) or any(v in found for v in node.inputs):
             found.update(node.outputs)
     return found
 

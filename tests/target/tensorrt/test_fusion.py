@@ -52,7 +52,12 @@ def name(value: object) -> str:
     """The test's: what differs from the plain form."""
     if not isinstance(value, AttentionForm):
         return str(value)
-    return f"{value.kind} " + " ".join(f"{k}={v}" for k, v in vars(value).items() if v != vars(INT8)[k] and k != "kind")
+    told = {k: v for k, v in vars(value).items() if v != vars(INT8)[k] and k != "kind"}
+    return " ".join([value.kind, *(f"{k}={_text(v)}" for k, v in told.items())])
+
+
+def _text(value: object) -> str:
+    return "".join(sorted(map(str, value))) if isinstance(value, frozenset) else str(value)
 
 
 def audited(model: onnx.ModelProto, folder: Path, profile: str = "") -> AuditResult:
