@@ -14,16 +14,22 @@ _TYPED_BY = frozenset({"to", "dtype", "output_dtype", "value"})
 """Attributes that say which type an output has that no input has; `stash_type` means float32 and stays."""
 _REGION = 1  # of Resize: its coordinates lose pixels in 16 bits
 _PLUGINS = "trt"
+_BFLOAT16_OPSET = 22
 
 
 def takes(node: ir.Node, slot: int, fmt: Narrow, opsets: Mapping[str, int]) -> bool:
     """Whether input `slot` (>= 0) or output `~slot` of `node`, a float32 tensor, may be one of `fmt`."""
     if node.domain == _PLUGINS:
         return True
-    known = signature(node, opsets)
+    known = signature(node, _opsets(fmt, opsets))
     if known is None or not known.takes(slot, fmt.dtype) or (is_op(node, "Resize") and slot == _REGION):
         return False
     return slot >= 0 or _follows(known, slot)
+
+
+def _opsets(fmt: Narrow, opsets: Mapping[str, int]) -> Mapping[str, int]:
+    """Those whose schemas are asked.  ONNX lets convolutions and pools take bfloat16 from opset 22 on; TensorRT always did."""
+    return {**opsets, "": max(opsets.get("", 1), _BFLOAT16_OPSET)} if fmt.dtype == ir.DataType.BFLOAT16 else opsets
 
 
 def _follows(known: Signature, slot: int) -> bool:
