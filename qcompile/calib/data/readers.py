@@ -36,6 +36,17 @@ class Reader(Protocol):
         ...
 
 
+def digest_of(arrays: Arrays, index: Sequence[int], head: bytes = b"") -> bytes:
+    """SHA-256 of `head`, and of names, types, shapes and the rows at `index` of `arrays`."""
+    h = hashlib.sha256(head)
+    for name, array in sorted(arrays.items()):
+        h.update(f"{name}:{array.dtype}:{array.shape[1:]}".encode())
+        for i in index:
+            h.update(np.ascontiguousarray(array[i]).tobytes())
+        forget(array)
+    return h.digest()
+
+
 @dataclass(frozen=True, eq=False)
 class ArrayReader:
     """Arrays in memory or mapped, first axis = samples; `pictures` names those that are preprocessed as they are read."""
@@ -57,13 +68,7 @@ class ArrayReader:
         return None
 
     def digest(self, index: Sequence[int]) -> bytes:
-        h = hashlib.sha256(repr(sorted(self.pictures.items())).encode())
-        for name, array in sorted(self.arrays.items()):
-            h.update(f"{name}:{array.dtype}:{array.shape[1:]}".encode())
-            for i in index:
-                h.update(np.ascontiguousarray(array[i]).tobytes())
-            forget(array)
-        return h.digest()
+        return digest_of(self.arrays, index, repr(sorted(self.pictures.items())).encode())
 
     def _one(self, name: str, part: NDArray[Any]) -> NDArray[Any]:
         if name in self.pictures:

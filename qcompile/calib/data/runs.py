@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qcompile.calib.data.mapped import forget
-from qcompile.calib.data.readers import Arrays
+from qcompile.calib.data.readers import Arrays, digest_of
 from qcompile.errors import DataError
 from qcompile.ir.model import InputInfo
 
@@ -40,13 +39,7 @@ class RunReader:
         return None
 
     def digest(self, index: Sequence[int]) -> bytes:
-        h = hashlib.sha256()
-        for name, array in sorted(self.arrays.items()):
-            h.update(f"{name}:{array.dtype}:{array.shape[1:]}".encode())
-            for i in index:
-                h.update(np.ascontiguousarray(array[i]).tobytes())
-            forget(array)
-        return h.digest()
+        return digest_of(self.arrays, index)
 
 
 def ranked(inputs: Sequence[InputInfo], arrays: Arrays) -> list[InputInfo]:
