@@ -30,8 +30,6 @@ _SHAPE_ROUNDS = 8
 _SPLIT_COUNTS = 18
 _FREE_INITIALIZERS = 4  # the IR version from which on initializers need not be inputs
 _QUANTIZED = ops_with("integer-product") | {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}
-
-
 _WIDENED = {ir.DataType.FLOAT16: 2.0**-5, ir.DataType.BFLOAT16: 2.0**-2, ir.DataType.DOUBLE: 2.0**-11}
 """How far the outputs may move when a type is computed in float32: 64 times its rounding error (of float32 for float64, where
 8192 times 2^-24 are the noise of real models)."""
@@ -57,13 +55,12 @@ class Canonicalize(Pass):
         """Raises ModelError: the model is already quantized."""
         _refuse_quantized(model)
         before, count = _signature(model.graph), len(model.graph)
-        tolerance = _widened(model, ctx) if self.widen else EQUIVALENT_TOLERANCE
         InlinePass()(model.ir)
         RemoveInitializersFromInputsPass()(model.ir)
         model.ir.ir_version = max(model.ir.ir_version, _FREE_INITIALIZERS)
         declared = [v.shape for v in model.graph.outputs]
         forget_declared(model)
-        infer_shapes(model)
+        tolerance = self._typed(model, ctx)
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model.ir)
         fold_constants(model.ir, input_size_limit=_SIZE_LIMIT, output_size_limit=_SIZE_LIMIT, should_fold=_foldable)
         _spell_splits(model)
@@ -84,9 +81,16 @@ class Canonicalize(Pass):
             ctx.remarks.note("", "already canonical")
         return PassResult(modified, tolerance=tolerance)
 
+    def _typed(self, model: Model, ctx: PassContext) -> float:
+        """Infer types and shapes, computing other floating-point types in float32; how far that may move the outputs."""
+        if self.widen:
+            return _widened(model, ctx)
+        infer_shapes(model)
+        return EQUIVALENT_TOLERANCE
+
 
 def _widened(model: Model, ctx: PassContext) -> float:
-    """Compute other floating-point types in float32; how far that may move the outputs."""
+    """`Canonicalize._typed` where other types are widened."""
     kinds = sorted(widen(model), key=lambda dtype: dtype.name)
     if not kinds:
         return EQUIVALENT_TOLERANCE
