@@ -7,12 +7,13 @@ builder writes to the process's standard output and may abort the process: both 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.util
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
 from qcompile.errors import BackendError, BuildError, UsageError
@@ -114,3 +115,15 @@ def collecting_logger(trt: Any, keep: str | None = None) -> Any:
                 self.layers += msg
 
     return Collector()
+
+
+def load_plugins(trt: Any, plugins: Sequence[str]) -> None:
+    """Take in plugin libraries: those that export their creators through the registry, others by what they do when loaded.
+
+    Raises:
+        OSError: a library cannot be loaded.
+    """
+    for path in plugins:
+        library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+        if hasattr(library, "getPluginCreators") or hasattr(library, "getCreators"):
+            trt.get_plugin_registry().load_library(path)
