@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompile.backend import openvino, parser
@@ -102,12 +103,11 @@ class FileTrial:
 
     def computes_exactly(self) -> None:
         """See `Trial`."""
+        answers = self._beside("a default ONNX Runtime session does not run", lambda _, file: self._deployed(file))
         graph = integer_graph(read_proto(self.file), str(self.file.parent))
-        session = make_session(self.file, threads=self.threads, use=["CPUExecutionProvider"])
-        names = [o.name for o in session.get_outputs()]
-        for feed in self._fed()[:_EXACT_SAMPLES]:
-            ours, theirs = decode(graph, run_integer(graph, encode(graph, feed))), run(session, feed)
-            wrong = next((n for n, found in zip(names, theirs, strict=True) if not np.array_equal(ours[n], found)), None)
+        for feed, theirs in list(zip(self._fed(), answers or (), strict=False))[:_EXACT_SAMPLES]:
+            ours = decode(graph, run_integer(graph, encode(graph, feed)))
+            wrong = next((v.name for v, a in zip(self.written.graph.outputs, theirs, strict=True) if not _same(ours, v, a)), None)
             if wrong is not None:
                 raise GateError(f"ONNX Runtime's output {wrong!r} is not what integer arithmetic gives; please report it")
 
@@ -191,6 +191,10 @@ class FileTrial:
     def _apart(self) -> str:
         assert self.measured is not None and self.expected is not None
         return f"{self.measured.sqnr_db:.1f} dB as it runs here, {self.expected.sqnr_db:.1f} dB in exact arithmetic"
+
+
+def _same(ours: Feed, output: ir.Value, theirs: NDArray[Any]) -> bool:
+    return np.array_equal(ours[str(output.name)], theirs, equal_nan=theirs.dtype.kind == "f")
 
 
 def _reason(error: QcompileError) -> str:
