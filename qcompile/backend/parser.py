@@ -1,17 +1,16 @@
 """Whether TensorRT's parser reads a model: a fraction of a second, where a build takes minutes (see `process` for the worker).
 
-Request: `module` (tensorrt or tensorrt_rtx), `onnx`, `plugins` (libraries).  Reply: `ok`, `version`, `errors`.
+Request: `module` (tensorrt or tensorrt_rtx), `onnx`.  Reply: `ok`, `version`, `errors`.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qcompile.backend.process import MODULES, ask_worker, collecting_logger, load_plugins, serve
+from qcompile.backend.process import MODULES, ask_worker, collecting_logger, serve
 from qcompile.backend.tensorrt import quoted
 
 
@@ -20,15 +19,14 @@ def can_parse(target: str) -> bool:
     return target in MODULES and importlib.util.find_spec(MODULES[target]) is not None
 
 
-def parse(onnx_path: Path, target: str, plugins: Sequence[Path] = ()) -> str:
+def parse(onnx_path: Path, target: str) -> str:
     """Why the parser of `target` refuses the model at `onnx_path`; an empty string if it reads it.
 
     Raises:
         BackendError: the library does not load, or was killed.
         BuildError: it crashed.
     """
-    request = {"module": MODULES[target], "onnx": str(onnx_path), "plugins": [str(p) for p in plugins]}
-    reply = ask_worker(__name__, request, target)
+    reply = ask_worker(__name__, {"module": MODULES[target], "onnx": str(onnx_path)}, target)
     if not reply["version"]:
         return f"{MODULES[target]} does not load ({quoted(reply['errors'])})"
     return "" if reply["ok"] else f"{MODULES[target]} {reply['version']}: {quoted(reply['errors'])}"
@@ -39,7 +37,6 @@ def parse_here(request: dict[str, Any], reply: dict[str, Any]) -> None:
     trt = importlib.import_module(request["module"])
     logger = collecting_logger(trt)
     reply["errors"] = logger.errors
-    load_plugins(trt, request["plugins"])
     reply["version"] = trt.__version__
     typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network = trt.Builder(logger).create_network(typed)

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompile.backend import openvino, parser
+from qcompile.backend.process import plugins
 from qcompile.errors import BuildError, GateError, QcompileError
 from qcompile.execute.compare import Answers, OrtComparator
 from qcompile.execute.figures import tallies
@@ -73,7 +74,8 @@ class FileTrial:
             raise GateError(
                 f"the model breaks a rule of {self.target.name}: {own[0]}; see all with --passes '' and qcompile check"
             )
-        self.warnings += [f"{text} (the float model has it, too)" for _, text in found[:1]]
+        if not plugins():
+            self.warnings += [f"{text} (the float model has it, too)" for _, text in found[:1]]
 
     def runs(self) -> None:
         """See `Trial`."""
