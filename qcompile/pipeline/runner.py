@@ -64,6 +64,7 @@ class Runner:
 
     Without a comparator nothing is compared.  `known` are statistics of the model that is run; passes carry them on or drop
     them.  `on_failure` may keep what is needed to run a failed pass again, and answers with words for the message.
+    `reference`: afterwards, the float model's outputs if anything was compared with them.
     """
 
     comparator: Comparator | None = None
@@ -71,6 +72,7 @@ class Runner:
     strict: bool = False
     on_failure: Callable[[Failure], str] = lambda failure: ""
     known: dict[Probe[Any], Stat] = field(default_factory=dict[Probe[Any], Stat])
+    reference: Any = field(default=None, init=False)
 
     def steps(self, model: Model, passes: Sequence[Pass], ctx: PassContext, *, user: Sequence[bool] | None = None) -> Steps:
         """Apply `passes` in order to a copy of `model`; returns the result and one report a pass.
@@ -102,6 +104,7 @@ class Runner:
                     collect()
                 yield Ran(reports[-1], current)
         verifier.finish(passes, current, reports)
+        self.reference = verifier.reference
         forget_found(current.graph)
         return current, reports
 

@@ -82,7 +82,7 @@ class Verifier:
             return
         self._settle(end, reports)
         if self.mode == "end":
-            distance = self.comparator.compare(self.comparator.outputs(self.source), self.comparator.outputs(end))
+            distance = self.comparator.compare(self._reference(), self.comparator.outputs(end))
             if all(p.kind in (Kind.EQUIVALENT, Kind.ANNOTATE) for p in passes):
                 self._hold("the whole pipeline", passes[-1], distance, self.source, reports[-1], self.widest)
             reports[-1] = _measured(reports[-1], "compared at the end", distance)

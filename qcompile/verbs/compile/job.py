@@ -18,6 +18,7 @@ from qcompile.target.target import Target
 from qcompile.verbs.build import gpu_list, require_engine
 from qcompile.verbs.compile.options import Options, StatisticsOptions
 from qcompile.verbs.guards import require_batch, require_numbers, require_place, require_selectors
+from qcompile.verbs.libraries import load_libraries
 from qcompile.verbs.options import checked, part
 
 
@@ -55,6 +56,7 @@ def prepare(path: str | Path, options: StatisticsOptions) -> Job:
         ModelError, UsageError: the model or an option cannot be used.
     """
     source, options = Path(path), checked(options)
+    load_libraries(options)
     model = Model.load(source)
     asked = options if isinstance(options, Options) else Options(**vars(part(options, StatisticsOptions)))
     if asked.min_sqnr is not None and asked.verify == "off":
