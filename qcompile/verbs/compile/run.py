@@ -38,7 +38,10 @@ REPRODUCED = (
 
 @dataclass(frozen=True)
 class Result:
-    """What a compilation made and what happened on the way."""
+    """What a compilation made and what happened on the way.
+
+    Figures are of `measured_on` samples; `held_back`: of such that nothing was fitted to.
+    """
 
     output: Path
     pipeline: str
@@ -48,6 +51,8 @@ class Result:
     sweeps: int
     samples: int
     calibration: str
+    measured_on: int = 0
+    held_back: bool = False
     notes: tuple[str, ...] = ()
     options: Options = field(default_factory=Options)
     inserted: tuple[bool, ...] = ()
@@ -88,6 +93,8 @@ class Result:
             "samples": self.samples,
             "sweeps": self.sweeps,
             "sqnr_db": self.sqnr_db,
+            "measured_on": self.measured_on,
+            "held_back": self.held_back,
             "outputs": [asdict(o) for o in self.outputs],
             "notes": list(self.notes),
             "selectors": {option: list(texts) for option, texts in self.options.selection.by_option.items()},
@@ -132,8 +139,9 @@ def _compiled(job: Job, progress: Progress) -> Result:
     warned(notes, progress.note)
     calibration = open_calibration(job, progress)
     notes += warned(calibration.warnings if calibration is not None else (), progress.note)
+    comparator = None if calibration is None else calibration.comparator(job)
     runner = Runner(
-        None if calibration is None else calibration.comparator(job),
+        comparator,
         job.options.verify,
         job.options.strict,
         on_failure=lambda f: _reproduce(f, job),
@@ -157,6 +165,8 @@ def _compiled(job: Job, progress: Progress) -> Result:
         calibration.sweeps if calibration is not None else 0,
         calibration.samples if calibration is not None else 0,
         calibration.source if calibration is not None else "none",
+        0 if comparator is None else comparator.samples,
+        calibration is not None and calibration.held_back,
         notes=tuple(notes),
         options=job.options,
         inserted=tuple(job.plan.inserted),
