@@ -52,7 +52,8 @@ REPRODUCED = (
 class Result:
     """What a compilation made and what happened on the way.
 
-    Figures are those of the file in its target's own setting (`measured`) where that is not exact arithmetic.
+    Figures are those of the file in its target's own setting (`measured`) where that is not exact arithmetic, on `measured_on`
+    samples; `held_back`: of such that nothing was fitted to.
     """
 
     output: Path
@@ -63,6 +64,8 @@ class Result:
     sweeps: int
     samples: int
     calibration: str
+    measured_on: int = 0
+    held_back: bool = False
     notes: tuple[str, ...] = ()
     options: Options = field(default_factory=Options)
     inserted: tuple[bool, ...] = ()
@@ -106,6 +109,8 @@ class Result:
             "samples": self.samples,
             "sweeps": self.sweeps,
             "sqnr_db": self.sqnr_db,
+            "measured_on": self.measured_on,
+            "held_back": self.held_back,
             "outputs": [asdict(o) for o in self.outputs],
             "notes": list(self.notes),
             "selectors": {option: list(texts) for option, texts in self.options.selection.by_option.items()},
@@ -176,6 +181,8 @@ def _compiled(job: Job, progress: Progress) -> Result:
         calibration.sweeps if calibration is not None else 0,
         calibration.samples if calibration is not None else 0,
         calibration.source if calibration is not None else "none",
+        0 if comparator is None else comparator.samples,
+        calibration is not None and calibration.held_back,
         notes=tuple(notes),
         options=job.options,
         inserted=tuple(job.plan.inserted),
