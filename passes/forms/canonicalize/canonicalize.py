@@ -21,7 +21,7 @@ from qcompile.ir.shape_fold import fold_shapes
 from qcompile.ir.shapes import rank
 from qcompile.ir.widen import widen
 from qcompile.passes.forms.canonicalize.identities import drop_identities
-from qcompile.passes.forms.canonicalize.nan_guard import idle_guard
+from qcompile.passes.forms.canonicalize.nan_guard import idle_guard, move_guard
 from qcompile.passes.forms.canonicalize.operators.table import take_apart
 from qcompile.pipeline.base import EQUIVALENT_TOLERANCE, Kind, Pass, PassContext, PassResult, Stage
 
@@ -72,6 +72,8 @@ class Canonicalize(Pass):
         _fold_known_shapes(model)
         for node in list(model.graph):
             _simplify(model.graph, node, ctx)
+        if not ctx.target.whole_attention(ctx.scheme):
+            _move_guards(model, ctx)
         erase_dead(model)
         infer_shapes(model)
         _declare_again(model.graph, declared)
@@ -161,6 +163,12 @@ def _simplify(graph: ir.Graph, node: ir.Node, ctx: PassContext) -> None:
         if source.is_graph_input() and node.outputs[0].is_graph_output():
             return
         replace_value(graph, node.outputs[0], source) if not node.outputs[0].is_graph_output() else _bypass_output(graph, node)
+
+
+def _move_guards(model: Model, ctx: PassContext) -> None:
+    for node in list(model.graph):
+        if is_op(node, "Where") and move_guard(model.graph, node, model.opset):
+            ctx.remarks.applied(str(node.name), "NaN guard moved behind the product with the values")
 
 
 def _always(where: ir.Node) -> bool:

@@ -26,16 +26,15 @@ class Mask:
         have one reader in a fused kernel."""
         if not self.may_be_empty:
             return None
-        open_ = [*self.allowed, *(w("Not", w("IsInf", a, detect_positive=0)) for a in self.added)]
-        number = w("Cast", _all(w, open_), to=w.dtype)
+        total = _sum(w, self.added)
+        finite = [] if total is None else [w("Not", w("IsInf", total, detect_positive=0))]
+        number = w("Cast", _all(w, [*self.allowed, *finite]), to=ir.DataType.INT32)
         most = w.axes("ReduceMax", number, -1, keepdims=1)
-        return w("Greater", most, 0.0, name="rows")
+        return w("Greater", most, np.array(0, np.int32), name="rows")
 
     def bias(self, w: Writer, rows: ir.Value | None) -> ir.Value | None:
         """What is added to the scores, -inf where a key is not seen; 0 in rows without a key, so that none is NaN."""
-        total: ir.Value | None = None
-        for each in self.added:
-            total = each if total is None else w("Add", total, each)
+        total = _sum(w, self.added)
         if self.allowed:
             seen = _all(w, self.allowed)
             if rows is not None and total is None:
@@ -44,6 +43,13 @@ class Mask:
         if rows is not None and self.added and total is not None:
             total = w("Where", rows, total, 0.0)
         return total
+
+
+def _sum(w: Writer, terms: list[ir.Value]) -> ir.Value | None:
+    total: ir.Value | None = None
+    for each in terms:
+        total = each if total is None else w("Add", total, each)
+    return total
 
 
 def _all(w: Writer, tests: list[ir.Value]) -> ir.Value:
