@@ -1,0 +1,62 @@
+"""What is left to decide in a graph that brought decisions along."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from qcompile.decide.decisions import decision, decisions
+from qcompile.decide.placement import Point
+from qcompile.decide.quantizer import Quantizer
+from qcompile.ir.ops import is_op
+
+
+@dataclass
+class Completion:
+    """`open`: points that nothing imported covers.  `shared`: points whose tensor another reader quantizes already, with that
+    quantizer.  `nodes`: those with imported decisions.
+    """
+
+    open: list[Point] = field(default_factory=list[Point])
+    shared: list[tuple[Point, Quantizer]] = field(default_factory=list[tuple[Point, Quantizer]])
+    nodes: set[str] = field(default_factory=set[str])
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Imported quantizers by tensor, and the nodes whose weights have one."""
+
+    tensors: dict[ir.Value, Quantizer]
+    weighted: set[ir.Node]
+
+
+def completion(graph: ir.Graph, points: Iterable[Point]) -> Completion:
+    """Sort the points of a placement."""
+    found = [use for use in decisions(graph) if use.quantizer.imported]
+    known = _Known({u.value: u.quantizer for u in found if not u.is_weight}, {u.node for u in found if u.is_weight})
+    out = Completion(nodes={str(u.node.name) for u in found})
+    for point in points:
+        if not found:
+            out.open.append(point)
+        elif not _covered(point, known):
+            _sort_in(out, point, known)
+    return out
+
+
+def _covered(point: Point, known: _Known) -> bool:
+    """Whether the import says what becomes of the tensor here: a decision, a layer of quantized weights alone, or Q/DQ nodes that
+    stayed."""
+    own = decision(point.node, point.slot)
+    stays = not point.is_weight and is_op(point.value.producer(), "DequantizeLinear")
+    alone = not point.is_weight and point.slot >= 0 and point.node in known.weighted
+    return stays or alone or (own is not None and own.imported)
+
+
+def _sort_in(out: Completion, point: Point, known: _Known) -> None:
+    quantizer = None if point.is_weight else known.tensors.get(point.value)
+    if quantizer is None or quantizer.spec.qtype.bits != point.spec.qtype.bits:
+        out.open.append(point)
+    elif point.slot >= 0:
+        out.shared.append((point, quantizer))

@@ -1,0 +1,83 @@
+"""Q/DQ nodes read as quantizers, and quantizers as another platform has them: the same numbers, or the same range."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qcompile.decide.quantizer import Quantizer
+from qcompile.ir.ops import is_const, is_op
+from qcompile.ir.quantizers import QUANTIZE, Affine, affine, constants
+from qcompile.quant import qtype
+from qcompile.quant.affine import qparams_from_range
+from qcompile.quant.spec import Granularity, PerAxis, PerBlock, PerTensor, QParams, QuantSpec
+
+_TYPES = {
+    ir.DataType[t.storage]: t
+    for t in (qtype.INT8, qtype.UINT8, qtype.INT16, qtype.UINT16, qtype.INT4, qtype.UINT4, qtype.FLOAT8E4M3FN)
+}
+_HALF = 128
+
+
+def spec_of(found: Affine) -> QuantSpec | None:
+    """The spec of a Q or DQ node; None for codes of a type that has none."""
+    kind = _TYPES.get(found.dtype)
+    if kind is None:
+        return None
+    return QuantSpec(kind, granularity(found), symmetric=kind.signed and not found.zero_point.any())
+
+
+def granularity(found: Affine) -> Granularity:
+    """What one scale serves."""
+    if not found.scale.ndim:
+        return PerTensor()
+    return PerBlock(found.axis, found.block) if found.block else PerAxis(found.axis)
+
+
+def quantizer_of(found: Affine, codes: NDArray[Any] | None = None) -> Quantizer | None:
+    """The quantizer of a Q/DQ pair, or of a DQ of constant `codes`; None as `spec_of`."""
+    spec = spec_of(found)
+    return None if spec is None else Quantizer(spec, QParams(found.scale, found.zero_point), codes, imported=True)
+
+
+def other_sign(quantizer: Quantizer) -> Quantizer | None:
+    """The same numbers in int8 instead of uint8 or the reverse; None for other types."""
+    spec, params = quantizer.spec, quantizer.known
+    if spec.qtype not in (qtype.INT8, qtype.UINT8):
+        return None
+    to, shift = (qtype.UINT8, _HALF) if spec.qtype.signed else (qtype.INT8, -_HALF)
+    zero = params.zero_point + shift
+    codes = None if quantizer.codes is None else (quantizer.codes.astype(np.int16) + shift).astype(to.storage.lower())
+    made = replace(spec, qtype=to, symmetric=to.signed and not zero.any())
+    return Quantizer(made, QParams(params.scale, zero), codes, quantizer.imported)
+
+
+def limits(quantizer: Quantizer) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The smallest and the largest number that the codes stand for."""
+    params, kind = quantizer.known, quantizer.spec.qtype
+    return (kind.qmin - params.zero_point) * params.scale, (kind.qmax - params.zero_point) * params.scale
+
+
+def over_range(quantizer: Quantizer, spec: QuantSpec) -> Quantizer:
+    """A quantizer of `spec`, per tensor, over the range of another one."""
+    low, high = limits(quantizer)
+    params = qparams_from_range(low.min(), high.max(), spec.qtype, spec.symmetric)
+    return Quantizer(spec, params, imported=quantizer.imported)
+
+
+def own_scheme(graph: ir.Graph, offered: Sequence[str]) -> str:
+    """The name of the scheme, one of `offered`, that a quantized model is in: by the codes of its activations, or of its weights
+    where it has no others."""
+    quantized = {a.dtype for n in graph if is_op(n, QUANTIZE) and not is_const(n.inputs[0]) and (a := affine(n)) is not None}
+    stored = {a.dtype for n, _ in constants(graph) if (a := affine(n)) is not None and a.dtype != ir.DataType.INT32}
+    name = "w8a8"
+    if ir.DataType.FLOAT8E4M3FN in (quantized or stored):
+        name = "fp8"
+    elif not quantized and stored <= {ir.DataType.INT4, ir.DataType.UINT4} and stored:
+        name = "w4a16"
+    return name if name in offered else "w8a8"

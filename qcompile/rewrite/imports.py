@@ -1,0 +1,96 @@
+"""Q/DQ nodes of a unified graph taken out: what they did is handed back as quantizers of the nodes that read them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qcompile.decide.imports import quantizer_of
+from qcompile.decide.quantizer import Quantizer
+from qcompile.ir.edit import add_constant, erase, redirect
+from qcompile.ir.ops import is_op
+from qcompile.ir.quantizers import QUANTIZE, Affine, Pair, affine, constants, pairs, take_out
+from qcompile.quant.affine import dequantize
+
+Told = Callable[[ir.Node, int, Quantizer], None]
+_CODES = "_quantized"
+
+
+def take_out_all(graph: ir.Graph, told: Told, missed: Callable[[ir.Node, str], None]) -> int:
+    """Remove every pair and every DQ of constants that decisions can stand for; how many.
+
+    `told(node, slot, quantizer)`: for each use, slot ~i for output i.  `missed(node, reason)`: of nodes that stay.
+    """
+    done = 0
+    for dq, codes in list(constants(graph)):
+        reason = _constant(graph, dq, codes, told)
+        done += reason is None
+        if reason is not None:
+            missed(dq, reason)
+    for pair in pairs(graph):
+        reason = _kept(pair) or _activation(graph, pair, told)
+        done += reason is None
+        if reason is not None:
+            missed(pair.q, reason)
+    return done
+
+
+def _constant(graph: ir.Graph, dq: ir.Node, codes: NDArray[Any], told: Told) -> str | None:
+    found, out, source = affine(dq), dq.outputs[0], dq.inputs[0]
+    quantizer = None if found is None else _of_constant(found, codes)
+    assert source is not None
+    if quantizer is None or found is None:
+        return "its scale is computed, or of a type that has no decision"
+    uses = list(out.uses())
+    if out.is_graph_output() or any(n.graph is not graph or is_op(n, QUANTIZE) for n, _ in uses):
+        return "a body, the interface or another QuantizeLinear reads it"
+    values = dequantize(codes, quantizer.known, quantizer.spec.granularity)
+    made = add_constant(graph, str(source.name).removesuffix(_CODES), values)
+    redirect(out, made, uses)
+    for node, slot in uses:
+        told(node, slot, quantizer)
+    erase(graph, dq)
+    return None
+
+
+def _of_constant(found: Affine, codes: NDArray[Any]) -> Quantizer | None:
+    full = found.scale.ndim < 2 or found.block
+    return quantizer_of(found, codes) if full else None
+
+
+def _kept(pair: Pair) -> str | None:
+    """Why a pair stays in the graph."""
+    outs, source = [dq.outputs[0] for dq in pair.dqs], pair.source
+    uses = [use for out in outs for use in out.uses()]
+    if any(out.dtype not in (None, source.dtype) for out in outs):
+        return "it changes the type of its tensor"
+    if any(node.graph is not pair.q.graph for node, _ in uses):
+        return "a body of an If, Loop or Scan reads it"
+    if any(is_op(node, QUANTIZE) for node, _ in uses):
+        return "its numbers are quantized once more"
+    alone = len(outs) == 1 == len(list(source.uses())) and source.producer() is not None
+    if any(out.is_graph_output() for out in outs) and not alone:
+        return "the interface hands it out"
+    return None
+
+
+def _activation(graph: ir.Graph, pair: Pair, told: Told) -> str | None:
+    quantizer = quantizer_of(pair.affine)
+    if quantizer is None or quantizer.known.scale.ndim > 1:
+        return "its type or its blocks have no decision"
+    ends = list(_ends(pair))
+    take_out(graph, pair)
+    for node, slot in ends:
+        told(node, slot, quantizer)
+    return None
+
+
+def _ends(pair: Pair) -> Iterable[tuple[ir.Node, int]]:
+    """Where the decision of a pair stands: at its readers, or where the interface hands it out, at what makes its tensor."""
+    maker, index = pair.source.producer(), pair.source.index()
+    if any(dq.outputs[0].is_graph_output() for dq in pair.dqs) and maker is not None and index is not None:
+        return [(maker, ~index)]
+    return [use for dq in pair.dqs for use in dq.outputs[0].uses()]
