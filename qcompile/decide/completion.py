@@ -49,7 +49,9 @@ def _covered(point: Point, known: _Known) -> bool:
     """Whether the import says what becomes of the tensor here: a decision, a layer of quantized weights alone, or Q/DQ nodes that
     stayed."""
     own = decision(point.node, point.slot)
-    stays = not point.is_weight and is_op(point.value.producer(), "DequantizeLinear")
+    value = point.value
+    ends = (value.producer(), *(node for node, _ in value.uses() if point.slot < 0))
+    stays = not point.is_weight and any(is_op(node, "DequantizeLinear", "QuantizeLinear") for node in ends)
     alone = not point.is_weight and point.slot >= 0 and point.node in known.weighted
     return stays or alone or (own is not None and own.imported)
 

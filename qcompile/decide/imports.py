@@ -22,6 +22,7 @@ _TYPES = {
     for t in (qtype.INT8, qtype.UINT8, qtype.INT16, qtype.UINT16, qtype.INT4, qtype.UINT4, qtype.FLOAT8E4M3FN)
 }
 _HALF = 128
+_NEAR = 1e-3  # of a code: limits are float32
 
 
 def spec_of(found: Affine) -> QuantSpec | None:
@@ -42,7 +43,27 @@ def granularity(found: Affine) -> Granularity:
 def quantizer_of(found: Affine, codes: NDArray[Any] | None = None) -> Quantizer | None:
     """The quantizer of a Q/DQ pair, or of a DQ of constant `codes`; None as `spec_of`."""
     spec = spec_of(found)
-    return None if spec is None else Quantizer(spec, QParams(found.scale, found.zero_point), codes, imported=True)
+    if spec is None:
+        return None
+    if codes is not None and codes.size and spec.qtype in (qtype.INT8, qtype.UINT8):
+        spec = replace(spec, qtype=_least(spec.qtype, int(codes.min()), int(codes.max())))
+    return Quantizer(spec, QParams(found.scale, found.zero_point), codes, imported=True)
+
+
+def narrower(quantizer: Quantizer, low: float, high: float) -> Quantizer | None:
+    """The quantizer with as many bits as codes from `low` to `high` need; None where they are not the limits of a width."""
+    kind = quantizer.spec.qtype
+    if kind not in (qtype.INT8, qtype.UINT8):
+        return None
+    least = _least(kind, round(low), round(high))
+    exact = least.narrow and abs(low - least.qmin) < _NEAR and abs(high - least.qmax) < _NEAR
+    return replace(quantizer, spec=replace(quantizer.spec, qtype=least)) if exact else None
+
+
+def _least(kind: qtype.QType, low: int, high: int) -> qtype.QType:
+    """The integer of fewest bits, in the storage of `kind`, that holds both."""
+    widths = (qtype.simulated_int(bits, kind.signed) for bits in range(2, 8))
+    return next((t for t in widths if t.qmin <= low and high <= t.qmax), kind)
 
 
 def other_sign(quantizer: Quantizer) -> Quantizer | None:

@@ -27,7 +27,8 @@ class Quantizer:
 
     `qparams`: once the scale is known.  `codes`: what a constant becomes, in its shape and `storage_dtype(spec.qtype)`, where
     a pass found a better rounding than to the nearest; then the tensor is (codes - zero_point) scale, with the scale as it is
-    stored in the end.  `imported`: it was read from a quantized model, and no pass chooses anew.  Never edited in place: another quantizer takes its place (`decisions.replace`).
+    stored in the end.  `imported`: read from a quantized model, and chosen anew by no pass.  Never edited in place: another
+    quantizer takes its place (`decisions.replace`).
 
     Raises:
         ValueError: codes without a scale, of another type or outside its range.

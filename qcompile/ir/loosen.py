@@ -14,6 +14,7 @@ from qcompile.ir.model import Model
 from qcompile.ir.ops import const_array, is_const, is_data_movement, is_op
 from qcompile.ir.qoperators import spell_qdq
 from qcompile.ir.quantizers import DEQUANTIZE, QUANTIZE, Affine, affine
+from qcompile.ir.widen import widen
 
 _FLOAT = ir.DataType.FLOAT
 _INTEGERS = {ir.DataType[f"{sign}INT{bits}"] for sign in ("", "U") for bits in (4, 8, 16)}
@@ -21,13 +22,14 @@ _SMALL = {ir.DataType.FLOAT8E4M3FN: float(ml_dtypes.finfo(ml_dtypes.float8_e4m3f
 
 
 def loosened(model: Model) -> Model:
-    """A copy of `model` whose activations are not rounded; weights stay what their codes stand for.
+    """A copy of `model` in float32 whose activations are not rounded; weights stay what their codes stand for.
 
     Raises:
         ModelError: an operator on codes that cannot be read (`qcompile.ir.qoperators`).
     """
     copy = model.clone()
     spell_qdq(copy.ir)
+    widen(copy)
     for q in [n for n in copy.graph if is_op(n, QUANTIZE) and not is_const(n.inputs[0])]:
         _loosen(copy.graph, q)
     erase_dead(copy)

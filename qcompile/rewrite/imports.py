@@ -8,11 +8,11 @@ from typing import Any
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qcompile.decide.imports import quantizer_of
+from qcompile.decide.imports import narrower, quantizer_of
 from qcompile.decide.quantizer import Quantizer
-from qcompile.ir.edit import add_constant, erase, redirect
-from qcompile.ir.ops import is_op
-from qcompile.ir.quantizers import QUANTIZE, Affine, Pair, affine, constants, pairs, take_out
+from qcompile.ir.edit import add_constant, bypass, erase, forget_names, redirect
+from qcompile.ir.ops import const_scalar, input_at, is_op
+from qcompile.ir.quantizers import DEQUANTIZE, QUANTIZE, Affine, Pair, affine, constants, pairs, take_out
 from qcompile.quant.affine import dequantize
 
 Told = Callable[[ir.Node, int, Quantizer], None]
@@ -25,16 +25,17 @@ def take_out_all(graph: ir.Graph, told: Told, missed: Callable[[ir.Node, str], N
     `told(node, slot, quantizer)`: for each use, slot ~i for output i.  `missed(node, reason)`: of nodes that stay.
     """
     done = 0
-    for dq, codes in list(constants(graph)):
-        reason = _constant(graph, dq, codes, told)
-        done += reason is None
-        if reason is not None:
-            missed(dq, reason)
     for pair in pairs(graph):
         reason = _kept(pair) or _activation(graph, pair, told)
         done += reason is None
         if reason is not None:
             missed(pair.q, reason)
+    for dq, codes in list(constants(graph)):
+        reason = _constant(graph, dq, codes, told)
+        done += reason is None
+        if reason is not None:
+            missed(dq, reason)
+    forget_names(graph)
     return done
 
 
@@ -45,8 +46,8 @@ def _constant(graph: ir.Graph, dq: ir.Node, codes: NDArray[Any], told: Told) -> 
     if quantizer is None or found is None:
         return "its scale is computed, or of a type that has no decision"
     uses = list(out.uses())
-    if out.is_graph_output() or any(n.graph is not graph or is_op(n, QUANTIZE) for n, _ in uses):
-        return "a body, the interface or another QuantizeLinear reads it"
+    if out.is_graph_output() or any(n.graph is not graph or is_op(n, QUANTIZE, DEQUANTIZE) for n, _ in uses):
+        return "a body, the interface or another quantizer reads it"
     values = dequantize(codes, quantizer.known, quantizer.spec.granularity)
     made = add_constant(graph, str(source.name).removesuffix(_CODES), values)
     redirect(out, made, uses)
@@ -69,18 +70,22 @@ def _kept(pair: Pair) -> str | None:
         return "it changes the type of its tensor"
     if any(node.graph is not pair.q.graph for node, _ in uses):
         return "a body of an If, Loop or Scan reads it"
-    if any(is_op(node, QUANTIZE) for node, _ in uses):
-        return "its numbers are quantized once more"
     alone = len(outs) == 1 == len(list(source.uses())) and source.producer() is not None
-    if any(out.is_graph_output() for out in outs) and not alone:
-        return "the interface hands it out"
-    return None
+    return "the interface hands it out, or quantizes it once more" if _at_output(pair) and not alone else None
+
+
+def _at_output(pair: Pair) -> bool:
+    """Whether the decision belongs to what makes the tensor: the interface, or another quantizer, reads the numbers."""
+    outs = [dq.outputs[0] for dq in pair.dqs]
+    return any(out.is_graph_output() or any(is_op(n, QUANTIZE) for n, _ in out.uses()) for out in outs)
 
 
 def _activation(graph: ir.Graph, pair: Pair, told: Told) -> str | None:
-    quantizer = quantizer_of(pair.affine)
+    clip, quantizer = _limits(pair)
     if quantizer is None or quantizer.known.scale.ndim > 1:
         return "its type or its blocks have no decision"
+    if clip is not None:
+        bypass(graph, clip)
     ends = list(_ends(pair))
     take_out(graph, pair)
     for node, slot in ends:
@@ -88,9 +93,22 @@ def _activation(graph: ir.Graph, pair: Pair, told: Told) -> str | None:
     return None
 
 
+def _limits(pair: Pair) -> tuple[ir.Node | None, Quantizer | None]:
+    """The quantizer of a pair; a Clip in front that cuts at the limits of fewer bits, for the pair alone, becomes its width."""
+    quantizer, clip = quantizer_of(pair.affine), pair.source.producer()
+    if quantizer is None or clip is None or not is_op(clip, "Clip") or pair.source.is_graph_output():
+        return None, quantizer
+    bounds = [const_scalar(input_at(clip, slot)) for slot in (1, 2)]
+    low, high = (None if b is None else b / pair.affine.scale + pair.affine.zero_point for b in bounds)
+    if low is None or high is None or low.ndim or len(list(pair.source.uses())) > 1:
+        return None, quantizer
+    narrow = narrower(quantizer, float(low), float(high))
+    return (None, quantizer) if narrow is None else (clip, narrow)
+
+
 def _ends(pair: Pair) -> Iterable[tuple[ir.Node, int]]:
-    """Where the decision of a pair stands: at its readers, or where the interface hands it out, at what makes its tensor."""
+    """Where the decision of a pair stands."""
     maker, index = pair.source.producer(), pair.source.index()
-    if any(dq.outputs[0].is_graph_output() for dq in pair.dqs) and maker is not None and index is not None:
+    if _at_output(pair) and maker is not None and index is not None:
         return [(maker, ~index)]
     return [use for dq in pair.dqs for use in dq.outputs[0].uses()]

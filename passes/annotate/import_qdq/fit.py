@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace as replace_spec
+
 import onnx_ir as ir
 
 from qcompile.decide.decisions import Use, quantizers, replace, undecide
 from qcompile.decide.imports import limits, other_sign, over_range
 from qcompile.decide.quantizer import Quantizer
 from qcompile.pipeline.base import PassContext
-from qcompile.quant.qtype import QType
+from qcompile.quant.qtype import INT8, UINT8, QType
+from qcompile.quant.spec import QuantSpec
 from qcompile.target.specs import activation_spec
 
 
@@ -27,7 +30,8 @@ def _weight(uses: list[Use], ctx: PassContext) -> None:
     if wanted is None:
         _drop(uses, f"{ctx.scheme.name} quantizes nothing: the import is undone", ctx)
         return
-    kept = _holdable(quantizer, wanted, ctx.target.weights, ctx)
+    shifts = any(not t.signed for t in ctx.target.weights)
+    kept = _holdable(quantizer, wanted, ctx.target.weights, shifts=shifts)
     if kept is None:
         why = f"{_words(quantizer)} weights are not for {ctx.target.name} {ctx.scheme.name}: quantized anew"
         _drop(uses, why, ctx)
@@ -43,30 +47,40 @@ def _activation(uses: list[Use], ctx: PassContext) -> None:
     if wanted is None:
         _drop(uses, f"{ctx.scheme.name} leaves activations in float: the import is undone", ctx)
         return
-    kept = _holdable(quantizer, wanted, ctx.target.activations, ctx)
+    kept = _holdable(quantizer, wanted, ctx.target.activations, shifts=not ctx.target.symmetric)
     if kept is quantizer:
         return
     if kept is not None:
         replace(uses, kept)
         ctx.remarks.note(str(uses[0].node.name), f"activation {name} in {kept.spec.qtype.name} instead, the same numbers")
         return
-    made = over_range(quantizer, activation_spec(ctx.request()))
+    made = over_range(quantizer, _spec(ctx))
     replace(uses, made)
     low, high = (float(x.min()) for x in limits(quantizer))
     text = f"activation {name}: {_words(quantizer)} is not for {ctx.target.name} {ctx.scheme.name}; its range in {_words(made)}"
     ctx.remarks.note(str(uses[0].node.name), text, lo=low, hi=high)
 
 
-def _holdable(quantizer: Quantizer, wanted: QType, types: tuple[QType, ...], ctx: PassContext) -> Quantizer | None:
-    """The quantizer, or one with the same numbers, if the target and the scheme can hold one of the two."""
+def _spec(ctx: PassContext) -> QuantSpec:
+    """What the target's placement gives to activations, in the sign that it has."""
+    spec, types = activation_spec(ctx.request()), {t.storage for t in ctx.target.activations}
+    signed = spec.qtype.storage not in types and spec.qtype == UINT8
+    return replace_spec(spec, qtype=INT8) if signed else spec
+
+
+def _holdable(quantizer: Quantizer, wanted: QType, types: tuple[QType, ...], *, shifts: bool) -> Quantizer | None:
+    """The quantizer, or one with the same numbers, if the types of the target and the scheme can hold one of the two.
+
+    `shifts`: zero points may be other than 0.
+    """
     both = [quantizer, *([other] if (other := other_sign(quantizer)) is not None else [])]
-    return next((q for q in both if _fits(q, wanted, types, ctx.target.symmetric)), None)
+    return next((q for q in both if _fits(q, wanted, types, shifts)), None)
 
 
-def _fits(quantizer: Quantizer, wanted: QType, types: tuple[QType, ...], symmetric: bool) -> bool:
+def _fits(quantizer: Quantizer, wanted: QType, types: tuple[QType, ...], shifts: bool) -> bool:
     kind = quantizer.spec.qtype
     stored = kind.storage in {t.storage for t in types} and kind.family == wanted.family and kind.bits <= wanted.bits
-    return stored and not (symmetric and quantizer.known.zero_point.any())
+    return stored and (shifts or not quantizer.known.zero_point.any())
 
 
 def _words(quantizer: Quantizer) -> str:

@@ -143,9 +143,10 @@ def spell_relu(graph: ir.Graph) -> list[str]:
 
 
 def _cuts(found: Affine, source: ir.Value) -> bool:
-    lowest = {ir.DataType.INT8: -128, ir.DataType.UINT8: 0}.get(found.dtype)
-    maker = source.producer()
-    return lowest is not None and not found.scale.ndim and int(found.zero_point) == lowest and is_op(maker, *_SIGNED)
+    if found.dtype not in _CODES or found.scale.ndim:
+        return False
+    lowest = int(np.iinfo(found.dtype.numpy()).min)
+    return int(found.zero_point) == lowest and is_op(source.producer(), *_SIGNED)
 
 
 def _rectified(graph: ir.Graph, q: ir.Node) -> bool:
