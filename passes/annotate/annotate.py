@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.calib.observe import HistogramStat, MinMaxStat, Probe
-from qcompile.decide.completion import completion
+from qcompile.decide.completion import Completion, completion
 from qcompile.decide.decisions import clear_decisions, decide, decision, decisions
 from qcompile.decide.placement import Placement, Point
 from qcompile.decide.quantizer import Quantizer
@@ -59,7 +59,7 @@ class Annotate(Pass):
 
     def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:
         """One statistic for each activation."""
-        points = completion(model.graph, self._place(model, ctx).points).open
+        points = self._todo(model, self._place(model, ctx), ctx).open
         readers = Readers.of(points)
         return dict.fromkeys(p for s in points if not s.is_weight for p in self._probes(s, ctx, readers))
 
@@ -67,7 +67,7 @@ class Annotate(Pass):
         """Write the decisions; earlier ones are replaced, but for imported ones."""
         clear_decisions(model.graph, keep_imported=True)
         placement = self._place(model, ctx)
-        todo = completion(model.graph, placement.points)
+        todo = self._todo(model, placement, ctx)
         readers = Readers.of(todo.open)
         unfilled = self._unfilled(todo.open, ctx, readers)
         for point, quantizer in todo.shared:
@@ -84,6 +84,10 @@ class Annotate(Pass):
         refuse_unstorable(model.graph, ctx.target.body(ctx.scheme), ctx.remarks)
         _remark_idle(model, placement, ctx)
         return PassResult(bool(decisions(model.graph)))
+
+    def _todo(self, model: Model, placement: Placement, ctx: PassContext) -> Completion:
+        every = "insert-qdq" not in ctx.target.lowering(ctx.scheme)
+        return completion(model.graph, placement.points, every=every, one=ctx.target.one_quantizer)
 
     def _place(self, model: Model, ctx: PassContext) -> Placement:
         choices = Choices(self.attention, self.probabilities, self.residual)

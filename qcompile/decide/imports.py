@@ -11,8 +11,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompile.decide.quantizer import Quantizer
+from qcompile.ir.model import Model
 from qcompile.ir.ops import is_const, is_op
-from qcompile.ir.quantizers import QUANTIZE, Affine, affine, constants
+from qcompile.ir.qoperators import spell_qdq
+from qcompile.ir.quantizers import FP4_DYNAMIC, MXFP8_DYNAMIC, QUANTIZE, Affine, affine, constants
 from qcompile.quant import qtype
 from qcompile.quant.affine import qparams_from_range
 from qcompile.quant.spec import Granularity, PerAxis, PerBlock, PerTensor, QParams, QuantSpec
@@ -91,13 +93,19 @@ def over_range(quantizer: Quantizer, spec: QuantSpec) -> Quantizer:
     return Quantizer(spec, params, imported=quantizer.imported)
 
 
-def own_scheme(graph: ir.Graph, offered: Sequence[str]) -> str:
+def own_scheme(model: Model, offered: Sequence[str]) -> str:
     """The name of the scheme, one of `offered`, that a quantized model is in: by the codes of its activations, or of its weights
     where it has no others."""
+    copy = model.clone()
+    spell_qdq(copy)
+    graph = copy.graph
     quantized = {a.dtype for n in graph if is_op(n, QUANTIZE) and not is_const(n.inputs[0]) and (a := affine(n)) is not None}
     stored = {a.dtype for n, _ in constants(graph) if (a := affine(n)) is not None and a.dtype != ir.DataType.INT32}
+    operators = {n.op_type for n in graph}
     name = "w8a8"
-    if ir.DataType.FLOAT8E4M3FN in (quantized or stored):
+    if FP4_DYNAMIC in operators or MXFP8_DYNAMIC in operators:
+        name = "nvfp4" if FP4_DYNAMIC in operators else "mxfp8"
+    elif ir.DataType.FLOAT8E4M3FN in (quantized or stored):
         name = "fp8"
     elif not quantized and stored <= {ir.DataType.INT4, ir.DataType.UINT4} and stored:
         name = "w4a16"

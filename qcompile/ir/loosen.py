@@ -28,7 +28,7 @@ def loosened(model: Model) -> Model:
         ModelError: an operator on codes that cannot be read (`qcompile.ir.qoperators`).
     """
     copy = model.clone()
-    spell_qdq(copy.ir)
+    spell_qdq(copy)
     widen(copy)
     for q in [n for n in copy.graph if is_op(n, QUANTIZE) and not is_const(n.inputs[0])]:
         _loosen(copy.graph, q)

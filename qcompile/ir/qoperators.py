@@ -15,7 +15,9 @@ import onnx_ir as ir
 
 from qcompile.errors import ModelError
 from qcompile.ir.edit import add_constant, drop_if_unused, fresh_name, replace_value
+from qcompile.ir.model import Model
 from qcompile.ir.ops import const_array, input_at, int_attr
+from qcompile.ir.raising import raise_opset
 
 _AXES_INPUT = 18  # of ReduceMean
 _PER_AXIS = 13  # the opset from which on DQ has an axis
@@ -27,7 +29,7 @@ _TENSORRT = {  # TensorRT's operators: the standard one, and the type of the cod
     "TRT_INT4DequantizeLinear": ("DequantizeLinear", ir.DataType.INT4),
 }
 _WIDE_CODES = frozenset({ir.DataType.INT16, ir.DataType.UINT16, ir.DataType.INT4, ir.DataType.UINT4})
-_WIDE_OPSET = 21
+_WIDE_OPSET, _FP8_OPSET = 21, 19
 
 
 @dataclass
@@ -60,8 +62,6 @@ class _Writer:
         scale, zero = self.need(slot + 1), self.at(slot + 2)
         array = const_array(scale)
         per_axis = {"axis": axis} if array is None or array.size > 1 else {}
-        if per_axis and self.opset < _PER_AXIS:
-            raise ModelError(f"{self.node.op_type} {self.node.name!r} has a scale for each channel; export at opset 13 or later")
         if array is not None and array.ndim and array.size == 1:
             scale, zero = self.scalar(scale), None if zero is None else self.scalar(zero)
         elif array is not None and array.ndim > 1:
@@ -115,18 +115,27 @@ class _Writer:
         return {a: self.node.attributes[a].value for a in names if a in self.node.attributes}
 
 
-def spell_qdq(model: ir.Model) -> list[str]:
-    """Rewrite all such operators of `model`, in place; their names.
+def spell_qdq(model: Model) -> list[str]:
+    """Rewrite all such operators of `model`, in place; their names.  The opset is raised to the one that their types need.
 
     Raises:
         ModelError: one that standard operators cannot express here.
     """
+    found = [n for n in model.graph.all_nodes() if is_readable(n)]
+    if found and model.opset < (wanted := max(map(_opset, found))):
+        raise_opset(model, wanted)
     done: list[str] = []
-    for graph in model.graphs():
+    for graph in model.ir.graphs():
         for node in [n for n in graph if is_readable(n)]:
             done.append(str(node.name))
-            _rewrite(_Writer(graph, node, model.opset_imports.get("", 1)))
+            _rewrite(_Writer(graph, node, model.opset))
     return done
+
+
+def _opset(node: ir.Node) -> int:
+    """What the standard operators need that the node becomes."""
+    wide = node.domain == _TRT and _TENSORRT[node.op_type][1] in _WIDE_CODES
+    return _WIDE_OPSET if wide else _FP8_OPSET if node.domain == _TRT else _PER_AXIS
 
 
 def is_readable(node: ir.Node) -> bool:

@@ -15,6 +15,8 @@ from qcompile.ir.ops import const_value, input_at, int_attr, is_op
 from qcompile.ir.qoperators import is_readable
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
+FP4_DYNAMIC, MXFP8_DYNAMIC = "TRT_FP4DynamicQuantize", "TRT_MXFP8DynamicQuantize"
+MXFP8_DEQUANTIZE = "TRT_MXFP8DequantizeLinear"
 _VECTOR = 1
 
 
@@ -55,7 +57,7 @@ class Pair:
 
 def is_quantized(graph: ir.Graph) -> bool:
     """Whether `graph` or a body in it holds Q/DQ nodes, or operators on codes that can be read as such."""
-    return any(is_op(n, QUANTIZE, DEQUANTIZE) or is_readable(n) for n in graph.all_nodes())
+    return any(is_op(n, QUANTIZE, DEQUANTIZE) or n.op_type == MXFP8_DEQUANTIZE or is_readable(n) for n in graph.all_nodes())
 
 
 def affine(node: ir.Node) -> Affine | None:

@@ -61,7 +61,7 @@ class Verifier:
         self.quantized = self.comparator is not None and is_quantized(self.source.graph)
         if self.quantized:
             self.source = self.source.clone()
-            spell_qdq(self.source.ir)
+            spell_qdq(self.source)
 
     def meets(self, p: Pass, model: Model, reports: list[PassReport]) -> None:
         """`p` is about to run on `model`: forms that wait are compared before a pass that is none makes memory dear."""

@@ -14,6 +14,7 @@ from qcompile.ir.edit import add_constant, bypass, erase, forget_names, redirect
 from qcompile.ir.ops import const_scalar, input_at, is_op
 from qcompile.ir.quantizers import DEQUANTIZE, QUANTIZE, Affine, Pair, affine, constants, pairs, take_out
 from qcompile.quant.affine import dequantize
+from qcompile.rewrite.import_blocks import blocks
 
 Told = Callable[[ir.Node, int, Quantizer], None]
 _CODES = "_quantized"
@@ -24,19 +25,32 @@ def take_out_all(graph: ir.Graph, told: Told, missed: Callable[[ir.Node, str], N
 
     `told(node, slot, quantizer)`: for each use, slot ~i for output i.  `missed(node, reason)`: of nodes that stay.
     """
-    done = 0
+    done = _take_out_blocks(graph, told)
     for pair in pairs(graph):
         reason = _kept(pair) or _activation(graph, pair, told)
         done += reason is None
         if reason is not None:
             missed(pair.q, reason)
-    for dq, codes in list(constants(graph)):
+    for dq, codes in [(dq, codes) for dq, codes in constants(graph) if dq.outputs[0].uses()]:
         reason = _constant(graph, dq, codes, told)
         done += reason is None
         if reason is not None:
             missed(dq, reason)
     forget_names(graph)
     return done
+
+
+def _take_out_blocks(graph: ir.Graph, told: Told) -> int:
+    found = [b for b in blocks(graph) if not b.made.is_graph_output() and all(n.graph is graph for n, _ in b.made.uses())]
+    for block in found:
+        uses, source, quantizer = list(block.made.uses()), block.source, block.quantizer
+        if quantizer.codes is not None:
+            values = dequantize(quantizer.codes, quantizer.known, quantizer.spec.granularity)
+            source = add_constant(graph, str(source.name).removesuffix(_CODES), values)
+        redirect(block.made, source, uses)
+        for node, slot in uses:
+            told(node, slot, quantizer)
+    return len(found)
 
 
 def _constant(graph: ir.Graph, dq: ir.Node, codes: NDArray[Any], told: Told) -> str | None:

@@ -55,7 +55,7 @@ class Canonicalize(Pass):
         before, count = _signature(model.graph), len(model.graph)
         InlinePass()(model.ir)
         RemoveInitializersFromInputsPass()(model.ir)
-        for name in spell_qdq(model.ir):
+        for name in spell_qdq(model):
             ctx.remarks.applied(name, "computed on codes; now Q/DQ around a float operator")
         model.ir.ir_version = max(model.ir.ir_version, _FREE_INITIALIZERS)
         declared = [v.shape for v in model.graph.outputs]

@@ -19,7 +19,7 @@ from qcompile.target.catalog import DEFAULT, TARGETS
 from qcompile.target.target import Target
 from qcompile.verbs.build import gpu_list, require_engine
 from qcompile.verbs.compile.options import Options, StatisticsOptions
-from qcompile.verbs.guards import require_batch, require_numbers, require_place, require_selectors
+from qcompile.verbs.guards import require_batch, require_numbers, require_operators, require_place, require_selectors
 from qcompile.verbs.options import checked, part
 
 
@@ -104,8 +104,9 @@ def _require_engine(job: Job, engine: Path, gpus: tuple[str, ...]) -> None:
 
 def _planned(model: Model, options: Options) -> tuple[Target, Scheme, Plan]:
     target, quantized = TARGETS[options.target or DEFAULT], is_quantized(model.graph)
-    scheme = SCHEMES[options.scheme or (own_scheme(model.graph, target.schemes) if quantized else "w8a8")]
+    scheme = SCHEMES[options.scheme or (own_scheme(model, target.schemes) if quantized else "w8a8")]
     target.require(scheme)
+    require_operators(model, target)
     if options.bits and not target.mixed_widths:
         able = " or ".join(t.name for t in TARGETS.values() if t.mixed_widths)
         raise UsageError(f"--bits sets widths of integer-only models; use --target {able}, or --scheme for all of {target.name}")
