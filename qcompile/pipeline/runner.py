@@ -175,7 +175,7 @@ class Runner:
 
 def _working(p: Pass, model: Model, ctx: PassContext) -> Generator[Needs, Any, PassResult]:
     """The pass at work; what finders know of the graph is forgotten once it may change."""
-    if p.kind is Kind.ANNOTATE or p.looks_first:
+    if (p.kind is Kind.ANNOTATE and not p.imports) or p.looks_first:
         result = yield from p.rounds(model, ctx)
         keep_found(model.graph)
         return result
