@@ -174,7 +174,18 @@ def candidates(name: str, path: Path, fitted: models.Runs, folder: Path, options
     ways = {"default": [], "none": ["--passes", ""], "heads": kept, "quantized": forced}
     for way, extra in ways.items():
         out = folder / f"{name}.{options.target}.{way}.onnx"
-        command = [sys.executable, "-m", "qcompile", str(path), "--calib", str(calib), "-o", str(out), "--threads", str(options.threads)]
+        command = [
+            sys.executable,
+            "-m",
+            "qcompile",
+            str(path),
+            "--calib",
+            str(calib),
+            "-o",
+            str(out),
+            "--threads",
+            str(options.threads),
+        ]
         done = subprocess.run([*command, "--target", options.target, *extra], capture_output=True, text=True)
         if done.returncode:
             print(f"{name} {way}: {models.last_words(done)}", file=sys.stderr)
@@ -216,12 +227,20 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     found = [row for name in options.model or DETECTORS for row in rows(name, options.work, options)]
     if options.out is not None:
-        options.out.write_text(json.dumps({"schema_version": models.SCHEMA_VERSION, "target": options.target, "rows": found}, indent=1))
+        options.out.write_text(
+            json.dumps({"schema_version": models.SCHEMA_VERSION, "target": options.target, "rows": found}, indent=1)
+        )
     table = Table(title=f"Detections, {options.target}")
     for title in ("model", "way", "objects", "found", "tight", "score", "overlap", "dB"):
         table.add_column(title)
     for r in found:
-        table.add_row(r["model"], r["way"], str(r["objects"]), *(f"{r[k]:.3f}" for k in ("found", "tight", "score", "overlap")), f"{r['db']:.1f}")
+        table.add_row(
+            r["model"],
+            r["way"],
+            str(r["objects"]),
+            *(f"{r[k]:.3f}" for k in ("found", "tight", "score", "overlap")),
+            f"{r['db']:.1f}",
+        )
     Console(width=140).print(table)
 
 
