@@ -1,6 +1,7 @@
 """Where ONNX Runtime's CPU kernels want Q/DQ (measured on 1.31.1 with `tools/bench_ort.py`).
 
-Convolutions fuse to QLinearConv only with a Q on input and output, Relu absorbed; residual adds of a conv net to QLinearAdd;
+Convolutions fuse to QLinearConv only with a Q on input and output, Relu absorbed, and behind other activations the output's
+range is the one that is best once the activation has been applied; residual adds of a conv net to QLinearAdd;
 MatMul with a weight to MatMulIntegerToFloat with a Q on its input alone.  Activations are uint8, weights int8 per channel.
 The products of attention, norms, softmax, GELU, and the heads stay in float: quantizing them is slower and costs accuracy.
 """
@@ -40,7 +41,8 @@ class _Ort:
 def place(model: Model, request: Request) -> Placement:
     """Sites for the CPU provider, in node order."""
     assert request.scheme.activation is not None
-    state = _Ort(request, Placement(), activation_spec(request), _small_heads(model.graph))
+    heads = _small_heads(model.graph) if request.native else frozenset[ir.Node]()
+    state = _Ort(request, Placement(), activation_spec(request), heads)
     with_gemms = _gemm_share(model.graph) > _GEMM_SHARE
     for node in model.graph:
         if is_op(node, "Add"):
