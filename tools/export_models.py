@@ -297,14 +297,15 @@ def main() -> None:
     """Export what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--only", default="*", metavar="GLOB")
+    parser.add_argument("--only", action="append", metavar="GLOB", help="of names; repeatable")
     parser.add_argument("--runs", type=int, default=12)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     for name, made in jobs().items():
         path = options.folder / f"{name}.onnx"
-        if not fnmatch.fnmatch(name, options.only) or path.with_suffix(".data.npz").is_file():
+        asked = not options.only or any(fnmatch.fnmatch(name, glob) for glob in options.only)
+        if not asked or path.with_suffix(".data.npz").is_file():
             continue
         torch.manual_seed(0)
         try:

@@ -22,8 +22,11 @@ CONSTANTS = {
     "row": np.ones(4, np.float32),
 }
 SWISH = [
-    node("Add", ["c", "three"], ["a"]), node("Clip", ["a", "zero", "six"], ["k"]), node("Mul", ["c", "k"], ["m"]), node("Div", ["m", "six"], ["y"]),
-]  # fmt: skip
+    node("Add", ["c", "three"], ["a"]),
+    node("Clip", ["a", "zero", "six"], ["k"]),
+    node("Mul", ["c", "k"], ["m"]),
+    node("Div", ["m", "six"], ["y"]),
+]
 SILU = [node("Sigmoid", ["c"], ["s"]), node("Mul", ["c", "s"], ["m"]), node("Mul", ["m", "half"], ["y"])]
 SOLO = {
     op: [node(op, ["c"], ["y"])] for op in ("HardSigmoid", "HardSwish", "LeakyRelu", "Elu", "Mish", "Relu", "Softplus", "Tanh")

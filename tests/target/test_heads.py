@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from onnx import helper
 
+from qcompile.ir.model import Model
 from qcompile.passes.forms.canonicalize.canonicalize import Canonicalize
 from qcompile.quant.spec import SCHEMES
 from qcompile.target.catalog import TARGETS
@@ -26,9 +27,8 @@ def random(*shape: int) -> np.ndarray:
 
 STEM = [
     node("Conv", ["x", "stem_w"], ["stem"], name="stem", pads=[1] * 4),
-    node("Conv", ["stem", "small_w"], ["small"], name="small", pads=[1] * 4, strides=[2, 2]),
+    node("Conv", ["stem", "small_w"], ["small"], name="small", pads=[3] * 4, strides=[2, 2]),
 ]
-ROWS = {f"{scale}_rows": [node("Reshape", [f"{scale}_cat", "rows"], [f"{scale}_rows"])] for scale in ("a", "b")}
 
 
 def convs(*names: str) -> list[Any]:
@@ -40,7 +40,8 @@ YOLO = [
     *convs("a_box", "a_score", "b_box", "b_score"),
     node("Concat", ["a_box", "a_score"], ["a_cat"], axis=1),
     node("Concat", ["b_box", "b_score"], ["b_cat"], axis=1),
-    *ROWS["a_rows"], *ROWS["b_rows"],
+    node("Reshape", ["a_cat", "rows"], ["a_rows"]),
+    node("Reshape", ["b_cat", "rows16"], ["b_rows"]),
     node("Concat", ["a_rows", "b_rows"], ["all"], axis=2),
     node("Split", ["all", "parts"], ["sides", "logits"], axis=1),
     node("Reshape", ["sides", "bins"], ["binned"]),
@@ -54,11 +55,11 @@ YOLO = [
     node("Sub", ["x2", "x1"], ["size"]),
     node("Sigmoid", ["logits"], ["scores"]),
     node("Concat", ["x1", "size", "scores"], ["y"], axis=1),
-]  # fmt: skip
+]
 CHOSEN = [
     *convs("a_score", "b_score"),
     node("Reshape", ["a_score", "rows"], ["a_rows"]),
-    node("Reshape", ["b_score", "rows"], ["b_rows"]),
+    node("Reshape", ["b_score", "rows16"], ["b_rows"]),
     node("Concat", ["a_rows", "b_rows"], ["all"], axis=2),
     node("Sigmoid", ["all"], ["scores"]),
     node("ReduceMax", ["scores", "first"], ["best"], keepdims=0),
@@ -77,22 +78,34 @@ MOVED = [
 ]
 STREAM = [*convs("a_wide"), node("Add", ["a_wide", "stem_wide"], ["sum"]), node("Relu", ["sum"], ["y"])]
 CONSTANTS = {
-    "stem_w": random(16, 4, 3, 3), "small_w": random(16, 16, 3, 3), "a_box_w": random(32, 16, 1, 1), "b_box_w": random(32, 16, 1, 1),
-    "a_score_w": random(3, 16, 1, 1), "b_score_w": random(3, 16, 1, 1), "a_wide_w": random(32, 16, 1, 1), "wide_w": random(32, 16, 1, 1),
-    "dfl_w": np.arange(8, dtype=np.float32).reshape(1, 8, 1, 1), "anchors": random(1, 2, 80), "point_w": random(64, 4),
-    "rows": np.array([1, -1, 64]), "rows8": np.array([1, 8, 64]), "parts": np.array([32, 3]), "bins": np.array([1, 4, 8, 80]),
-    "four": np.array([1, 4, 80]), "halves": np.array([2, 2]), "first": np.array([1]), "k": np.array([5]), "eights": np.array([8, 8]),
-}  # fmt: skip
+    "stem_w": random(16, 4, 3, 3),
+    "small_w": random(16, 16, 7, 7),
+    **{f"{scale}_box_w": random(32, 16, 1, 1) for scale in "ab"},
+    **{f"{scale}_score_w": random(3, 16, 1, 1) for scale in "ab"},
+    **{name: random(32, 16, 1, 1) for name in ("a_wide_w", "wide_w")},
+    "dfl_w": np.arange(8, dtype=np.float32).reshape(1, 8, 1, 1),
+    "anchors": random(1, 2, 80),
+    "point_w": random(64, 4),
+    "rows": np.array([1, -1, 64]),
+    "rows16": np.array([1, -1, 16]),
+    "rows8": np.array([1, 8, 64]),
+    "parts": np.array([32, 3]),
+    "bins": np.array([1, 4, 8, 80]),
+    "four": np.array([1, 4, 80]),
+    "halves": np.array([2, 2]),
+    "eights": np.array([8, 8]),
+    "first": np.array([1]),
+    "k": np.array([5]),
+}
 
 
-def names(tail: Sequence[Any]) -> set[str]:
+def assembled(tail: Sequence[Any]) -> Model:
+    """The tail on as much of the stem as it reads, canonical."""
     used = {i for n in tail for i in n.input}
     wide = [node("Conv", ["stem", "wide_w"], ["stem_wide"], name="wide")] if "stem_wide" in used else []
-    small = STEM if any(i == "small" for i in used) else STEM[:1]
-    scaled = [node("Reshape", n.input[:1] + ["rows16"], n.output) if n.output[0] == "b_rows" else n for n in tail]
-    made = built([*small, *wide, *scaled], [1, 4, 8, 8], CONSTANTS | {"rows16": np.array([1, -1, 16])})
+    made = built([*(STEM if "small" in used else STEM[:1]), *wide, *tail], [1, 4, 8, 8], CONSTANTS)
     Canonicalize().apply(made, context())
-    return {str(n.name) for n in final_heads(made.graph)}
+    return made
 
 
 @pytest.mark.parametrize(
@@ -106,4 +119,19 @@ def names(tail: Sequence[Any]) -> set[str]:
     ids=["yolo", "selected inside", "points moved by a stream", "a residual stream"],
 )
 def test_what_leads_to_the_outputs(tail: Sequence[Any], heads: set[str]) -> None:
-    assert names(tail) == heads
+    assert {str(n.name) for n in final_heads(assembled(tail).graph)} == heads
+
+
+@pytest.mark.parametrize("target", ["ort", "rtx", "openvino"])
+def test_they_stay_float_and_say_why(target: str) -> None:
+    model = assembled(YOLO)
+    placed = TARGETS[target].place(model, SCHEMES["w8a8"], context(target).selection, Choices("auto", "auto", "float"))
+    assert {n for n, reason in placed.missed if "a head" in reason} == {"a_box", "a_score", "b_box", "b_score", "dfl"}
+    assert {str(p.node.name) for p in placed.points if p.is_weight} == {"stem", "small"}
+
+
+def test_a_head_that_is_most_of_the_network_is_quantized_on_ort() -> None:
+    nodes = [STEM[0], node("Conv", ["stem", "wide_w"], ["y"], name="last")]
+    model = built(nodes, [1, 4, 8, 8], CONSTANTS)
+    placed = TARGETS["ort"].place(model, SCHEMES["w8a8"], context().selection, Choices("auto", "auto", "float"))
+    assert {str(p.node.name) for p in placed.points if p.is_weight} == {"stem", "last"}
