@@ -23,12 +23,13 @@ import numpy as np
 import torch
 from torch import nn
 
-TIMM = {
-    "vit_tiny_patch16_224": 96, "swin_tiny_patch4_window7_224": 112, "convnext_atto": 96, "mobilenetv3_small_050": 96, "efficientnet_lite0": 96,
-    "efficientnet_b0": 96, "mobilevit_xxs": 128, "resnet18": 96, "regnety_002": 96, "levit_128s": 224, "poolformer_s12": 96, "mixer_s32_224": 224,
-    "ghostnet_050": 96, "edgenext_xx_small": 96, "fastvit_t8": 128, "tinynet_e": 96, "lcnet_050": 96, "xcit_nano_12_p16_224": 96,
-    "efficientformerv2_s0": 224, "mnasnet_small": 96, "hrnet_w18_small": 96, "densenet121": 64, "vit_tiny_r_s16_p8_224": 224, "repvgg_a0": 96,
-}  # fmt: skip
+SMALL = (
+    "vit_tiny_patch16_224", "convnext_atto", "mobilenetv3_small_050", "efficientnet_lite0", "efficientnet_b0", "resnet18",
+    "regnety_002", "poolformer_s12", "ghostnet_050", "edgenext_xx_small", "tinynet_e", "lcnet_050", "xcit_nano_12_p16_224",
+    "mnasnet_small", "hrnet_w18_small", "repvgg_a0",
+)  # fmt: skip
+LARGER = {"swin_tiny_patch4_window7_224": 112, "mobilevit_xxs": 128, "fastvit_t8": 128, "levit_128s": 224, "mixer_s32_224": 224}
+TIMM = dict.fromkeys(SMALL, 96) | LARGER
 YOLO = (
     "yolov3-tiny",
     "yolov5n",
@@ -167,10 +168,9 @@ def whisper_job(part: str) -> Job:
     import transformers as t
 
     sizes = {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
-    config = t.WhisperConfig(
-        vocab_size=300, num_mel_bins=40, encoder_ffn_dim=128, decoder_ffn_dim=128, max_source_positions=50, max_target_positions=32,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, suppress_tokens=[], begin_suppress_tokens=[], **sizes,
-    )  # fmt: skip
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    sizes |= {"encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "max_source_positions": 50, "max_target_positions": 32}
+    config = t.WhisperConfig(vocab_size=300, num_mel_bins=40, suppress_tokens=[], begin_suppress_tokens=[], **sizes, **tokens)
     net = t.WhisperForConditionalGeneration(config)
     whole = part == "whole"
 
@@ -194,17 +194,21 @@ def vision_job(kind: str) -> Job:
         "dinov2": lambda: t.Dinov2Model(t.Dinov2Config(**small, image_size=64, patch_size=16)),
         "segformer": lambda: t.SegformerForSemanticSegmentation(t.SegformerConfig(depths=[1, 1, 1, 1], num_labels=5)),
         "yolos": lambda: t.YolosForObjectDetection(t.YolosConfig(**small, image_size=[64, 64], num_detection_tokens=10)),
-        "rtdetr": lambda: t.RTDetrForObjectDetection(
-            t.RTDetrConfig(
-                backbone_config=t.RTDetrResNetConfig(depths=[1, 1, 1, 1], layer_type="basic", hidden_sizes=[32, 32, 64, 64], embedding_size=16,
-                                                     out_features=["stage2", "stage3", "stage4"]),
-                encoder_in_channels=[32, 64, 64], d_model=64, encoder_hidden_dim=64, decoder_layers=2, num_queries=20, num_labels=5,
-                decoder_in_channels=[64, 64, 64], encoder_ffn_dim=128, decoder_ffn_dim=128, decoder_attention_heads=4,
-            )
-        ),
-    }  # fmt: skip
+        "rtdetr": _rtdetr,
+    }
     pick = (lambda y: (y.logits, y.pred_boxes)) if kind in ("yolos", "rtdetr") else (lambda y: y[0])
     return Job(Picked(made[kind](), pick, lambda n, x: n(pixel_values=x)), pictures(128 if kind == "rtdetr" else 64))
+
+
+def _rtdetr() -> nn.Module:
+    import transformers as t
+
+    stages = {"hidden_sizes": [32, 32, 64, 64], "embedding_size": 16, "out_features": ["stage2", "stage3", "stage4"]}
+    backbone = t.RTDetrResNetConfig(depths=[1, 1, 1, 1], layer_type="basic", **stages)
+    widths = {"d_model": 64, "encoder_hidden_dim": 64, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128}
+    channels = {"encoder_in_channels": [32, 64, 64], "decoder_in_channels": [64, 64, 64], "decoder_attention_heads": 4}
+    config = t.RTDetrConfig(backbone_config=backbone, decoder_layers=2, num_queries=20, num_labels=5, **widths, **channels)
+    return t.RTDetrForObjectDetection(config)
 
 
 def wav2vec2_job() -> Job:
