@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # a command that only lists targets imports no graphs
     from qcompile.quant.spec import Scheme
     from qcompile.target.attention import AttentionBlock
     from qcompile.target.findings import Rule
+    from qcompile.target.trial import Trial
     from qcompile.target.view import GraphView
 
 
@@ -91,6 +92,13 @@ class Target(Platform):
     def rules(self) -> Sequence[Rule]:
         """The rules of `qcompile check`."""
         return ()
+
+    def tries(self, trial: Trial) -> None:
+        """Try what was written for this target in its own setting."""
+        trial.loads()
+        trial.keeps_rules()
+        if self.engine is not None:
+            trial.parses()
 
     def unfused(
         self,

@@ -11,12 +11,11 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass, RemoveInitializersFromInputsPass
 from onnxscript.optimizer import fold_constants
 
-from qcompile.errors import ModelError
 from qcompile.ir.edit import add_constant, erase_dead, replace_value
 from qcompile.ir.infer import forget_declared, infer_shapes
 from qcompile.ir.model import Model
 from qcompile.ir.ops import const_array, input_at, is_op
-from qcompile.ir.optable import ops_with
+from qcompile.ir.qoperators import spell_qdq
 from qcompile.ir.shape_fold import fold_shapes
 from qcompile.ir.shapes import rank
 from qcompile.ir.widen import widen
@@ -29,7 +28,7 @@ _SIZE_LIMIT = 1 << 31
 _SHAPE_ROUNDS = 8
 _SPLIT_COUNTS = 18
 _FREE_INITIALIZERS = 4  # the IR version from which on initializers need not be inputs
-_QUANTIZED = ops_with("integer-product") | {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}
+_QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 _WIDENED = {ir.DataType.FLOAT16: 2.0**-5, ir.DataType.BFLOAT16: 2.0**-2, ir.DataType.DOUBLE: 2.0**-11}
 """How far the outputs may move when a type is computed in float32: 64 times its rounding error (of float32 for float64, where
 8192 times 2^-24 are the noise of real models)."""
@@ -44,7 +43,7 @@ class Canonicalize(Pass):
     Attention of every kind, RotaryEmbedding, Einsum and what ONNX Runtime's optimizer fuses (com.microsoft) become the plain
     operators that they stand for; `ort` keeps its own attention operators whole.
     float16, bfloat16 and float64 are computed in float32 from here on; inputs and outputs keep their types behind a Cast.
-    Refuses models that already hold quantized operators.
+    Operators on integer codes (QLinearConv, QGemm) and TensorRT's own Q and DQ become standard Q/DQ around float operators.
     """
 
     name = "canonicalize"
@@ -54,11 +53,12 @@ class Canonicalize(Pass):
     widen: Annotated[bool, "compute float16, bfloat16 and float64 in float32"] = True
 
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
-        """Raises ModelError: the model is already quantized."""
-        _refuse_quantized(model)
+        """Raises ModelError: a quantized operator that cannot be read."""
         before, count = _signature(model.graph), len(model.graph)
         InlinePass()(model.ir)
         RemoveInitializersFromInputsPass()(model.ir)
+        for name in spell_qdq(model):
+            ctx.remarks.applied(name, "computed on codes; now Q/DQ around a float operator")
         model.ir.ir_version = max(model.ir.ir_version, _FREE_INITIALIZERS)
         declared = [v.shape for v in model.graph.outputs]
         forget_declared(model)
@@ -129,7 +129,9 @@ def _fold_known_shapes(model: Model) -> None:
 
 
 def _foldable(node: ir.Node) -> bool | None:
-    """Fold whatever has only constant inputs; leave the folder's own rules to the rest."""
+    """Fold whatever has only constant inputs but codes, which would be lost; leave the folder's own rules to the rest."""
+    if node.op_type in _QUANTIZERS:
+        return False
     return True if node.inputs and all(v is None or v.const_value is not None for v in node.inputs) else None
 
 
@@ -139,14 +141,6 @@ def _spell_splits(model: Model) -> None:
         for node in model.graph.all_nodes():
             if node.op_type == "Split" and not node.domain:
                 node.attributes.pop("num_outputs", None)
-
-
-def _refuse_quantized(model: Model) -> None:
-    for node in model.graph.all_nodes():
-        if node.op_type in _QUANTIZED:
-            raise ModelError(
-                f"the model is already quantized (node {node.name!r} is a {node.op_type}); start from the float model"
-            )
 
 
 def _simplify(graph: ir.Graph, node: ir.Node, ctx: PassContext) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from qcompile.ir.model import Model
     from qcompile.quant.spec import Scheme
     from qcompile.target.findings import Rule
+    from qcompile.target.trial import Trial
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,11 @@ class OnnxRuntime(Target):
         from qcompile.target.ort.rules import ORT_RULES
 
         return ORT_RULES
+
+    def tries(self, trial: Trial) -> None:
+        """A session as deployed."""
+        trial.keeps_rules()
+        trial.runs()
 
 
 TARGETS = (
