@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 from onnx import ModelProto, ValueInfoProto
 
 from qcompile.errors import UsageError
 
+_Span = tuple[int, ...]
 SHAPES_KEY = "qcompile.shapes"
 BATCH = (1, 8, 32)
 OTHER = (8, 32, 128)
@@ -79,13 +81,16 @@ def default_profile(model: ModelProto) -> Profile | None:
     """A profile for the dynamic inputs of `model`; None when all shapes are fixed.
 
     Axis 0 gets 1/8/32.  Another dynamic axis gets 8/32/128, moved to include the calibration shape that the model
-    records as `qcompile.shapes` (JSON, {input: {"min": dims, "max": dims}}), whose value becomes the optimum.
+    records as `qcompile.shapes` (JSON, {input: {"min": dims, "max": dims}}), whose value becomes the optimum.  An axis that was
+    as long as two others together, or is named so, as the mask of a decoder with a cache, is so at all three points.
     """
     recorded = _recorded(model)
     dynamic = list(dynamic_inputs(model))
     if not dynamic:
         return None
-    shapes = {v.name: _guess(v, recorded.get(v.name, [])) for v in dynamic}
+    smallest = _recorded(model, "min")
+    guessed = {v.name: _guess(v, smallest.get(v.name, []), recorded.get(v.name, [])) for v in dynamic}
+    shapes = _with_sums(dynamic, guessed, smallest, recorded)
     source = "calibration shapes" if recorded else "guessed from the axes (batch 1/8/32, others 8/32/128)"
     return Profile(shapes, source)
 
@@ -97,20 +102,60 @@ def dynamic_inputs(model: ModelProto) -> Iterable[ValueInfoProto]:
     return [v for v in inputs if any(d.dim_value <= 0 for d in v.type.tensor_type.shape.dim)]
 
 
-def _guess(value: ValueInfoProto, recorded: Sequence[int]) -> ShapeRange:
+def _guess(value: ValueInfoProto, smallest: Sequence[int], largest: Sequence[int]) -> ShapeRange:
     dims = value.type.tensor_type.shape.dim
-    seen = recorded if len(recorded) == len(dims) else [0] * len(dims)
-    axes = [_axis_range(i, d.dim_value, int(n)) for i, (d, n) in enumerate(zip(dims, seen, strict=True))]
+    seen = largest if len(largest) == len(dims) else [0] * len(dims)
+    least = smallest if len(smallest) == len(dims) else seen
+    axes = [_axis_range(i, d.dim_value, int(a), int(b)) for i, (d, a, b) in enumerate(zip(dims, least, seen, strict=True))]
     return ShapeRange(*(tuple(a[k] for a in axes) for k in range(3)))
 
 
-def _axis_range(axis: int, size: int, recorded: int) -> tuple[int, int, int]:
+def _with_sums(
+    inputs: Sequence[ValueInfoProto],
+    shapes: Mapping[str, ShapeRange],
+    smallest: Mapping[str, Sequence[int]],
+    largest: Mapping[str, Sequence[int]],
+) -> dict[str, ShapeRange]:
+    """The guesses, with axes that are sums of two others set to their sums."""
+    axes: dict[str, tuple[_Span, _Span]] = {}
+    for value in inputs:
+        for k, dim in list(enumerate(value.type.tensor_type.shape.dim))[1:]:
+            if dim.dim_value <= 0 and k < min(len(smallest.get(value.name, ())), len(largest.get(value.name, ()))):
+                r = shapes[value.name]
+                seen = (smallest[value.name][k], largest[value.name][k])
+                axes.setdefault(dim.dim_param or f"{value.name}.{k}", (seen, (r.min[k], r.opt[k], r.max[k])))
+    sums = {name: added for name, (seen, _) in axes.items() if (added := _sum(name, seen, axes)) is not None}
+    return {v.name: _replaced(v, shapes[v.name], sums) for v in inputs}
+
+
+def _sum(name: str, seen: _Span, axes: Mapping[str, tuple[_Span, _Span]]) -> _Span | None:
+    """The range of the two other axes that `name` spells, or that were as long together at both ends of calibration."""
+    spelled = tuple(part.strip() for part in name.split("+"))
+    for a, b in combinations([n for n in axes if n != name], 2):
+        (seen_a, range_a), (seen_b, range_b) = axes[a], axes[b]
+        pairs = (zip(seen_a, seen_b, strict=True), zip(seen_a, reversed(seen_b), strict=True))  # a long prompt has no past
+        together = any(sorted(x + y for x, y in pair) == sorted(seen) for pair in pairs)
+        if {a, b} == set(spelled) or (together and max(seen_a) and max(seen_b)):
+            return tuple(x + y for x, y in zip(range_a, range_b, strict=True))
+    return None
+
+
+def _replaced(value: ValueInfoProto, r: ShapeRange, sums: Mapping[str, _Span]) -> ShapeRange:
+    names = [d.dim_param or f"{value.name}.{k}" for k, d in enumerate(value.type.tensor_type.shape.dim)]
+
+    def end(i: int, dims: _Span) -> _Span:
+        return tuple(sums[n][i] if k and n in sums else d for k, (n, d) in enumerate(zip(names, dims, strict=True)))
+
+    return ShapeRange(end(0, r.min), end(1, r.opt), end(2, r.max))
+
+
+def _axis_range(axis: int, size: int, smallest: int, largest: int) -> tuple[int, int, int]:
     if size > 0:
         return size, size, size
     if axis == 0:
         return BATCH
     lo, opt, hi = OTHER
-    return (min(lo, recorded), recorded, max(hi, recorded)) if recorded > 0 else (lo, opt, hi)
+    return (min(lo, max(1, smallest)), largest, max(hi, largest)) if largest > 0 else (lo, opt, hi)
 
 
 def _recorded(model: ModelProto, end: str = "max") -> Mapping[str, Sequence[int]]:

@@ -34,6 +34,7 @@ COMMANDS = {
     "export-integer": "Write an integer-only MODEL as JSON: weights, multipliers, shifts, zero points, tables.",
     "inspect": "Show what is in MODEL, an ONNX model or an engine.",
     "passes": "List the passes, or show one with its options.",
+    "decode": "Write the runs of several steps of decoding as calibration data.",
     "calibrate": "Gather the statistics that compiling MODEL asks for, into a file.",
     "merge": "Merge statistics FILES of disjoint samples.",
 }

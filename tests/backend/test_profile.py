@@ -76,3 +76,27 @@ def test_shapes_between_the_recorded_ends() -> None:
     assert outside_calibration(m, parse_profile("ids:1x8,8x64,32x100")) == []
     for text in ("ids:1x8,8x64,32x512", "ids:1x8,8x16,32x32"):
         assert "but was calibrated at 64 to 128" in outside_calibration(m, parse_profile(text))[0]
+
+
+@pytest.mark.parametrize(
+    ("seen", "points"),
+    [
+        ({"ids": (1, 1), "mask": (11, 14), "past": (10, 13)}, [[1, 1, 128], [9, 14, 256], [8, 13, 128]]),  # single steps
+        ({"ids": (1, 10), "mask": (10, 14), "past": (0, 13)}, [[1, 10, 128], [2, 23, 256], [1, 13, 128]]),  # and the prompt
+        ({"ids": (4, 4), "mask": (9, 9), "past": (7, 7)}, [[4, 4, 128], [8, 9, 128], [7, 7, 128]]),  # no sum
+    ],
+)
+def test_the_mask_of_a_decoder_is_as_long_as_past_and_tokens(seen: dict[str, tuple[int, int]], points: list[list[int]]) -> None:
+    m = model(**{name: ["N", name] for name in seen})
+    recorded = {name: {"min": [1, low], "max": [1, high]} for name, (low, high) in seen.items()}
+    m.metadata_props.add(key=SHAPES_KEY, value=json.dumps(recorded))
+    found = default_profile(m)
+    assert found is not None
+    assert [[p[1] for p in found.to_json()[name]] for name in seen] == points
+
+
+def test_a_sum_may_be_spelled() -> None:
+    m = model(ids=["N", "new"], mask=["N", "past + new"], past=["N", "past"])
+    m.metadata_props.add(key=SHAPES_KEY, value=json.dumps({n: {"min": [1, 3], "max": [1, 5]} for n in ("ids", "mask", "past")}))
+    found = default_profile(m)
+    assert found is not None and found.to_json()["mask"] == [[1, 6], [8, 10], [32, 256]]

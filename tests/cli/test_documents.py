@@ -6,12 +6,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 
 from qcompile.cli import main
 from qcompile.verbs.bench.engines import BenchedEngines
 from qcompile.verbs.build import Refitted
 from tests.cli.test_cli import CNN, EVAL, ROOT, Capture, document
+from tests.verbs.decoders import decoder, prompts
 from tests.verbs.test_inspect import engine
 
 GUIDE = ROOT / "docs" / "guide" / "commands.md"
@@ -19,7 +22,7 @@ GUIDE = ROOT / "docs" / "guide" / "commands.md"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An ORT model, an integer-only one, statistics of two shards, and an engine's manifest."""
+    """An ORT model, an integer-only one, statistics of two shards, an engine's manifest, and a decoder with a prompt."""
     made = tmp_path_factory.mktemp("documents")
     for target, name in (("ort", "q.onnx"), ("integer", "i.onnx")):
         assert main([str(CNN), "--target", target, "--samples", "8", "-o", str(made / name)]) == 0
@@ -27,6 +30,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         words = ("calibrate", CNN, "--target", "ort", "--samples", 128, "--shard", f"{part}/2", "-o", made / f"{part}.qstats")
         assert main([str(w) for w in words]) == 0
     engine(made)
+    onnx.save(decoder("llama"), str(made / "llama.onnx"))
+    np.savez(made / "prompts.npz", **prompts("llama", count=1, length=2))
     return made
 
 
@@ -52,6 +57,7 @@ COMMANDS: dict[str, list[tuple[Any, ...]]] = {
         ("check", "{}/i.onnx", "--target", "integer"),
         ("check", "{}/q.onnx", "--target", "ort", "--fix", "-o", "{}/fixed.onnx"),
     ],
+    "decode": [("decode", "{}/llama.onnx", "--data", "{}/prompts.npz", "--steps", 1)],
     "export-integer": [("export-integer", "{}/i.onnx", "-o", "{}/i.json")],
     "inspect": [("inspect", CNN), ("inspect", "{}/m.engine")],
     "deploy": [

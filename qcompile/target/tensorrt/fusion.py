@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from onnx import NodeProto, TensorProto
 
@@ -46,6 +46,14 @@ def obstacles(b: BlockFacts) -> Iterator[str]:
     if b.guard and b.code is not None:
         yield "the probabilities pass IsNaN and Where (a guard against rows without a key): without it the block fuses"
     yield from {"int8": _int8, "float8e4m3fn": _fp8}.get(b.code or "", _float)(b)
+
+
+def only_in_float(b: BlockFacts) -> str | None:
+    """Why the quantized block becomes several kernels where the same block in float16 is one; None if that is not known."""
+    reasons = [*obstacles(replace(b, output=True))]
+    if not reasons or [*obstacles(replace(b, code=None))]:
+        return None
+    return reasons[0].partition(";")[0].partition(" (")[0]
 
 
 def _float(b: BlockFacts) -> Iterator[str]:
@@ -113,9 +121,10 @@ def _made_by(view: GraphView, name: str, op: str) -> bool:
 
 
 def _quantized_behind(view: GraphView, name: str) -> bool:
-    """Whether a QuantizeLinear reads the tensor, itself or moved."""
-    uses = [node for node, slot in view.consumers.get(name, ()) if slot == 0]
-    return any(n.op_type in QUANTIZE_OPS or (n.op_type in MOVEMENT_OPS and _quantized_behind(view, n.output[0])) for n in uses)
+    """Whether a QuantizeLinear reads the tensor, itself, moved, or with 0 in the rows that see no key."""
+    uses = [node for node, slot in view.consumers.get(name, ()) if slot == (node.op_type == "Where")]
+    passed = MOVEMENT_OPS | {"Where"}
+    return any(n.op_type in QUANTIZE_OPS or (n.op_type in passed and _quantized_behind(view, n.output[0])) for n in uses)
 
 
 def dequantized(view: GraphView, name: str) -> NodeProto | None:

@@ -19,7 +19,7 @@ from qcompile.target.target import Request
 from qcompile.target.tensorrt.blocks import in_blocks, scaled_blocks
 from qcompile.target.tensorrt.branches import range_branches
 from qcompile.target.tensorrt.defaults import attention_refusal, default_refusal
-from qcompile.target.tensorrt.fusion import BlockFacts, obstacles
+from qcompile.target.tensorrt.fusion import BlockFacts, obstacles, only_in_float
 from qcompile.target.tensorrt.joins import share_concat_ranges, share_residuals
 
 _PROBABILITY = (0.0, 1.0)
@@ -98,7 +98,7 @@ def _unfit(node: ir.Node, slot: int) -> str | None:
 
 
 def _attention(out: Placement, softmax: ir.Node, request: Request) -> None:
-    """Queries, keys, softmax output and values together, or none: a partial choice breaks the fused kernel."""
+    """Queries, keys, softmax output and values (in INT8 the output too) together, or none: else the fused kernel breaks."""
     scores, values = find_scores(softmax), find_values(softmax)
     if not isinstance(scores, Scores) or values is None:
         return
@@ -107,7 +107,7 @@ def _attention(out: Placement, softmax: ir.Node, request: Request) -> None:
     if not reason and in_blocks(out, products):
         reason = f"an input of it is in {request.scheme.name} blocks, and a tensor has one quantizer"
     if not reason and not any(request.selection.forced(n) for n in products):
-        reason = _left_alone(scores, request)
+        reason = _left_alone(scores, request) or _better_in_float(out, scores, values, request)
     if reason:
         for node in products:
             out.miss(node, reason)
@@ -124,8 +124,29 @@ def _attention(out: Placement, softmax: ir.Node, request: Request) -> None:
     for node in products:
         out.add(node, 0, activation_spec(request))
         out.add(node, 1, activation_spec(request))
+    if request.native and activation_spec(request).qtype.family == "int":
+        _quantize_output(out, values.matmul, request)
     for obstacle in obstacles(_facts(out, scores, values, request)) if request.native else ():
         out.note(scores.matmul, f"this attention will not be one kernel: {obstacle}")
+
+
+def _better_in_float(out: Placement, scores: Scores[ir.Node], values: Values[ir.Node], request: Request) -> str | None:
+    """Why the block is one kernel in float16 alone, which beats two products and a softmax in kernels of their own."""
+    if not request.native or request.choices.attention != "auto":
+        return None
+    reason = only_in_float(_facts(out, scores, values, request))
+    return None if reason is None else f"{reason}; in float16 it is one kernel (annotate{{attention=all}} quantizes it)"
+
+
+def _quantize_output(out: Placement, pv: ir.Node, request: Request) -> None:
+    """An INT8 kernel wants codes for its output too: its own, where no layer behind reads any."""
+    value = pv.outputs[0]
+    if _quantized_behind(out, value) or value.is_graph_output():
+        return
+    uses = list(value.uses())
+    kept = uses[0][0] if len(uses) == 1 and is_op(uses[0][0], "Where") and uses[0][1] == 1 else pv
+    if not kept.outputs[0].is_graph_output():
+        out.add(kept, ~0, activation_spec(request))
 
 
 def _facts(out: Placement, scores: Scores[ir.Node], values: Values[ir.Node], request: Request) -> BlockFacts:
@@ -150,8 +171,12 @@ def _sizes(value: ir.Value | None) -> tuple[int | None, int | None]:
 
 
 def _quantized_behind(out: Placement, value: ir.Value) -> bool:
-    """Whether a layer that reads the tensor, itself or moved, is quantized so far."""
-    moved = (n.outputs[0] for n, slot in value.uses() if slot == 0 and (is_data_movement(n) or is_op(n, "Cast")))
+    """Whether a layer that reads the tensor, itself, moved, or with 0 in rows that see no key, is quantized so far."""
+    moved = (
+        n.outputs[0]
+        for n, slot in value.uses()
+        if (slot == 0 and (is_data_movement(n) or is_op(n, "Cast"))) or (slot == 1 and is_op(n, "Where"))
+    )
     return bool(out.specs(value)) or any(_quantized_behind(out, v) for v in moved)
 
 

@@ -11,6 +11,7 @@ import pytest
 from qcompile.backend.audit import AuditResult, audit
 from qcompile.backend.groups import qdq_groups, without
 from qcompile.backend.profile import parse_profile
+from qcompile.decide.placement import Placement
 from qcompile.ir.model import Model
 from qcompile.ir.select import Selection
 from qcompile.quant.spec import SCHEMES
@@ -95,23 +96,49 @@ def test_float16_is_no_way_out_where_it_would_not_fuse_either() -> None:
     assert any("one size" in text for text in obstacles(BlockFacts(None, head=64, value_head=32)))
 
 
-@pytest.mark.parametrize(
-    ("form", "scheme", "foreseen"),
-    [
-        (INT8, "w8a8", ""),
-        (INT8, "w8a8", "output"),  # the last layer stays in float
-        (replace(INT8, head=24), "w8a8", "head size is 24"),
-        (replace(INT8, tokens=520), "w8a8", "520 keys"),
-        (replace(INT8, guard=True), "w8a8", "IsNaN"),
-        (replace(INT8, head=24), "fp8", ""),
-        (replace(INT8, head=24), "w4a4", ""),
-    ],
-)
-def test_what_is_known_beforehand_is_a_remark(form: AttentionForm, scheme: str, foreseen: str, tmp_path: Path) -> None:
+def placed(form: AttentionForm, scheme: str, folder: Path, asked: str = "auto", quantize: tuple[str, ...] = ()) -> Placement:
+    """What the placement says of the block without its Q/DQ."""
     view = GraphView.open(attention(form, batch=2))
     plain = onnx.shape_inference.infer_shapes(without(view, qdq_groups(view)))
-    onnx.save(plain, str(tmp_path / "m.onnx"))
-    loaded, asked = Model.load(tmp_path / "m.onnx"), Selection(quantize=() if foreseen == "output" else ("n_y",))
-    notes = TARGETS["rtx"].place(loaded, SCHEMES[scheme], asked, Choices()).notes
-    assert [node for node, _ in notes] == (["n_scores"] if foreseen else [])
-    assert all(foreseen in text and text.startswith("this attention will not be one kernel") for _, text in notes)
+    onnx.save(plain, str(folder / "m.onnx"))
+    return TARGETS["rtx"].place(Model.load(folder / "m.onnx"), SCHEMES[scheme], Selection(quantize=quantize), Choices(asked))
+
+
+@pytest.mark.parametrize(
+    ("form", "scheme", "reason"),
+    [
+        (replace(INT8, head=24), "w8a8", "its head size is 24: INT8 kernels have 16, 32 and 64"),
+        (replace(INT8, tokens=520), "w8a8", "it has up to 520 keys: INT8 kernels end at 512"),
+        (replace(INT8, tokens=1), "w8a8", "it has one query: INT8 kernels begin at 2"),
+        (replace(INT8, guard=True), "w8a8", "the probabilities pass IsNaN and Where"),
+        (replace(INT8, tokens=24), "fp8", "it has as few as 24 keys: FP8 kernels begin at 32"),
+    ],
+)
+def test_what_float16_alone_fuses_stays_in_float16(form: AttentionForm, scheme: str, reason: str, tmp_path: Path) -> None:
+    out = placed(form, scheme, tmp_path)
+    missed = [(node, text) for node, text in out.missed if "float16 it is one kernel" in text]
+    assert {node for node, _ in missed} == {"n_scores", "n_o"} and all(text.startswith(reason) for _, text in missed)
+    assert not {str(p.node.name) for p in out.points} & {"n_scores", "n_o"} and not out.notes
+    forced = placed(form, scheme, tmp_path, "all")
+    assert [text for _, text in forced.notes if text.startswith(f"this attention will not be one kernel: {reason}")]
+
+
+@pytest.mark.parametrize(("form", "scheme"), [(INT8, "w8a8"), (replace(INT8, head=24), "fp8"), (replace(INT8, head=24), "w4a4")])
+def test_what_fuses_is_quantized(form: AttentionForm, scheme: str, tmp_path: Path) -> None:
+    out = placed(form, scheme, tmp_path, quantize=("n_y",))
+    assert {"n_scores", "n_o"} <= {str(p.node.name) for p in out.points} and not out.notes
+
+
+def test_what_fuses_nowhere_is_quantized_all_the_same(tmp_path: Path) -> None:
+    """Head size 8 and 320: no fused kernel of any type, and INT8 products are the faster ones."""
+    for head in (8, 320):
+        out = placed(replace(INT8, head=head), "w8a8", tmp_path)
+        assert "n_scores" in {str(p.node.name) for p in out.points}
+        assert [text for node, text in out.notes if node == "n_scores" and f"head size is {head}" in text]
+
+
+def test_the_output_gets_codes_of_its_own_where_nothing_behind_reads_any(tmp_path: Path) -> None:
+    """The projection here is the last layer, which stays in float."""
+    own = [p for p in placed(INT8, "w8a8", tmp_path).points if p.slot < 0]
+    assert [(str(p.node.name), p.slot) for p in own] == [("n_o", -1)]
+    assert not [p for p in placed(INT8, "w8a8", tmp_path, quantize=("n_y",)).points if p.slot < 0]
