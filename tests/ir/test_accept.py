@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -84,14 +85,12 @@ def test_what_is_wrong_is_said(make: Callable[[], onnx.ModelProto], message: str
         loaded(make(), tmp_path)
 
 
-@pytest.mark.parametrize("threshold", ["LARGE_MODEL", "EXTERNAL_BYTES", ""])
-def test_a_map_keeps_its_type_in_every_file(threshold: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("threshold", [(spill, "LARGE_MODEL", 0), (model_module, "EXTERNAL_BYTES", -1), None])
+def test_a_map_keeps_its_type_in_every_file(threshold: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     proto = maps()
     model = loaded(proto, tmp_path)
     if threshold:
-        monkeypatch.setattr(
-            spill if threshold == "LARGE_MODEL" else model_module, threshold, 0 if threshold == "LARGE_MODEL" else -1
-        )
+        monkeypatch.setattr(*threshold)
     model.clone().save(tmp_path / "again.onnx")
     again = onnx.load(tmp_path / "again.onnx", load_external_data=False).graph.output[0]
     assert again.type == proto.graph.output[0].type and not again.metadata_props

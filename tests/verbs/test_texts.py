@@ -27,7 +27,8 @@ def pipeline(folder: Path) -> Path:
     nodes = [
         node("LabelEncoder", ["cat"], ["code"], keys_strings=CATS, values_int64s=[0, 1, 2], default_int64=0, **ml),
         node("Gather", ["rows", "code"], ["row"]), node("Add", ["x", "row"], ["a"]),
-        node("MatMul", ["a", "w"], ["b"]), node("Relu", ["b"], ["c"]), node("MatMul", ["c", "w2"], ["d"]), node("Relu", ["d"], ["e"]),
+        node("MatMul", ["a", "w"], ["b"]), node("Relu", ["b"], ["c"]), node("MatMul", ["c", "w2"], ["d"]),
+        node("Relu", ["d"], ["e"]),
         node("MatMul", ["e", "w3"], ["f"]), node("Softmax", ["f"], ["p"], axis=1),
         node("ZipMap", ["p"], ["prob"], classlabels_strings=CATS, **ml),
         node("ArgMax", ["p"], ["best"], axis=1, keepdims=0), node("Gather", ["titles", "best"], ["label"]),
