@@ -64,6 +64,10 @@ class Target(Platform):
         half = ("fuse-norm",) if self.body(scheme) != "float32" else ()
         return (*quantized, "opset", *half, *products)
 
+    def whole_attention(self, scheme: Scheme) -> bool:
+        """Whether ONNX Runtime's own attention operators stay in one piece: nothing inside them is quantized."""
+        return False
+
     def lowering(self, scheme: Scheme) -> tuple[str, ...]:
         """The passes that bring in the target's arithmetic, in order."""
         half = {"float16": ("fp16",), "bfloat16": ("bf16",)}.get(self.body(scheme), ())

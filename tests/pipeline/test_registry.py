@@ -155,5 +155,5 @@ def test_a_missing_file_is_a_usage_error(tmp_path: Path) -> None:
 
 
 def test_a_preset_is_no_pass() -> None:
-    with pytest.raises(UsageError, match="'repq-vit' is a preset, for --passes repq-vit: .*; name one of its passes"):
+    with pytest.raises(UsageError, match=r"'repq-vit' is a preset, for --passes repq-vit: .*; name one of its passes"):
         describe_pass("repq-vit")

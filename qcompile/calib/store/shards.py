@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qcompile.calib.data import Dataset, load_data
+from qcompile.calib.data.dataset import HELD_BACK
 from qcompile.calib.store.merge import merge
 from qcompile.calib.store.store import Gathered, Key, Range, Statistics, from_bytes, probe_from_json, to_bytes
 from qcompile.calib.sweep.alone import suited
@@ -24,7 +25,7 @@ from qcompile.ir.model import Model
 
 @dataclass(frozen=True)
 class DataSpec:
-    """How to open a data set (see `qcompile.calib.data.sources.load_data`); without `samples` at most `cap` are taken."""
+    """How to open data to fit to (see `qcompile.calib.data.sources.load_data`); without `samples` at most `cap` are taken."""
 
     spec: str
     preprocess: str | None = None
@@ -33,9 +34,13 @@ class DataSpec:
     seed: int = 0
 
     def open(self, model: Model) -> Dataset:
-        """The data, checked against the model's inputs, and taken apart where the model takes no two samples at a time."""
-        data = suited(load_data(self.spec, model.inputs(), self.preprocess, self.samples, self.seed), model)
-        return data if self.samples is not None or self.cap is None else data.take(self.cap)
+        """The data, checked against the model's inputs, and taken apart where the model takes no two samples at a time.
+
+        Some samples are held back (`Dataset.fitted`).
+        """
+        inputs = model.inputs()
+        data = suited(load_data(self.spec, inputs, self.preprocess, self.samples, self.seed, spare=HELD_BACK), model)
+        return data.fitted(self.samples or self.cap or len(data), data.run_size(inputs) or 1)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,10 @@ class OnnxRuntime(Target):
             ("space-to-depth", "gelu-order") if self.native(scheme) and scheme.weight is not None else ()
         )
 
+    def whole_attention(self, scheme: Scheme) -> bool:
+        """Its kernels are faster than their parts, and products of attention stay in float; studies of widths go inside."""
+        return scheme.activation is None or self.native(scheme)
+
     def placement(self, model: Model, request: Request) -> Placement:
         """As the kernels fuse; a study of widths quantizes what an accelerator would."""
         from qcompile.target.ort.placement import place

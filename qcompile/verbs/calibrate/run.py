@@ -212,9 +212,10 @@ def _fresh(job: Job, data: Dataset, warnings: Sequence[str]) -> Statistics:
     about = {
         "source": data.source, "random": data.random, "shapes": shapes(data), "warnings": list(warnings),
         "data_warnings": list(warnings), "index": list(data.index) if len(data) <= INDEX_KEPT else None,
+        "held_back": len(data.held),
         "target": job.target.name, "scheme": job.scheme.name, "pipeline": job.pipeline,
     }  # fmt: skip
-    return Statistics(key, (), about, _feeds(data, fixed))
+    return Statistics(key, (), about, _feeds(data.held_back or data, fixed))
 
 
 def _feeds(data: Dataset, fixed: int | None) -> tuple[dict[str, Any], ...]:

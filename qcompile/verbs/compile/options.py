@@ -33,6 +33,7 @@ class PipelineOptions:
     """What MODEL becomes."""
 
     passes: Annotated[str | None, "Pipeline, e.g. 'repq,smooth{alpha=0.6}'; default: the target's (see: qcompile passes)."] = None
+    requantize: Annotated[bool, "Of a quantized MODEL: forget its scales and quantize the float model inside."] = False
     target: Annotated[str | None, f"Default {DEFAULT}. {_TITLES}.", Written(choices=TARGETS)] = None
     scheme: Annotated[
         str | None, "Default w8a8. Which target takes which: docs/guide/targets.md.", Written(choices=_DELIVERED)

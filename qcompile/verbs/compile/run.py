@@ -21,6 +21,7 @@ from qcompile.ir.reader import file_bytes
 from qcompile.ir.text import print_model
 from qcompile.ir.verify import verify_interface
 from qcompile.pipeline.base import Kind
+from qcompile.pipeline.registry import IMPORT
 from qcompile.pipeline.runner import Failure, Ran, Runner, Starts, drive, without_data
 from qcompile.report import (
     SCHEMA_VERSION,
@@ -52,7 +53,8 @@ REPRODUCED = (
 class Result:
     """What a compilation made and what happened on the way.
 
-    Figures are those of the file in its target's own setting (`measured`) where that is not exact arithmetic.
+    Figures are those of the file in its target's own setting (`measured`) where that is not exact arithmetic, on `measured_on`
+    samples; `held_back`: of such that nothing was fitted to.
     """
 
     output: Path
@@ -63,6 +65,8 @@ class Result:
     sweeps: int
     samples: int
     calibration: str
+    measured_on: int = 0
+    held_back: bool = False
     notes: tuple[str, ...] = ()
     options: Options = field(default_factory=Options)
     inserted: tuple[bool, ...] = ()
@@ -89,6 +93,17 @@ class Result:
         return None if found is None else found.sqnr_db
 
     @property
+    def reference(self) -> str:
+        """What outputs were compared with: the float model, or the quantized one that was imported."""
+        imported = any(p.spec.partition("{")[0] == IMPORT for p in self.passes)
+        return "the imported quantized model" if imported else "the float model"
+
+    @property
+    def float_db(self) -> float | None:
+        """Of an imported model: SQNR against the float model inside it, dB."""
+        return None if self.compared is None else self.compared.float_db
+
+    @property
     def outputs(self) -> tuple[OutputFigure, ...]:
         """What is said of each output beside the float model's, worst first."""
         found = self.measured or self.compared
@@ -106,6 +121,10 @@ class Result:
             "samples": self.samples,
             "sweeps": self.sweeps,
             "sqnr_db": self.sqnr_db,
+            "measured_on": self.measured_on,
+            "held_back": self.held_back,
+            "reference": self.reference,
+            "float_db": self.float_db,
             "outputs": [asdict(o) for o in self.outputs],
             "notes": list(self.notes),
             "selectors": {option: list(texts) for option, texts in self.options.selection.by_option.items()},
@@ -176,6 +195,8 @@ def _compiled(job: Job, progress: Progress) -> Result:
         calibration.sweeps if calibration is not None else 0,
         calibration.samples if calibration is not None else 0,
         calibration.source if calibration is not None else "none",
+        0 if comparator is None else comparator.samples,
+        calibration is not None and calibration.held_back,
         notes=tuple(notes),
         options=job.options,
         inserted=tuple(job.plan.inserted),
