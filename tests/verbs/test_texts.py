@@ -50,7 +50,7 @@ def pipeline(folder: Path) -> Path:
 def test_texts_and_maps_go_through(tmp_path: Path, target: str) -> None:
     source = pipeline(tmp_path)
     result = qcompile.compile(source, target=target, output=tmp_path / "q.onnx", threads=1)
-    assert result.compared is not None and (result.compared.sqnr_db or 0) > 30
+    assert result.compared is not None and (result.compared.sqnr_db or 0) > 20
     assert {o.name: o.equal for o in result.outputs if o.equal is not None}.keys() == {"label", "name_out"}
     sessions = [ort.InferenceSession(p, providers=["CPUExecutionProvider"]) for p in (source, tmp_path / "q.onnx")]
     was, now = ([(v.name, v.type) for v in (*s.get_inputs(), *s.get_outputs())] for s in sessions)
