@@ -22,7 +22,7 @@ def pipeline(folder: Path) -> Path:
     """A text in front (a category), one beside (a name), behind a map and a text: as scikit-learn's converters write them."""
     shapes = {"w": (32, 128), "w2": (128, 128), "w3": (128, 3), "rows": (3, 32)}
     weights = [numpy_helper.from_array((RNG.standard_normal(s) / 8).astype(np.float32), n) for n, s in shapes.items()]
-    weights.append(helper.make_tensor("titles", TensorProto.STRING, [3], [c.encode() for c in CATS]))
+    weights.append(numpy_helper.from_array(np.array(CATS, object), "titles"))
     ml: dict[str, Any] = {"domain": "ai.onnx.ml"}
     nodes = [
         node("LabelEncoder", ["cat"], ["code"], keys_strings=CATS, values_int64s=[0, 1, 2], default_int64=0, **ml),
@@ -56,7 +56,8 @@ def test_texts_and_maps_go_through(tmp_path: Path, target: str) -> None:
     was, now = ([(v.name, v.type) for v in (*s.get_inputs(), *s.get_outputs())] for s in sessions)
     assert was == now and "map(string" in str(now)
     feeds = {"x": np.ones((2, 32), np.float32), "cat": np.array(CATS[:2], object), "name": np.array(["a", "b"], object)}
-    prob, label, name = sessions[1].run(None, feeds)
+    found: Any = sessions[1].run(None, feeds)
+    prob, label, name = found
     assert set(prob[0]) == set(CATS) and list(name) == ["a", "b"] and set(label) <= set(CATS)
 
 
