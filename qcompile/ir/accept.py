@@ -1,4 +1,8 @@
-"""What a file may hold beyond what onnx_ir reads: spelled out where it can be, else said with its own cause."""
+"""What a file may hold beyond what onnx_ir reads: spelled out where it can be, else said with its own cause.
+
+Outputs that are maps, or sequences of maps (ZipMap), travel without a type: ONNX Runtime finds it from the node, and the file
+that is written states it again (`state_types`).
+"""
 
 from __future__ import annotations
 
@@ -11,19 +15,22 @@ from onnx import GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorPro
 
 from qcompile.errors import ModelError
 
+_TYPE = "qcompile.type"
+
 
 def spell_out(proto: ModelProto, path: Path) -> None:
-    """Sparse initializers become dense ones; equal copies of an initializer become one.
+    """Sparse initializers become dense ones; equal copies of an initializer become one; maps are set aside.
 
     Raises:
-        ModelError: a name means two things, or a value is a map.
+        ModelError: a name means two things, or an input is a map.
     """
     for graph in _graphs(proto.graph):
-        _require_no_maps(graph, path)
+        _require_no_map_inputs(graph, path)
         graph.initializer.extend(_dense(sparse) for sparse in graph.sparse_initializer)
         del graph.sparse_initializer[:]
         _join_copies(graph, path)
         _require_one_maker(graph, path)
+    set_maps_aside(proto)
 
 
 def in_order(graph: ir.Graph, path: Path) -> None:
@@ -109,13 +116,30 @@ def _called(node: NodeProto, index: int) -> str:
     return node.name or f"{node.op_type} number {index}"
 
 
-def _require_no_maps(graph: GraphProto, path: Path) -> None:
-    for value in (*graph.input, *graph.output, *graph.value_info):
-        if not _has_map(value.type):
-            continue
-        maker = next((_called(n, i) for i, n in enumerate(graph.node) if value.name in n.output), None)
-        cut = "export the model without it" if maker is None else f"cut the model before {maker} and keep its input as the output"
-        raise ModelError(f"{path}: {value.name!r} is a map or a sequence of maps, which qcompile does not handle; {cut}")
+def _require_no_map_inputs(graph: GraphProto, path: Path) -> None:
+    for value in graph.input:
+        if _has_map(value.type):
+            what = f"{path}: the input {value.name!r} is a map, which qcompile has no data for"
+            raise ModelError(f"{what}; cut the model behind the node that reads it")
+
+
+def set_maps_aside(proto: ModelProto) -> None:
+    """Take the types of maps away, in place: noted beside the values, in a form that onnx_ir carries."""
+    for graph in _graphs(proto.graph):
+        for value in (*graph.output, *graph.value_info):
+            if _has_map(value.type):
+                value.metadata_props.add(key=_TYPE, value=value.type.SerializeToString(deterministic=True).hex())
+                value.ClearField("type")
+
+
+def state_types(proto: ModelProto) -> ModelProto:
+    """Give the maps of `proto` their types again, in place; returns it."""
+    for value in proto.graph.output:
+        kept = next((p for p in value.metadata_props if p.key == _TYPE), None)
+        if kept is not None:
+            value.type.ParseFromString(bytes.fromhex(kept.value))
+            value.metadata_props.remove(kept)
+    return proto
 
 
 def _has_map(kind: TypeProto) -> bool:

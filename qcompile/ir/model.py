@@ -13,6 +13,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass
 
 from qcompile.errors import ModelError
+from qcompile.ir.accept import state_types
 from qcompile.ir.atomic import Check, atomic_file, beside, write_atomic
 from qcompile.ir.masks import is_mask
 from qcompile.ir.notes import spell, spelled
@@ -90,11 +91,11 @@ class Model:
     def to_proto(self) -> onnx.ModelProto:
         """The model as a self-contained protobuf (under 2 GB; external tensors are read in, notes are written as text)."""
         if not any(True for _ in external_tensors(self.ir)) and not any(True for _ in spelled(self.ir)):
-            return ir.to_proto(self.ir)
+            return state_types(ir.to_proto(self.ir))
         copy = self.clone()
         spell(copy.ir)
         map_tensors(copy.ir, read_in)
-        return ir.to_proto(copy.ir)
+        return state_types(ir.to_proto(copy.ir))
 
     def clone(self) -> Model:
         """An independent copy of the structure; tensors are shared (they are never edited in place)."""
@@ -261,7 +262,7 @@ def _checked_pair(staging: Path, data: Path | None, check: Check | None) -> None
 def _rename_location(staging: Path, old: str, new: str) -> None:
     staged = ir.load(staging)
     map_tensors(staged, lambda t: relocated(t, new) if isinstance(t, ir.ExternalTensor) and t.location == old else t)
-    write_atomic(staging, ir.to_proto(staged).SerializeToString(deterministic=True))
+    write_atomic(staging, state_types(ir.to_proto(staged)).SerializeToString(deterministic=True))
 
 
 def _file_digest(file: Path) -> str:

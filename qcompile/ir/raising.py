@@ -9,6 +9,7 @@ import onnx_ir as ir
 from onnx import version_converter
 
 from qcompile.errors import ModelError
+from qcompile.ir.accept import set_maps_aside, state_types
 from qcompile.ir.model import Model
 from qcompile.ir.notes import carry_notes
 
@@ -42,7 +43,7 @@ def _convert(model: Model, big: Sequence[str], wanted: int) -> ir.Model:
         value = slim.graph.initializers.pop(name)
         value.const_value = None
         slim.graph.inputs.append(value)
-    proto = ir.to_proto(slim.ir)
+    proto = state_types(ir.to_proto(slim.ir))
     try:
         converted = version_converter.convert_version(proto, wanted)
         onnx.checker.check_model(_shaped(converted))
@@ -50,6 +51,7 @@ def _convert(model: Model, big: Sequence[str], wanted: int) -> ir.Model:
         raise ModelError(
             f"cannot raise opset {model.opset} to {wanted}: {_last_line(e)}; export the model at opset {wanted}"
         ) from e
+    set_maps_aside(converted)
     result = ir.from_proto(converted)
     result.metadata_props.update(model.metadata)
     return result

@@ -129,12 +129,27 @@ def _decoded(data: bytes, path: Path) -> ModelProto:
         raise _unreadable(path, e) from e
 
 
+_TORCH, _TF = ("a PyTorch file", "export it with torch.onnx.export"), ("a TensorFlow or Keras model", "convert it with tf2onnx")
+_BUILT = ("an engine", "give the ONNX file that it was built from")
+_OTHERS = {
+    **dict.fromkeys((".pt", ".pth", ".ckpt", ".safetensors"), _TORCH),
+    **dict.fromkeys((".tflite", ".pb", ".h5", ".keras"), _TF),
+    **dict.fromkeys((".engine", ".plan", ".trt"), _BUILT),
+}
+
+
 def _require_file(path: Path) -> None:
+    if path.is_dir():
+        inside = next(iter(sorted(p.name for p in path.glob("*.onnx"))), "model.onnx")
+        raise ModelError(f"{path} is a folder; name the ONNX file in it, e.g. {path / inside}")
     if not path.is_file():
         raise ModelError(f"no model at {path}: check the path")
 
 
 def _unreadable(path: Path, error: Exception) -> ModelError:
+    if path.suffix.lower() in _OTHERS:
+        kind, way = _OTHERS[path.suffix.lower()]
+        return ModelError(f"{path} is {kind}, not an ONNX model; {way}")
     what = f"{path} is not a readable ONNX model ({type(error).__name__})"
     return ModelError(f"{what}; is the file complete? Try: polygraphy inspect model")
 

@@ -7,6 +7,7 @@ from typing import BinaryIO
 import onnx
 import onnx_ir as ir
 
+from qcompile.ir.accept import state_types
 from qcompile.ir.notes import spell
 from qcompile.ir.spill import SPILLED_TENSOR
 from qcompile.ir.tensors import data_chunks, map_tensors, read_in
@@ -27,7 +28,7 @@ def write_model(model: ir.Model, file: BinaryIO) -> None:
     for value in large:
         del small.graph.initializers[str(value.name)]
     map_tensors(small, read_in)
-    rest = ir.to_proto(small)
+    rest = state_types(ir.to_proto(small))
     graph = rest.graph.SerializeToString(deterministic=True)
     rest.ClearField("graph")
     heads = [_head(value) for value in large]

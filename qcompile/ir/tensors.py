@@ -87,6 +87,9 @@ def stored_array(tensor: ir.TensorProtocol) -> NDArray[Any]:
 
 def data_chunks(tensor: ir.TensorProtocol) -> Iterator[bytes | memoryview]:
     """The bytes of `tensor` as ONNX stores them, in order; no copy of them all is made where none is needed."""
+    if isinstance(tensor, ir.StringTensor):
+        yield b"".join(len(text).to_bytes(8, "little") + bytes(text) for text in tensor.string_data())
+        return
     if not isinstance(tensor, ir.ExternalTensor):
         plain = isinstance(tensor, ir.Tensor) and tensor.dtype.bitwidth >= 8 and sys.byteorder == "little"
         yield stored_array(tensor).reshape(-1).view(np.uint8).data if plain else tensor.tobytes()

@@ -55,6 +55,8 @@ def describe_pass(name: str) -> PassHelp:
     """
     cls = registry.lookup(name)
     if cls is None:
+        if name in registry.PRESETS:
+            raise UsageError(f"{name!r} is a preset, for --passes {name}: {registry.PRESETS[name]}; name one of its passes")
         raise UsageError(f"unknown pass {name!r}{near(name, registry.names())} (all of them: qcompile passes)")
     text = inspect.cleandoc(cls.__doc__ or "")
     stages = (cls.needs.name.lower(), cls.reaches.name.lower() if cls.reaches else None, cls.after)

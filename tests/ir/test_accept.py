@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -11,6 +12,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from qcompile.errors import ModelError
+from qcompile.ir import model as model_module
+from qcompile.ir import spill
 from qcompile.ir.model import Model
 
 node = helper.make_node
@@ -60,6 +63,13 @@ def maps() -> onnx.ModelProto:
     return proto
 
 
+def map_input() -> onnx.ModelProto:
+    proto = graph([node("CastMap", ["x"], ["y"], domain="ai.onnx.ml")])
+    kind = helper.make_map_type_proto(TensorProto.INT64, helper.make_tensor_type_proto(TensorProto.FLOAT, []))
+    proto.graph.input[0].CopyFrom(helper.make_value_info("x", kind))
+    return proto
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -67,12 +77,23 @@ def maps() -> onnx.ModelProto:
         (remade_input, "one makes 'x', which is an input or a weight"),
         (two_weights, "two initializers are named 'w'; export"),
         (circle, "its nodes read each other in a circle"),
-        (maps, "'y' is a map or a sequence of maps, .*; cut the model before zip"),
+        (map_input, "the input 'x' is a map, which qcompile has no data for; cut the model behind"),
     ],
 )
 def test_what_is_wrong_is_said(make: Callable[[], onnx.ModelProto], message: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=message):
         loaded(make(), tmp_path)
+
+
+@pytest.mark.parametrize("threshold", [(spill, "LARGE_MODEL", 0), (model_module, "EXTERNAL_BYTES", -1), None])
+def test_a_map_keeps_its_type_in_every_file(threshold: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    proto = maps()
+    model = loaded(proto, tmp_path)
+    if threshold:
+        monkeypatch.setattr(*threshold)
+    model.clone().save(tmp_path / "again.onnx")
+    again = onnx.load(tmp_path / "again.onnx", load_external_data=False).graph.output[0]
+    assert again.type == proto.graph.output[0].type and not again.metadata_props
 
 
 def test_unsorted_nodes_are_sorted(tmp_path: Path) -> None:

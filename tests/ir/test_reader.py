@@ -176,3 +176,22 @@ def test_a_models_size_is_that_of_all_its_files(tmp_path: Path) -> None:
     files = list(tmp_path.iterdir())
     assert len(files) > 1
     assert file_bytes(path) == sum(f.stat().st_size for f in files)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("m.pt", "a PyTorch file, not an ONNX model; export it with torch.onnx.export"),
+        ("m.tflite", "TensorFlow or Keras model, not .*tf2onnx"),
+        ("m.engine", "an engine, not an ONNX model; give the ONNX file"),
+        ("m.onnx", "is the file complete"),
+        ("folder", "is a folder; name the ONNX file in it, e.g. .*inner.onnx"),
+    ],
+)
+def test_what_is_no_onnx_file(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "inner.onnx").touch()
+    if name != "folder":
+        (tmp_path / name).write_bytes(b"\x1c\x00junk")
+    with pytest.raises(ModelError, match=message):
+        read_proto(tmp_path / name)

@@ -13,6 +13,7 @@ from qcompile.errors import UsageError, VerifyError
 from qcompile.ir.model import Model
 from qcompile.passes.surgery import GraphSurgery
 from qcompile.pipeline import registry
+from qcompile.pipeline.describe import describe_pass
 from qcompile.pipeline.runner import Runner, drive
 from qcompile.pipeline.spec import format_pipeline
 from tests.ir import tiny
@@ -151,3 +152,8 @@ def test_errors_name_the_users_file(script: Path, function: str, words: str) -> 
 def test_a_missing_file_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no surgery file at"):
         drive(Runner().steps(model(), registry.parse(f"{tmp_path}/none.py:f"), context()))
+
+
+def test_a_preset_is_no_pass() -> None:
+    with pytest.raises(UsageError, match=r"'repq-vit' is a preset, for --passes repq-vit: .*; name one of its passes"):
+        describe_pass("repq-vit")

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from qcompile.calib.data.dataset import Dataset
 from qcompile.calib.data.preprocess import Preprocess, bind, load_preprocess
+from qcompile.calib.data.readers import stored_bytes
 from qcompile.calib.observe import Extremes, ExtremesStat, MinMax, Probe, Stat, Told
 from qcompile.errors import DataError
 from qcompile.ir.model import InputInfo
@@ -39,7 +40,7 @@ class _Input:
     whole: bool = True
 
     def add(self, x: NDArray[Any]) -> None:
-        if not x.size:
+        if not x.size or x.dtype == object:
             return
         low, high = x.min(), x.max()
         self.lows.append(float(low))
@@ -102,7 +103,7 @@ def _samples(data: Dataset) -> Iterator[dict[str, NDArray[Any]]]:
 def _hash(feed: Mapping[str, NDArray[Any]]) -> bytes:
     h = hashlib.blake2b(digest_size=16)
     for name, array in sorted(feed.items()):
-        h.update(name.encode() + np.ascontiguousarray(array).tobytes())
+        h.update(name.encode() + stored_bytes(array))
     return h.digest()
 
 

@@ -42,9 +42,14 @@ def digest_of(arrays: Arrays, index: Sequence[int], head: bytes = b"") -> bytes:
     for name, array in sorted(arrays.items()):
         h.update(f"{name}:{array.dtype}:{array.shape[1:]}".encode())
         for i in index:
-            h.update(np.ascontiguousarray(array[i]).tobytes())
+            h.update(stored_bytes(array[i]))
         forget(array)
     return h.digest()
+
+
+def stored_bytes(array: NDArray[Any]) -> bytes:
+    """The array's bytes; those of objects would be addresses."""
+    return np.ascontiguousarray(array, str if np.asarray(array).dtype == object else None).tobytes()
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,5 +135,5 @@ class FeedReader:
         for i in index:
             for name, array in sorted(self.feeds[i].items()):
                 h.update(f"{name}:{array.dtype}:{array.shape}".encode())
-                h.update(np.ascontiguousarray(array).tobytes())
+                h.update(stored_bytes(array))
         return h.digest()

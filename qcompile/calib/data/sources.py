@@ -116,6 +116,9 @@ def _load_npz(path: Path, inputs: Sequence[InputInfo]) -> Arrays:
             wanted = {i.name for i in inputs} | {"labels"}
             return {n: _member(path, archive, n) for n in archive.files if n in wanted}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as e:
+        if "Object arrays" in str(e):
+            what = f"{path} holds Python objects, which are code and are not read"
+            raise DataError(f"{what}; store numbers as numbers, texts as array.astype(str)") from e
         raise DataError(f"{path} is not a readable .npz ({e}); make one with numpy.savez") from e
 
 
@@ -222,10 +225,12 @@ def _require_dtype(array: NDArray[Any], info: InputInfo, source: str) -> None:
         return
     if array.dtype.kind in "iu" and info.dtype.kind in "iu" and _fits_integers(array, info.dtype):
         return
+    if array.dtype.kind in "US" and info.dtype.kind == "O":
+        return
     problem = f"{source}: array {info.name!r} is {array.dtype}, the model needs {info.dtype}"
     if array.dtype == np.uint8 and info.dtype.kind == "f":
         raise DataError(f"{problem}; name the pictures' preprocessing with --preprocess (e.g. imagenet), or store floats")
-    raise DataError(f"{problem}; convert it")
+    raise DataError(f"{problem.replace('needs object', 'needs texts')}; convert it")
 
 
 def _fits_integers(array: NDArray[Any], dtype: np.dtype[Any]) -> bool:
@@ -385,6 +390,8 @@ def _random(inputs: Sequence[InputInfo], samples: int, seed: int) -> Dataset:
 def _random_array(info: InputInfo, shape: tuple[int, ...], rng: np.random.Generator) -> NDArray[Any]:
     if info.dtype.kind in "fV":
         return rng.standard_normal(shape, np.float32).astype(info.dtype)
+    if info.dtype.kind == "O":
+        return np.full(shape, "", object)
     if "mask" in info.name:
         return np.ones(shape, info.dtype)
     return rng.integers(0, 2, shape).astype(info.dtype)

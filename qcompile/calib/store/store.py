@@ -159,7 +159,8 @@ def dump(statistics: Statistics, file: BinaryIO) -> None:
     """Write to an open file."""
     pool = _Pool()
     sweeps = [_sweep_header(s.folded(statistics.key.chunk, statistics.key.samples), pool) for s in statistics.sweeps]
-    feeds = [pool.add_all(feed) for feed in statistics.feeds]
+    texts = any(a.dtype == object for feed in statistics.feeds for a in feed.values())  # no numbers: nothing to compare on then
+    feeds = [] if texts else [pool.add_all(feed) for feed in statistics.feeds]
     key = dataclasses.asdict(statistics.key)
     header = {"format": FORMAT, "version": VERSION, "key": key, "about": statistics.about, "sweeps": sweeps, "feeds": feeds}
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
