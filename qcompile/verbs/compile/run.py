@@ -25,6 +25,7 @@ from qcompile.report import SCHEMA_VERSION, SILENT, OutputFigure, PassReport, Pr
 from qcompile.verbs.build import EngineResult, gpu_list, make_engine, profiles_from
 from qcompile.verbs.compile.job import Job, prepare
 from qcompile.verbs.compile.options import Options
+from qcompile.verbs.compile.poor import poor_result
 from qcompile.verbs.compile.statistics import Calibration, open_calibration
 from qcompile.verbs.guards import randomness, unmatched
 from qcompile.verbs.options import changed, made, to_json, words
@@ -173,6 +174,8 @@ def _compiled(job: Job, progress: Progress) -> Result:
         source_bytes=0 if job.model.path is None else file_bytes(job.model.path),
         model=model,
     )
+    compared = None if calibration is None else calibration.compared
+    result = replace(result, notes=(*notes, *warned(poor_result(job, model, result.outputs, compared), progress.note)))
     _gate(result, job.options.min_sqnr)
     model.save(job.output)
     return replace(result, output_bytes=file_bytes(job.output))
