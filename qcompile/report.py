@@ -104,7 +104,10 @@ class Comparison:
 
 @dataclass(frozen=True)
 class PassReport:
-    """One executed pass: what it changed, how far outputs moved, what it cost."""
+    """One executed pass: what it changed, how far outputs moved, what it cost.
+
+    `float_db`: behind a quantized source, the SQNR to the float model inside it; `sqnr_db` is to the source itself.
+    """
 
     spec: str
     kind: str
@@ -116,6 +119,12 @@ class PassReport:
     relative_error: float | None = None
     sqnr_db: float | None = None
     outputs: tuple[OutputFigure, ...] = ()
+    float_db: float | None = None
+
+    @property
+    def comparison(self) -> Comparison:
+        """Its figures alone."""
+        return Comparison(self.relative_error, self.sqnr_db, 0, outputs=self.outputs)
 
     def to_json(self) -> dict[str, Any]:
         """Plain dict; remarks as dicts."""

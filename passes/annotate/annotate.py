@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.calib.observe import HistogramStat, MinMaxStat, Probe
+from qcompile.decide.completion import Completion, completion
 from qcompile.decide.decisions import clear_decisions, decide, decision, decisions
 from qcompile.decide.placement import Placement, Point
 from qcompile.decide.quantizer import Quantizer
@@ -58,28 +59,35 @@ class Annotate(Pass):
 
     def probes(self, model: Model, ctx: PassContext) -> Iterable[Probe]:
         """One statistic for each activation."""
-        points = self._place(model, ctx).points
+        points = self._todo(model, self._place(model, ctx), ctx).open
         readers = Readers.of(points)
         return dict.fromkeys(p for s in points if not s.is_weight for p in self._probes(s, ctx, readers))
 
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
-        """Write the decisions; earlier ones are replaced."""
-        clear_decisions(model.graph)
+        """Write the decisions; earlier ones are replaced, but for imported ones."""
+        clear_decisions(model.graph, keep_imported=True)
         placement = self._place(model, ctx)
-        readers = Readers.of(placement.points)
-        unfilled = self._unfilled(placement.points, ctx, readers)
-        points = [p for p in placement.points if p.node not in unfilled]
-        for point in points:
+        todo = self._todo(model, placement, ctx)
+        readers = Readers.of(todo.open)
+        unfilled = self._unfilled(todo.open, ctx, readers)
+        for point, quantizer in todo.shared:
+            _share(point, quantizer, ctx)
+        for point in (p for p in todo.open if p.node not in unfilled):
             self._decide(point, ctx, readers)
         for node, tensor in unfilled.items():
             ctx.remarks.missed(str(node.name), f"kept in float: no calibration sample puts a value into {tensor}")
         for node, reason in placement.missed:
-            ctx.remarks.missed(node, reason)
+            if node not in todo.nodes:
+                ctx.remarks.missed(node, reason)
         for node, reason in placement.notes:
             ctx.remarks.note(node, reason)
         refuse_unstorable(model.graph, ctx.target.body(ctx.scheme), ctx.remarks)
         _remark_idle(model, placement, ctx)
         return PassResult(bool(decisions(model.graph)))
+
+    def _todo(self, model: Model, placement: Placement, ctx: PassContext) -> Completion:
+        every = "insert-qdq" not in ctx.target.lowering(ctx.scheme)
+        return completion(model.graph, placement.points, every=every, one=ctx.target.one_quantizer)
 
     def _place(self, model: Model, ctx: PassContext) -> Placement:
         choices = Choices(self.attention, self.probabilities, self.residual)
@@ -134,6 +142,12 @@ class Annotate(Pass):
         found = readers.choose(point, self._method(point, ctx), ctx.told)
         room = _HEADROOM if point.spec.qtype.bits > 8 else 1.0
         return found.lo * room, found.hi * room, found.method
+
+
+def _share(point: Point, quantizer: Quantizer, ctx: PassContext) -> None:
+    """The quantizer that the import gave to another reader of the tensor."""
+    decide(point.node, point.slot, quantizer)
+    ctx.remarks.applied(str(point.node.name), f"activation {point.value.name} shares the imported quantizer of another reader")
 
 
 def _follow(point: Point, leader: Point, ctx: PassContext) -> None:

@@ -70,14 +70,17 @@ def _memory_line(plan: MemoryPlan, limit: int | None) -> str:
 
 def show_result(result: Result) -> None:
     """After a compilation: the passes, the sites that were missed and why, the output."""
-    rows = [_pass_row(p, inserted) for p, inserted in zip(result.passes, result.inserted, strict=True)]
+    rows = [_pass_row(p, inserted, result.reference) for p, inserted in zip(result.passes, result.inserted, strict=True)]
     print_table(["pass", "sites", "against", "error", "seconds", "memory"], rows, right=(4, 5))
     _show_missed(result)
     print_text("", f"output       {result.output}")
-    print_text(f"size         {megabytes(result.output_bytes)} (float model {megabytes(result.source_bytes)})")
-    figure = f"{number(result.sqnr_db, unit=' dB')} against the float model, {_measured_on(result)}"
+    given = result.reference.removeprefix("the ")
+    print_text(f"size         {megabytes(result.output_bytes)} ({given} {megabytes(result.source_bytes)})")
+    figure = f"{number(result.sqnr_db, unit=' dB')} against {result.reference}, {_measured_on(result)}"
     print_text(f"SQNR         {figure}{worst(result.outputs)}")
     show_outputs(result.outputs)
+    if result.float_db is not None:
+        print_text(f"             {number(result.float_db, unit=' dB')} against the float model inside it")
     print_text(*(_cost_line(r.numbers) for r in result.remarks if "bops" in r.numbers and not r.node))
     print_text(f"calibration  {_used(result)}")
     print_text(f"sweeps       {result.sweeps}")
@@ -94,9 +97,9 @@ def _measured_on(result: Result) -> str:
     return f"on {result.measured_on} of the samples it was fitted to (too few to hold some back: give more)"
 
 
-def _pass_row(p: PassReport, inserted: bool) -> tuple[str, ...]:
+def _pass_row(p: PassReport, inserted: bool, reference: str) -> tuple[str, ...]:
     compared = p.relative_error is not None or p.outputs
-    against = {"equivalent": "step before", "lower": "float model"}.get(p.kind, "") if compared else ""
+    against = {"equivalent": "step before", "lower": reference.removeprefix("the ")}.get(p.kind, "") if compared else ""
     error = number(p.sqnr_db, unit=" dB") if p.kind == "lower" else number(p.relative_error, ".1e") if p.relative_error else "0"
     shown = error if against else ""
     return f"{'+ ' if inserted else ''}{p.spec}", tally(p), against, shown, f"{p.seconds:.1f}", f"{p.peak_rss_mb:.0f} MB"

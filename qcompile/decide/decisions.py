@@ -69,14 +69,24 @@ def quantizers(graph: ir.Graph) -> list[list[Use]]:
     return list(groups.values())
 
 
+def is_imported(node: ir.Node) -> bool:
+    """Whether a quantized model brought a decision of `node` along."""
+    return any(use.quantizer.imported for use in _uses(node))
+
+
 def replace(uses: Iterable[Use], quantizer: Quantizer) -> None:
     """Let all `uses` of one quantizer have another."""
     for node, slot, _ in uses:
         decide(node, slot, quantizer)
 
 
-def clear_decisions(graph: ir.Graph) -> None:
-    """Remove every decision (once they are materialised)."""
+def clear_decisions(graph: ir.Graph, *, keep_imported: bool = False) -> None:
+    """Remove every decision (once they are materialised), or all but those that a quantized model brought along."""
+    if keep_imported:
+        for node, slot, quantizer in decisions(graph):
+            if not quantizer.imported:
+                undecide(node, slot)
+        return
     for node in graph:
         for notes in (node.meta, node.metadata_props):
             for key in [k for k in notes if k.startswith(PREFIX)]:

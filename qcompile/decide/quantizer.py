@@ -27,7 +27,8 @@ class Quantizer:
 
     `qparams`: once the scale is known.  `codes`: what a constant becomes, in its shape and `storage_dtype(spec.qtype)`, where
     a pass found a better rounding than to the nearest; then the tensor is (codes - zero_point) scale, with the scale as it is
-    stored in the end.  Never edited in place: another quantizer takes its place (`decisions.replace`).
+    stored in the end.  `imported`: read from a quantized model, and chosen anew by no pass.  Never edited in place: another
+    quantizer takes its place (`decisions.replace`).
 
     Raises:
         ValueError: codes without a scale, of another type or outside its range.
@@ -36,6 +37,7 @@ class Quantizer:
     spec: QuantSpec
     qparams: QParams | None = None
     codes: NDArray[Any] | None = None
+    imported: bool = False
 
     def __post_init__(self) -> None:
         if self.codes is None:
@@ -113,6 +115,7 @@ class Quantizer:
             doc |= {"curve": params.curve} if params.curve else {}
         if self.codes is not None:
             doc |= {"codes_shape": list(self.codes.shape), "codes": _pack(self.codes)}
+        doc |= {"imported": True} if self.imported else {}
         return json.dumps(doc, separators=(",", ":"))
 
 
@@ -125,7 +128,7 @@ def from_text(text: str) -> Quantizer:
     scale, zero_point = (_unpack(doc[k], np.dtype(t), doc["shape"]) for k, t in (("scale", "<f8"), ("zero_point", "<i8")))
     params = QParams(scale, zero_point, doc.get("tensor_scale"), tuple(doc.get("curve", ())))
     codes = _unpack(doc["codes"], storage_dtype(spec.qtype), doc["codes_shape"]) if "codes" in doc else None
-    return Quantizer(spec, params, codes)
+    return Quantizer(spec, params, codes, bool(doc.get("imported")))
 
 
 def value_at(node: ir.Node, slot: int) -> ir.Value:

@@ -26,6 +26,11 @@ def fresh_name(graph: ir.Graph, stem: str) -> str:
     return name
 
 
+def forget_names(graph: ir.Graph) -> None:
+    """Names that only removed nodes had may be given again."""
+    graph.meta.pop("qcompile.names", None)
+
+
 def _value_names(graph: ir.Graph) -> Iterable[str]:
     yield from (str(v.name) for v in graph.inputs)
     for node in graph.all_nodes():

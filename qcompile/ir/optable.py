@@ -147,6 +147,12 @@ _ROWS: dict[str, tuple[Trait, ...]] = {
     "Where": ("picks",),
 }
 
+SCALED_AT_RUN_TIME = frozenset({
+    "ConvInteger", "DynamicQuantizeLinear", "DynamicQuantizeLSTM", "DynamicQuantizeMatMul", "GatherBlockQuantized", "MatMulBnb4",
+    "MatMulInteger", "MatMulInteger16", "MatMulIntegerToFloat", "MatMulNBits", "QAttention", "QMoE",
+})  # fmt: skip
+"""Operators of quantized models whose codes no Q/DQ nodes can stand for: they stay as they are."""
+
 TRAITS: dict[str, frozenset[Trait]] = {
     name: frozenset(traits).union(*(_IMPLIED.get(t, ()) for t in traits)) for name, traits in _ROWS.items()
 }

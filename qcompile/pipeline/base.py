@@ -110,7 +110,8 @@ class Pass:
 
     The first line of a subclass's docstring is its help.  `needs` is the stage that the model must have reached, `reaches` the
     one that this pass brings it to; `after` names passes that must have run before, and that the planner puts in front if they
-    have not.  `changes_function` tells that the float function is meant to change; `looks_first` that `apply` asks finders only
+    have not.  `imports`: it takes the Q/DQ nodes of a quantized model out; `ends`: named last, nothing is put behind it.
+    `changes_function` tells that the float function is meant to change; `looks_first` that `apply` asks finders only
     before it rewrites, and forgets their answers itself.
     """
 
@@ -121,6 +122,8 @@ class Pass:
     after: ClassVar[tuple[str, ...]] = ()
     changes_function: ClassVar[bool] = False
     looks_first: ClassVar[bool] = False
+    imports: ClassVar[bool] = False
+    ends: ClassVar[bool] = False
 
     @classmethod
     def is_form(cls) -> bool:

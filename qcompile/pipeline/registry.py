@@ -26,6 +26,9 @@ FOLDERS = ("forms", "equivalent", "annotate", "fit", "lower")
 PROVIDERS: dict[Stage, str] = {Stage.CANONICAL: "canonicalize", Stage.DECIDED: "annotate", Stage.FITTED: "rtn"}
 """Which pass brings a model to a stage, where the user has not named another."""
 
+UNIFY, IMPORT = "unify-qdq", "import-qdq"
+"""What a quantized model goes through besides: in front of the other forms, and of the first pass that decides."""
+
 PRESETS: dict[str, str] = {
     "repq-vit": "repq{softmax=log-sqrt2}",
     "quarot": "rotate{r4=block mean=fold}",

@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 
 from qcompile.errors import VerifyError
+from qcompile.ir.loosen import loosened
 from qcompile.ir.model import Model
+from qcompile.ir.qoperators import spell_qdq
+from qcompile.ir.quantizers import is_quantized
 from qcompile.pipeline.base import EQUIVALENT_TOLERANCE, Comparator, Comparison, Kind, Pass, PassResult
 from qcompile.report import PassReport
 
@@ -36,6 +39,8 @@ class Verifier:
     to the model where that is more (measured once, and only then); LOWER against the float model.  Forms are compared once for
     all that follow each other; should they move the outputs, the first that does is found by bisection.  `failed` is told of a
     pass that broke its contract, with the model in front of it.
+    Of a quantized source the reference is the source itself, its operators on codes computed exactly; EQUIVALENT passes are
+    compared without rounding, which turns a small error into a step.  `inside`: the outputs of the float model in it.
     `step` are the outputs of the model in front of what waits, if they are known; `fresh` tells that it is still the source.
     """
 
@@ -49,6 +54,14 @@ class Verifier:
     fresh: bool = True
     noise: Mapping[str, float] | None = None
     widest: float = EQUIVALENT_TOLERANCE
+    quantized: bool = False
+    inside: Any = None
+
+    def __post_init__(self) -> None:
+        self.quantized = self.comparator is not None and is_quantized(self.source.graph)
+        if self.quantized:
+            self.source = self.source.clone()
+            spell_qdq(self.source)
 
     def meets(self, p: Pass, model: Model, reports: list[PassReport]) -> None:
         """`p` is about to run on `model`: forms that wait are compared before a pass that is none makes memory dear."""
@@ -66,14 +79,17 @@ class Verifier:
         if modified and p.is_form() and self.mode == "each" and exact:
             self.waiting.append(_Form(p, len(reports) - 1, before))
             return
+        if p.imports and modified:
+            self._settle(before, reports)
+            self.inside = self.comparator.outputs(after)
         if p.changes_function and modified:
-            self.source = after.clone()
+            self.source, self.quantized = after.clone(), False
             self.reference, self.step, self.noise, self.fresh = None, None, None, True
             reports[-1] = replace(reports[-1], verified=_ON_PURPOSE)
         elif modified and p.kind in (Kind.EQUIVALENT, Kind.LOWER) and self.mode == "each":
             self._settle(before, reports)
             self._verify(p, before, after, reports, result.tolerance)
-        elif modified and p.kind is not Kind.ANNOTATE:
+        elif modified and (p.kind is not Kind.ANNOTATE or p.imports):
             self.step, self.fresh = None, False
 
     def finish(self, passes: Sequence[Pass], end: Model, reports: list[PassReport]) -> None:
@@ -82,26 +98,41 @@ class Verifier:
             return
         self._settle(end, reports)
         if self.mode == "end":
-            distance = self.comparator.compare(self.comparator.outputs(self.source), self.comparator.outputs(end))
-            if all(p.kind in (Kind.EQUIVALENT, Kind.ANNOTATE) for p in passes):
+            exact = all(p.kind in (Kind.EQUIVALENT, Kind.ANNOTATE) for p in passes)
+            loose = exact and self.quantized
+            there = self._outputs(end) if loose else self.comparator.outputs(end)
+            distance = self.comparator.compare(self._outputs(self.source) if loose else self._reference(), there)
+            if exact:
                 self._hold("the whole pipeline", passes[-1], distance, self.source, reports[-1], self.widest)
-            reports[-1] = _measured(reports[-1], "compared at the end", distance)
+            reports[-1] = self._with_inside(_measured(reports[-1], "compared at the end", distance), there)
 
     def _verify(self, p: Pass, before: Model, after: Model, reports: list[PassReport], tolerance: float) -> None:
         assert self.comparator is not None
-        expected = self._known(before) if p.kind is Kind.EQUIVALENT else self._reference()
-        self.step, self.fresh = self.comparator.outputs(after), False
+        equivalent = p.kind is Kind.EQUIVALENT
+        expected = self._known(before) if equivalent else self._reference()
+        self.step, self.fresh = self._outputs(after) if equivalent else self.comparator.outputs(after), False
         distance = self.comparator.compare(expected, self.step)
         if p.kind is Kind.EQUIVALENT:
             self._hold(f"pass {reports[-1].spec!r}", p, distance, before, reports[-1], tolerance)
-        reports[-1] = _measured(reports[-1], _verdict(p.kind), distance)
+        reports[-1] = self._with_inside(_measured(reports[-1], _verdict(p.kind), distance), self.step)
+
+    def _with_inside(self, report: PassReport, outputs: Any) -> PassReport:
+        """The report with the distance to the float model inside a quantized source."""
+        if self.inside is None or self.comparator is None or report.kind != Kind.LOWER.value:
+            return report
+        return replace(report, float_db=self.comparator.compare(self.inside, outputs).sqnr_db)
+
+    def _outputs(self, model: Model) -> Any:
+        """What EQUIVALENT passes are compared by."""
+        assert self.comparator is not None
+        return self.comparator.outputs(loosened(model) if self.quantized else model)
 
     def _settle(self, after: Model, reports: list[PassReport]) -> None:
         """Compare the forms that wait, all at once: `after` is the model behind the last of them."""
         if not self.waiting or self.comparator is None:
             return
         expected, forms = self._known(self.waiting[0].before), self.waiting
-        self.waiting, self.step, self.fresh = [], self.comparator.outputs(after), False
+        self.waiting, self.step, self.fresh = [], self._outputs(after), False
         distance = self.comparator.compare(expected, self.step)
         if not self._holds(distance):
             form, distance = self._culprit(forms, after, expected, distance)
@@ -116,7 +147,7 @@ class Verifier:
         low, high = 0, len(forms) - 1
         while low < high:
             middle = (low + high) // 2
-            there = self.comparator.compare(expected, self.comparator.outputs(forms[middle + 1].before))
+            there = self.comparator.compare(expected, self._outputs(forms[middle + 1].before))
             if self._holds(there):
                 low = middle + 1
             else:
@@ -128,7 +159,7 @@ class Verifier:
         assert self.comparator is not None
         if self.step is not None:
             return self.step
-        return self._reference() if self.fresh else self.comparator.outputs(before)
+        return self._reference() if self.fresh and not self.quantized else self._outputs(before)
 
     def _reference(self) -> Any:
         assert self.comparator is not None
@@ -155,7 +186,8 @@ class Verifier:
         """How far an output may move, relative to its size: `floor`, or more where the model's own noise is larger."""
         assert self.comparator is not None
         if self.noise is None:
-            self.noise = self.comparator.noise(self.source, self._reference())
+            source = loosened(self.source) if self.quantized else self.source
+            self.noise = self.comparator.noise(source, self.comparator.outputs(source) if self.quantized else self._reference())
         return max(floor, NOISE_FACTOR * self.noise.get(name, 0.0))
 
 

@@ -61,6 +61,7 @@ class Platform:
     `caveats` maps a scheme to what its user must know; `engine`: who builds engines for it.
     `one_quantizer`: two unequal quantizers of one tensor cannot run; `mixed_widths`: layers may differ in width (--bits);
     `tables`: companded codes can be simulated; `fuses_elementwise`: one more Mul behind an activation costs no time;
+    `lacks`: operators that it has in no form;
     `joins_thirds`: a packed q/k/v projection that cannot be taken apart is computed in three parts and joined again.
     """
 
@@ -88,6 +89,7 @@ class Platform:
     tables: bool = False
     fuses_elementwise: bool = False
     joins_thirds: bool = False
+    lacks: frozenset[str] = frozenset()
 
     def require(self, scheme: Scheme) -> None:
         """Raises UsageError: the target cannot run the scheme."""

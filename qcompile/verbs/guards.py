@@ -12,6 +12,9 @@ from qcompile.errors import ModelError, UsageError
 from qcompile.ir.jumps import natures, random_nodes
 from qcompile.ir.model import Model
 from qcompile.ir.select import require_selector, selected, with_width
+from qcompile.target.target import Target
+
+_NAMED = 4
 
 
 def require_selectors(selectors: Mapping[str, Sequence[str]]) -> None:
@@ -46,6 +49,23 @@ def require_batch(batch: int | None, fixed: int | None) -> None:
     """
     if batch is not None and fixed is not None and batch != fixed:
         raise UsageError(f"--batch {batch}: the model takes exactly {fixed} samples a run; leave --batch out")
+
+
+def require_operators(model: Model, target: Target) -> None:
+    """A model of operators that the target has.
+
+    Raises:
+        ModelError: it holds some that the target has in no form.
+    """
+    found = [n for n in model.graph.all_nodes() if n.op_type in target.lacks]
+    if not found:
+        return
+    named = ", ".join(f"{n.name} ({n.op_type})" for n in found[:_NAMED])
+    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    raise ModelError(
+        f"target {target.name} has no operator for {named}{more}; start from the float model, or compile for --target ort,"
+        " which keeps them as they are"
+    )
 
 
 def require_place(out: Path | None, what: str, taken: Sequence[Path]) -> None:

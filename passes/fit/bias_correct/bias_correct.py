@@ -55,6 +55,8 @@ class BiasCorrection(Pass):
 
     def rounds(self, model: Model, ctx: PassContext) -> Rounds:
         """One after the other in mode=sequential: each level is measured behind the corrected ones in front of it."""
+        for node in dict.fromkeys(use.node for use in _weights(model.graph) if use.quantizer.imported):
+            ctx.remarks.missed(str(node.name), "its codes were imported, and its bias with them (--requantize chooses anew)")
         if self.mode == "sequential":
             return PassResult((yield from _Sequence(model, ctx).correct(list(_layers(model.graph)))))
         return self.apply(model, ctx)
@@ -75,6 +77,10 @@ class BiasCorrection(Pass):
 
 
 def _layers(graph: ir.Graph) -> Iterator[Use]:
+    return (use for use in _weights(graph) if not use.quantizer.imported)
+
+
+def _weights(graph: ir.Graph) -> Iterator[Use]:
     return (use for use in decisions(graph) if use.slot == 1 and use.is_weight and is_op(use.node, "MatMul", "Gemm", "Conv"))
 
 

@@ -11,25 +11,24 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass, RemoveInitializersFromInputsPass
 from onnxscript.optimizer import fold_constants
 
-from qcompile.errors import ModelError
 from qcompile.ir.edit import add_constant, erase_dead, replace_value
 from qcompile.ir.infer import forget_declared, infer_shapes
 from qcompile.ir.model import Model
-from qcompile.ir.ops import const_array, input_at
-from qcompile.ir.optable import ops_with
+from qcompile.ir.ops import const_array, input_at, is_op
+from qcompile.ir.qoperators import spell_qdq
 from qcompile.ir.shape_fold import fold_shapes
 from qcompile.ir.shapes import rank
 from qcompile.ir.widen import widen
-from qcompile.passes.forms.canonicalize.attention_op import decompose_attention
 from qcompile.passes.forms.canonicalize.identities import drop_identities
-from qcompile.passes.forms.canonicalize.nan_guard import idle_guard
+from qcompile.passes.forms.canonicalize.nan_guard import idle_guard, move_guard
+from qcompile.passes.forms.canonicalize.operators.table import take_apart
 from qcompile.pipeline.base import EQUIVALENT_TOLERANCE, Kind, Pass, PassContext, PassResult, Stage
 
 _SIZE_LIMIT = 1 << 31
 _SHAPE_ROUNDS = 8
 _SPLIT_COUNTS = 18
 _FREE_INITIALIZERS = 4  # the IR version from which on initializers need not be inputs
-_QUANTIZED = ops_with("integer-product") | {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}
+_QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 _WIDENED = {ir.DataType.FLOAT16: 2.0**-5, ir.DataType.BFLOAT16: 2.0**-2, ir.DataType.DOUBLE: 2.0**-11}
 """How far the outputs may move when a type is computed in float32: 64 times its rounding error (of float32 for float64, where
 8192 times 2^-24 are the noise of real models)."""
@@ -37,12 +36,14 @@ _WIDENED = {ir.DataType.FLOAT16: 2.0**-5, ir.DataType.BFLOAT16: 2.0**-2, ir.Data
 
 @dataclass(frozen=True)
 class Canonicalize(Pass):
-    """Fold constants, inline functions, decompose Attention, drop what does nothing.
+    """Fold constants, inline functions, write fused operators in plain ones, drop what does nothing.
 
     before: Cast(fp16 weight) -> MatMul;  Pad(0,0);  Add(x, 0);  Dropout;  Identity(shared gamma) -> LayerNormalization
     after:  MatMul with a float weight;   nothing;   nothing;    nothing;  LayerNormalization with its own gamma
+    Attention of every kind, RotaryEmbedding, Einsum and what ONNX Runtime's optimizer fuses (com.microsoft) become the plain
+    operators that they stand for; `ort` keeps its own attention operators whole.
     float16, bfloat16 and float64 are computed in float32 from here on; inputs and outputs keep their types behind a Cast.
-    Refuses models that already hold quantized operators.
+    Operators on integer codes (QLinearConv, QGemm) and TensorRT's own Q and DQ become standard Q/DQ around float operators.
     """
 
     name = "canonicalize"
@@ -52,15 +53,17 @@ class Canonicalize(Pass):
     widen: Annotated[bool, "compute float16, bfloat16 and float64 in float32"] = True
 
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
-        """Raises ModelError: the model is already quantized."""
-        _refuse_quantized(model)
+        """Raises ModelError: a quantized operator that cannot be read."""
         before, count = _signature(model.graph), len(model.graph)
         InlinePass()(model.ir)
         RemoveInitializersFromInputsPass()(model.ir)
+        for name in spell_qdq(model):
+            ctx.remarks.applied(name, "computed on codes; now Q/DQ around a float operator")
         model.ir.ir_version = max(model.ir.ir_version, _FREE_INITIALIZERS)
         declared = [v.shape for v in model.graph.outputs]
         forget_declared(model)
         tolerance = self._typed(model, ctx)
+        take_apart(model, ctx)
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model.ir)
         fold_constants(model.ir, input_size_limit=_SIZE_LIMIT, output_size_limit=_SIZE_LIMIT, should_fold=_foldable)
         _spell_splits(model)
@@ -69,6 +72,8 @@ class Canonicalize(Pass):
         _fold_known_shapes(model)
         for node in list(model.graph):
             _simplify(model.graph, node, ctx)
+        if not ctx.target.whole_attention(ctx.scheme):
+            _move_guards(model, ctx)
         erase_dead(model)
         infer_shapes(model)
         _declare_again(model.graph, declared)
@@ -124,7 +129,9 @@ def _fold_known_shapes(model: Model) -> None:
 
 
 def _foldable(node: ir.Node) -> bool | None:
-    """Fold whatever has only constant inputs; leave the folder's own rules to the rest."""
+    """Fold whatever has only constant inputs but codes, which would be lost; leave the folder's own rules to the rest."""
+    if node.op_type in _QUANTIZERS:
+        return False
     return True if node.inputs and all(v is None or v.const_value is not None for v in node.inputs) else None
 
 
@@ -136,19 +143,12 @@ def _spell_splits(model: Model) -> None:
                 node.attributes.pop("num_outputs", None)
 
 
-def _refuse_quantized(model: Model) -> None:
-    for node in model.graph.all_nodes():
-        if node.op_type in _QUANTIZED:
-            raise ModelError(
-                f"the model is already quantized (node {node.name!r} is a {node.op_type}); start from the float model"
-            )
-
-
 def _simplify(graph: ir.Graph, node: ir.Node, ctx: PassContext) -> None:
-    if node.op_type == "Attention" and node.domain == "":
-        decompose_attention(graph, node, ctx)
-    elif (probabilities := idle_guard(node)) is not None and not node.outputs[0].is_graph_output():
+    if (probabilities := idle_guard(node)) is not None and not node.outputs[0].is_graph_output():
         replace_value(graph, node.outputs[0], probabilities)
+    elif is_op(node, "Where") and _always(node) and not node.outputs[0].is_graph_output():
+        assert node.inputs[1] is not None
+        replace_value(graph, node.outputs[0], node.inputs[1])
     elif node.op_type == "Pad" and node.domain == "" and _spell_pads(graph, node):
         ctx.remarks.applied(str(node.name), "pads written out for every axis")
     elif _does_nothing(node):
@@ -157,6 +157,19 @@ def _simplify(graph: ir.Graph, node: ir.Node, ctx: PassContext) -> None:
         if source.is_graph_input() and node.outputs[0].is_graph_output():
             return
         replace_value(graph, node.outputs[0], source) if not node.outputs[0].is_graph_output() else _bypass_output(graph, node)
+
+
+def _move_guards(model: Model, ctx: PassContext) -> None:
+    for node in list(model.graph):
+        if is_op(node, "Where") and move_guard(model.graph, node, model.opset):
+            ctx.remarks.applied(str(node.name), "NaN guard moved behind the product with the values")
+
+
+def _always(where: ir.Node) -> bool:
+    """Whether the first choice is taken everywhere, in its own shape."""
+    condition, first, out = const_array(where.inputs[0]), where.inputs[1], where.outputs[0]
+    same = first is not None and first.shape is not None and first.shape == out.shape
+    return condition is not None and bool(condition.all()) and same
 
 
 def _spell_pads(graph: ir.Graph, pad: ir.Node) -> bool:

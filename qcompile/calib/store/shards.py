@@ -19,6 +19,7 @@ from qcompile.calib.store.store import Gathered, Key, Range, Statistics, from_by
 from qcompile.calib.sweep.alone import suited
 from qcompile.calib.sweep.provider import Sweeps
 from qcompile.errors import DataError, ModelError
+from qcompile.execute.session import use_libraries
 from qcompile.ir.model import Model
 
 
@@ -46,7 +47,7 @@ class DataSpec:
 class ShardTask:
     """Samples `start` to `stop` of `data` through the model at `path`, whose digest must be `digest`.
 
-    `probes` and `versions` are JSON; `graph` is what the statistics are filed under.
+    `probes` and `versions` are JSON; `graph` is what the statistics are filed under; `libraries` are those of custom operators.
     """
 
     path: str
@@ -59,6 +60,7 @@ class ShardTask:
     stop: int
     threads: int | None = None
     mem_limit: int | None = None
+    libraries: tuple[str, ...] = ()
 
 
 def run_shard(task: ShardTask) -> bytes:
@@ -67,6 +69,7 @@ def run_shard(task: ShardTask) -> bytes:
     Raises:
         ModelError, DataError: this machine finds another model or other data under these names.
     """
+    use_libraries(task.libraries)
     model, key = _model(task.path, task.digest), _key(task.key)
     data = _data(task.data, task.path, task.digest, key.data)
     probes = [probe_from_json(p) for p in json.loads(task.probes)]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qcompile.ir.optable import SCALED_AT_RUN_TIME
 from qcompile.quant.qtype import FLOAT4E2M1, FLOAT8E4M3FN, INT4, INT8
 from qcompile.target.platform import Engine
 from qcompile.target.target import Request, Target
@@ -39,6 +40,7 @@ class TensorRT(Target):
     one_quantizer: bool = True
     fuses_elementwise: bool = True
     joins_thirds: bool = True
+    lacks: frozenset[str] = SCALED_AT_RUN_TIME
 
     def default(self, scheme: Scheme) -> str:
         """NVFP4 blocks gain from smoothing too."""

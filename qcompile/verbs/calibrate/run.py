@@ -254,8 +254,8 @@ def _finished(statistics: Statistics) -> Statistics:
 
 def _remove_stale(output: Path) -> None:
     """Leftovers of a process that was killed while it wrote."""
-    for stale in output.parent.glob(f".{output.name}.*.tmp"):
-        pid = stale.name.split(".")[-2]
+    for stale in output.parent.glob(f".{output.name}.*.tmp*"):
+        pid = stale.name.removeprefix(f".{output.name}.").partition(".")[0]
         if pid.isdigit() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):
             stale.unlink(missing_ok=True)
 

@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qcompile.calib.data.dataset import find_beside, fixed_batch
+from qcompile.decide.imports import own_scheme
 from qcompile.errors import ModelError, UsageError
 from qcompile.ir.model import Model
+from qcompile.ir.quantizers import is_quantized
 from qcompile.pipeline import registry
 from qcompile.pipeline.base import PassContext
 from qcompile.pipeline.planner import Plan, complete
@@ -17,7 +19,8 @@ from qcompile.target.catalog import DEFAULT, TARGETS
 from qcompile.target.target import Target
 from qcompile.verbs.build import gpu_list, require_engine
 from qcompile.verbs.compile.options import Options, StatisticsOptions
-from qcompile.verbs.guards import require_batch, require_numbers, require_place, require_selectors
+from qcompile.verbs.guards import require_batch, require_numbers, require_operators, require_place, require_selectors
+from qcompile.verbs.libraries import load_libraries
 from qcompile.verbs.options import checked, part
 
 
@@ -55,7 +58,9 @@ def prepare(path: str | Path, options: StatisticsOptions) -> Job:
         ModelError, UsageError: the model or an option cannot be used.
     """
     source, options = Path(path), checked(options)
+    load_libraries(options)
     model = Model.load(source)
+    _require_floats(model, path)
     asked = options if isinstance(options, Options) else Options(**vars(part(options, StatisticsOptions)))
     if asked.min_sqnr is not None and asked.verify == "off":
         raise UsageError("--min-sqnr needs a comparison with the float model; drop --verify off")
@@ -100,16 +105,19 @@ def _require_engine(job: Job, engine: Path, gpus: tuple[str, ...]) -> None:
 
 
 def _planned(model: Model, options: Options) -> tuple[Target, Scheme, Plan]:
-    target, scheme = TARGETS[options.target or DEFAULT], SCHEMES[options.scheme or "w8a8"]
+    target, quantized = TARGETS[options.target or DEFAULT], is_quantized(model.graph)
+    scheme = SCHEMES[options.scheme or (own_scheme(model, target.schemes) if quantized else "w8a8")]
     target.require(scheme)
+    require_operators(model, target)
     if options.bits and not target.mixed_widths:
         able = " or ".join(t.name for t in TARGETS.values() if t.mixed_widths)
         raise UsageError(f"--bits sets widths of integer-only models; use --target {able}, or --scheme for all of {target.name}")
     text = options.passes if options.passes is not None else target.default(scheme)
-    user = registry.parse(text)
+    user = registry.parse(f"dequantize,{text}".rstrip(",") if options.requantize else text)
     for p in user:
         scheme = p.scheme_for(scheme)
-    plan = complete(user, target, scheme, exact=options.exact, done=done_passes(model))
+    done = () if quantized else done_passes(model)
+    plan = complete(user, target, scheme, exact=options.exact, done=done, quantized=quantized)
     return target, scheme, _with_range(plan, options.range)
 
 
@@ -125,6 +133,11 @@ def _with_range(plan: Plan, method: str | None) -> Plan:
     if not any(found):
         raise UsageError("--range is of activations and this pipeline decides on none; leave it out")
     return replace(plan, passes=tuple(new or p for new, p in zip(found, plan.passes, strict=True)))
+
+
+def _require_floats(model: Model, path: str | Path) -> None:
+    if "qcompile.integer" in model.metadata:
+        raise ModelError(f"{path} computes with integers alone, which cannot be read back; start from the float model")
 
 
 def done_passes(model: Model) -> tuple[str, ...]:

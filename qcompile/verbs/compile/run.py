@@ -19,14 +19,27 @@ from qcompile.ir.infer import restore_declared
 from qcompile.ir.model import Model
 from qcompile.ir.reader import file_bytes
 from qcompile.ir.text import print_model
+from qcompile.ir.verify import verify_interface
 from qcompile.pipeline.base import Kind
+from qcompile.pipeline.registry import IMPORT
 from qcompile.pipeline.runner import Failure, Ran, Runner, Starts, drive, without_data
-from qcompile.report import SCHEMA_VERSION, SILENT, OutputFigure, PassReport, Progress, Remark, json_text, warned
+from qcompile.report import (
+    SCHEMA_VERSION,
+    SILENT,
+    Comparison,
+    OutputFigure,
+    PassReport,
+    Progress,
+    Remark,
+    json_text,
+    warned,
+)
 from qcompile.verbs.build import EngineResult, gpu_list, make_engine, profiles_from
-from qcompile.verbs.compile.job import Job, prepare
+from qcompile.verbs.compile.job import Job, done_passes, prepare
 from qcompile.verbs.compile.options import Options
 from qcompile.verbs.compile.poor import poor_result
 from qcompile.verbs.compile.statistics import Calibration, open_calibration
+from qcompile.verbs.compile.trial import FileTrial
 from qcompile.verbs.guards import randomness, unmatched
 from qcompile.verbs.options import changed, made, to_json, words
 
@@ -41,7 +54,8 @@ REPRODUCED = (
 class Result:
     """What a compilation made and what happened on the way.
 
-    Figures are of `measured_on` samples; `held_back`: of such that nothing was fitted to.
+    Figures are those of the file in its target's own setting (`measured`) where that is not exact arithmetic, on `measured_on`
+    samples; `held_back`: of such that nothing was fitted to.
     """
 
     output: Path
@@ -61,6 +75,7 @@ class Result:
     output_bytes: int = 0
     engine: EngineResult | None = None
     model: Model | None = field(default=None, repr=False)
+    measured: Comparison | None = None
 
     @property
     def remarks(self) -> list[Remark]:
@@ -75,12 +90,25 @@ class Result:
     @property
     def sqnr_db(self) -> float | None:
         """SQNR of the worst float output against the float model, dB; None where none was or can be measured."""
-        return None if self.compared is None else self.compared.sqnr_db
+        found = self.measured or self.compared
+        return None if found is None else found.sqnr_db
+
+    @property
+    def reference(self) -> str:
+        """What outputs were compared with: the float model, or the quantized one that was imported."""
+        imported = any(p.spec.partition("{")[0] == IMPORT for p in self.passes)
+        return "the imported quantized model" if imported else "the float model"
+
+    @property
+    def float_db(self) -> float | None:
+        """Of an imported model: SQNR against the float model inside it, dB."""
+        return None if self.compared is None else self.compared.float_db
 
     @property
     def outputs(self) -> tuple[OutputFigure, ...]:
         """What is said of each output beside the float model's, worst first."""
-        return () if self.compared is None else self.compared.outputs
+        found = self.measured or self.compared
+        return () if found is None else found.outputs
 
     def to_json(self) -> dict[str, Any]:
         """The report document; with `engine` if one was built."""
@@ -96,6 +124,8 @@ class Result:
             "sqnr_db": self.sqnr_db,
             "measured_on": self.measured_on,
             "held_back": self.held_back,
+            "reference": self.reference,
+            "float_db": self.float_db,
             "outputs": [asdict(o) for o in self.outputs],
             "notes": list(self.notes),
             "selectors": {option: list(texts) for option, texts in self.options.selection.by_option.items()},
@@ -174,11 +204,34 @@ def _compiled(job: Job, progress: Progress) -> Result:
         source_bytes=0 if job.model.path is None else file_bytes(job.model.path),
         model=model,
     )
+    feeds = [] if calibration is None else calibration.feeds(job) if comparator is None else comparator.feeds
+    passes = job.target.default(job.scheme) if job.options.passes is None else job.options.passes
+    trial = FileTrial(job.target, job.model, feeds, job.options.threads, passes, comparator, runner.reference)
+    tried: list[Result] = []
+    model.save(job.output, lambda file: tried.append(_tried(result, job, trial, file)))
+    warned(trial.warnings, progress.note)
     compared = None if calibration is None else calibration.compared
-    result = replace(result, notes=(*notes, *warned(poor_result(job, model, result.outputs, compared), progress.note)))
+    exact = result.outputs  # what the kernels of this machine cost on top is said by the trial
+    poor = warned(poor_result(job, model, exact, compared), progress.note)
+    return replace(tried[0], output_bytes=file_bytes(job.output), notes=(*tried[0].notes, *poor))
+
+
+def _tried(result: Result, job: Job, trial: FileTrial, file: Path) -> Result:
+    """The result with the figures of `file` in its target's own setting, and what is to be said of it.
+
+    Raises:
+        QcompileError: the file fails there, or is worse than --min-sqnr; it is not to be kept then.
+    """
+    trial.take(file, None if result.compared is None else result.compared.comparison)
+    if not any(p.changes_function for p in job.plan.passes):
+        verify_interface(job.model, trial.written, job.plan.passes[-1].name if job.plan.passes else "")
+    if set(job.target.lowering(job.scheme)) <= set(done_passes(trial.written)):
+        job.target.tries(trial)
+    else:
+        trial.loads()
+    result = replace(result, measured=trial.measured, notes=(*result.notes, *trial.warnings))
     _gate(result, job.options.min_sqnr)
-    model.save(job.output)
-    return replace(result, output_bytes=file_bytes(job.output))
+    return result
 
 
 def _gate(result: Result, minimum: float | None) -> None:

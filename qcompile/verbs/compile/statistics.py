@@ -66,6 +66,10 @@ class Calibration:
             return None
         return comparator(_feeds(self.compared, job.model), job.options.seed, job.options.threads)
 
+    def feeds(self, job: Job) -> list[dict[str, NDArray[Any]]]:
+        """What the finished model is tried on where nothing is compared."""
+        return [] if self.compared is None else _feeds(self.compared, job.model)
+
 
 def _feeds(data: Dataset, model: Model) -> list[dict[str, NDArray[Any]]]:
     """Eight samples, as many a run as the model takes; fewer from 128 MB of weights on, so that it costs less than a sweep."""
