@@ -60,16 +60,31 @@ class Remarks:
 
 
 @dataclass(frozen=True)
+class OutputPart:
+    """A part of an output that joins unlike quantities: where it lies, or the tensor that it is, and its SQNR in dB."""
+
+    name: str
+    sqnr_db: float
+
+
+@dataclass(frozen=True)
 class OutputFigure:
     """An output beside the float model's: the SQNR in dB of a float one, or the share of equal entries, in [0, 1].
 
-    `note` says what makes it special: jumps, or randomness, which leaves no figure at all.
+    `note` says what makes it special: jumps, or randomness, which leaves no figure at all.  `parts`: worst first, where one of
+    them stands far below the whole.
     """
 
     name: str
     sqnr_db: float | None = None
     equal: float | None = None
     note: str = ""
+    parts: tuple[OutputPart, ...] = ()
+
+    @property
+    def worst_db(self) -> float | None:
+        """The SQNR of the worst part, or of the whole."""
+        return self.parts[0].sqnr_db if self.parts else self.sqnr_db
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,8 @@ def contracts() -> dict[str, list[tuple[str, str, bool]]]:
 
     lines = [[c.strip() for c in line.split("|")] for line in TABLE.read_text(encoding="utf-8").splitlines()]
     pairs = [(model, target) for model, targets in MODELS.items() for target in targets]
-    return {name: [(*p, c != ".") for p, c in zip(pairs, "".join(cells), strict=True)] for name, *cells in lines[1:]}
+    found = {name: [(*p, c != ".") for p, c in zip(pairs, "".join(cells), strict=True)] for name, *cells in lines[1:]}
+    return {name.removesuffix("{always}"): pairs for name, pairs in found.items()}
 
 
 def changed(name: str) -> str:

@@ -15,11 +15,12 @@ from qcompile.pipeline.base import Kind, Pass, PassContext
 from qcompile.pipeline.fold import Fold, FoldPass
 from qcompile.pipeline.site import Missed
 from qcompile.rewrite.fold import FoldSite
-from qcompile.rewrite.held_out import TOO_FEW
+from qcompile.rewrite.held_out import TOO_FEW, Judge
 
 F64 = NDArray[np.float64]
 # Other rows than those that set the range after the fold: a channel's own sampled extremes would hide its tails.
 _SEEN = Rows(FOLD_ROWS, seed=1)
+_SAMPLES, _FEW_DB = 32, 3.0  # of fewer samples only what removes outliers is worth it (measured on vit_digits, w8a8)
 _NO_ROWS = np.empty((0, 0))
 _PERCENTILES = (0.999, 0.9999, 0.99999)
 
@@ -62,7 +63,7 @@ class RepQ(FoldPass):
         if not judge.parts and not self.always:
             return Missed(TOO_FEW)
         gain = judge.gain_db(lambda half: self._fit(site, ctx, half.fitted.rows, half.extremes))
-        if gain < judge.noise_db and not self.always:
+        if gain < self._needed_db(judge) and not self.always:
             return Missed(
                 "does not pay: the layers' output error on held-out rows would hardly fall", {"gain_db": round(gain, 2)}
             )
@@ -71,6 +72,11 @@ class RepQ(FoldPass):
         only = "" if site.shift_refusal is None else f", scale only: {site.shift_refusal}"
         numbers = {"r_min": float(r.min()), "r_max": float(r.max()), "gain_db": round(gain, 2)}
         return Fold(r, t, f"norm site reparameterized{only}", numbers)
+
+    def _needed_db(self, judge: Judge) -> float:
+        """A scale a channel is fitted to each sample's rows: those of one sample tell next to nothing of another's."""
+        enough = sum(p.samples for p in judge.parts) >= _SAMPLES
+        return judge.noise_db(alike=1) if enough else _FEW_DB
 
     def _fit(self, site: FoldSite, ctx: PassContext, rows: NDArray[Any], extremes: MinMaxStat) -> tuple[F64, F64]:
         """(t, r) of what was seen of a site."""

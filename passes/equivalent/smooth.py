@@ -86,7 +86,7 @@ class SmoothQuant(FoldPass):
         alpha, gain = self._best(site, judge)
         if forced:
             return self.alpha, gain
-        if alpha == 0.0 or gain < max(judge.noise_db, self._needed_db(site, target)):
+        if alpha == 0.0 or gain < max(judge.noise_db(), self._needed_db(site, target)):
             reason = "does not pay: the layer's output error on held-out rows would hardly fall"
             return Missed(reason, {"gain_db": round(gain, 2)})
         return alpha, gain

@@ -95,19 +95,30 @@ def megabytes(size: float) -> str:
 
 
 def worst(outputs: Sequence[OutputFigure]) -> str:
-    """Which output a model's SQNR is of, where there are several."""
+    """Which output a model's SQNR is of, where there are several, and the lowest part that an output hides."""
     measured = [o for o in outputs if o.sqnr_db is not None]
-    if len(outputs) < 2 or not measured:
+    named = f": {measured[0].name}" if len(outputs) > 1 and measured else ""
+    counted = f", the worst of {len(measured)}" if named and len(measured) > 1 else ""
+    return f"{named}{counted}{_worst_part(outputs)}"
+
+
+def _worst_part(outputs: Sequence[OutputFigure]) -> str:
+    parts = [(o.parts[0], o.name) for o in outputs if o.parts]
+    if not parts:
         return ""
-    return f": {measured[0].name}" + (f", the worst of {len(measured)}" if len(measured) > 1 else "")
+    part, name = min(parts, key=lambda item: item[0].sqnr_db)
+    where = part.name if len(outputs) == 1 else f"{part.name} of {name}"
+    return f"; its part {where}: {number(part.sqnr_db, unit=' dB')}"
 
 
 def show_outputs(outputs: Sequence[OutputFigure]) -> None:
     """A line for each output where there are several, or where the only one has no figure in dB."""
-    if len(outputs) == 1 and outputs[0].sqnr_db is not None and not outputs[0].note:
+    if len(outputs) == 1 and outputs[0].sqnr_db is not None and not outputs[0].note and not outputs[0].parts:
         return
     for o in outputs[:MOST_OUTPUTS]:
         figure = number(o.sqnr_db, unit=" dB") if o.equal is None else f"{percent(o.equal)} of entries equal"
         print_text(f"             {o.name}: {figure}{f', {o.note}' if o.note else ''}")
+        for part in o.parts[:MOST_OUTPUTS]:
+            print_text(f"               part {part.name}: {number(part.sqnr_db, unit=' dB')}")
     if len(outputs) > MOST_OUTPUTS:
         print_text(f"             and {len(outputs) - MOST_OUTPUTS} more (--json, or --report)")

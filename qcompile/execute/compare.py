@@ -16,6 +16,7 @@ from qcompile.execute.emulate.runnable import runnable
 from qcompile.execute.figures import OutputTally, figures, tallies, worst_db
 from qcompile.execute.metrics import Distance
 from qcompile.execute.opening import open_model, run_in_parts
+from qcompile.execute.parts import PartTally
 from qcompile.execute.session import SAMPLES, batch_length, run
 from qcompile.ir.cut import BLOCK_NODES
 from qcompile.ir.mapped import let_go
@@ -60,7 +61,7 @@ class OrtComparator:
     def compare(self, reference: Answers, candidate: Answers) -> Comparison:
         """How far apart the outputs are, each by what the reference is known to do; dB without the random sample."""
         pairs = list(zip(reference.runs, candidate.runs, strict=True))
-        found = [replace(t, distance=Distance()) for t in reference.tallies]
+        found = [replace(t, distance=Distance(), parts=PartTally(t.parts.join)) for t in reference.tallies]
         for expected, got in pairs[:-1] or pairs:  # the random sample comes last
             for tally, a, b in zip(found, expected, got, strict=True):
                 tally.add(a, b)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qcompile.execute.metrics import Distance
+from qcompile.execute.parts import PartTally, joins
 from qcompile.ir.jumps import Nature, natures
 from qcompile.ir.model import Model
 from qcompile.report import OutputFigure
@@ -29,6 +30,7 @@ class OutputTally:
     name: str
     nature: Nature
     distance: Distance = field(default_factory=Distance)
+    parts: PartTally = field(default_factory=PartTally)
     entries: int = 0
     equal: int = 0
     apart: bool = False
@@ -39,7 +41,9 @@ class OutputTally:
         self.entries += max(reference.size, candidate.size)
         self.equal += _equal(reference, candidate)
         if not self.apart:
-            self.distance.add(*_finite(reference, candidate))
+            pair = _finite(reference, candidate)
+            self.distance.add(*pair)
+            self.parts.add(*pair)
 
     def figure(self) -> OutputFigure:
         """What the runs so far say; neither figure for an output that differs from run to run."""
@@ -50,13 +54,14 @@ class OutputTally:
             made = self.nature.made or self.nature.behind
             return OutputFigure(self.name, equal=share, note=f"jumps with {made}" if made else "")
         note = f"which entries it holds jumps with {self.nature.behind}" if self.nature.behind else ""
-        return OutputFigure(self.name, sqnr_db=self.distance.sqnr_db, note=note)
+        sqnr = self.distance.sqnr_db
+        return OutputFigure(self.name, sqnr_db=sqnr, note=note, parts=self.parts.parts(sqnr))
 
 
 def tallies(model: Model) -> list[OutputTally]:
     """One for each output of `model`, the reference, in order."""
-    named = zip(model.graph.outputs, natures(model.graph), strict=True)
-    return [OutputTally(str(value.name), nature) for value, nature in named]
+    named = zip(model.graph.outputs, natures(model.graph), joins(model), strict=True)
+    return [OutputTally(str(value.name), nature, parts=PartTally(join)) for value, nature, join in named]
 
 
 def figures(found: Iterable[OutputTally]) -> tuple[OutputFigure, ...]:
@@ -84,7 +89,7 @@ def _equal(a: Array, b: Array) -> int:
 
 
 def _finite(reference: Array, candidate: Array) -> tuple[Array, Array]:
-    """Both as float64, at the places where the reference is finite."""
-    r, c = reference.astype(np.float64).reshape(-1), candidate.astype(np.float64).reshape(-1)
+    """Both as float64, zero where the reference is not finite."""
+    r, c = reference.astype(np.float64), candidate.astype(np.float64)
     held = np.isfinite(r)
-    return r[held], np.nan_to_num(c[held], nan=_BROKEN, posinf=_BROKEN, neginf=-_BROKEN)
+    return np.where(held, r, 0.0), np.where(held, np.nan_to_num(c, nan=_BROKEN, posinf=_BROKEN, neginf=-_BROKEN), 0.0)

@@ -249,10 +249,12 @@ class ChannelTally:
         spread, cross = rr - r * r / n, rc - r * c / n
         live = spread > 1e-12 * max(float(rr.max()), 1e-300)
         slope = np.divide(cross, spread, out=np.ones_like(spread), where=live)
-        live &= np.abs(slope) > 1e-9
+        lost = live & (np.abs(slope) <= 1e-9)
+        live &= ~lost
         rest = np.maximum(cc - c * c / n - slope * cross, 0.0)
         noise = np.divide(rest, slope * slope, out=np.zeros_like(rest), where=live)
-        return decibel(float(rr[live].sum()), float(noise.sum())), float(np.median(np.abs(slope - 1.0)))
+        signal, gone = float(rr[live | lost].sum()), float(rr[lost].sum())
+        return decibel(signal, float(noise.sum()) + gone), float(np.median(np.abs(slope - 1.0)))
 
 
 def _by_channel(array: ArrayLike) -> Array:

@@ -28,7 +28,7 @@ _COLUMNS, _ROWS = 256, 256
 _HALVES = 2
 _LEAST = 32  # in fewer, which rows are clipped by the range of the others is chance, and costs more than a fold gains
 _NOISE_DB = 4.0  # of a gain that a single row would show; measured on draws of 16 to 512 rows
-_ALIKE = 8  # the rows of a sample are alike: more of them tell no more
+_ALIKE = 8  # rows of a sample that tell something new
 _TIE = 1e-6  # rows that followed a fold are rounded to float32
 
 
@@ -103,11 +103,10 @@ class Judge:
         """How much lower the error is than without a fold, in dB."""
         return decibels(self._unfolded, self.error(fit))
 
-    @property
-    def noise_db(self) -> float:
-        """What gains on so few rows of so few samples may be by chance, in dB."""
+    def noise_db(self, alike: int = _ALIKE) -> float:
+        """What gains on so few rows of so few samples may be by chance, in dB; at most `alike` rows of a sample count."""
         rows, samples = sum(len(p.judged) for p in self.parts), sum(p.samples for p in self.parts)
-        return _NOISE_DB / float(np.sqrt(max(1, min(rows, _ALIKE * samples))))
+        return _NOISE_DB / float(np.sqrt(max(1, min(rows, alike * samples))))
 
     @cached_property
     def _unfolded(self) -> float:

@@ -87,3 +87,9 @@ def test_channel_fit_of_constants_and_vectors() -> None:
     tally.add(np.zeros(4), np.zeros(4))
     assert tally.fit() == (MAX_SQNR_DB, 0.0)
     assert ChannelTally().fit() == (MAX_SQNR_DB, 0.0)
+
+
+def test_channels_that_are_lost_are_no_rescaling() -> None:
+    tally, x = ChannelTally(), np.random.default_rng(0).standard_normal((50, 4))
+    tally.add(x, np.zeros_like(x))
+    assert tally.fit()[0] == pytest.approx(0.0)

@@ -142,6 +142,18 @@ def test_per_layer_finds_where_the_error_enters(tmp_path: Path, reference: Path,
     json.dumps(rows, allow_nan=False)
 
 
+def test_per_layer_leaves_out_a_name_that_means_another_quantity(tmp_path: Path) -> None:
+    """A bias that moved behind its product: the product's output keeps its name and loses the bias."""
+    held = {"w1": np.ones((graphs.DIM, graphs.CLASSES), np.float32), "c": np.full(graphs.CLASSES, 50, np.float32)}
+    node = onnx.helper.make_node
+    act = node("Relu", ["s"], ["logits"], name="act")
+    before = [node("Gemm", ["x", "w1", "c"], ["h"], name="fc"), node("Identity", ["h"], ["s"], name="same"), act]
+    after = [node("MatMul", ["x", "w1"], ["h"], name="fc"), node("Add", ["h", "c"], ["s"], name="bias"), act]
+    paths = [graphs.save(tmp_path / f"{i}.onnx", nodes, held) for i, nodes in enumerate((before, after))]
+    rows = evaluate(*paths, graphs.dataset(tmp_path / "d.npz", paths[0]), per_layer=True).to_json()["per_layer"]
+    assert [r["node"] for r in rows] == ["act"]
+
+
 def test_per_layer_undoes_folded_scales(tmp_path: Path, reference: Path) -> None:
     folded = graphs.folded_model(tmp_path / "folded.onnx")
     rows = evaluate(reference, folded, graphs.dataset(tmp_path / "d.npz", reference), per_layer=True).to_json()["per_layer"]

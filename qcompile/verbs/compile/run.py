@@ -37,6 +37,7 @@ from qcompile.report import (
 from qcompile.verbs.build import EngineResult, gpu_list, make_engine, profiles_from
 from qcompile.verbs.compile.job import Job, done_passes, prepare
 from qcompile.verbs.compile.options import Options
+from qcompile.verbs.compile.poor import poor_result
 from qcompile.verbs.compile.statistics import Calibration, open_calibration
 from qcompile.verbs.compile.trial import FileTrial
 from qcompile.verbs.guards import randomness, unmatched
@@ -209,7 +210,10 @@ def _compiled(job: Job, progress: Progress) -> Result:
     tried: list[Result] = []
     model.save(job.output, lambda file: tried.append(_tried(result, job, trial, file)))
     warned(trial.warnings, progress.note)
-    return replace(tried[0], output_bytes=file_bytes(job.output))
+    compared = None if calibration is None else calibration.compared
+    exact = result.outputs  # what the kernels of this machine cost on top is said by the trial
+    poor = warned(poor_result(job, model, exact, compared), progress.note)
+    return replace(tried[0], output_bytes=file_bytes(job.output), notes=(*tried[0].notes, *poor))
 
 
 def _tried(result: Result, job: Job, trial: FileTrial, file: Path) -> Result:

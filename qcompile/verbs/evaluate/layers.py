@@ -19,6 +19,7 @@ from qcompile.report import Meter
 SAMPLES = 16
 RESCALED_GAIN_DB = 10.0
 RESCALED_SLOPE = 0.02
+GONE_DB = 10.0
 _NOT_LAYERS = {"QuantizeLinear", "DequantizeLinear", "Constant", "Shape"}
 _FLOATS = {"tensor(float)", "tensor(float16)", "tensor(double)"}
 
@@ -73,6 +74,8 @@ def layer_errors(
 ) -> tuple[LayerError, ...]:
     """The error of every float tensor that nodes of both main graphs make under the same name, worst first.
 
+    A tensor whose error is gone behind all of its readers (10 dB or more) is left out: it is another quantity under an old name
+    (a convolution without the bias that stands behind it now, a norm whose shift was folded), or its error costs nothing.
     Sessions run unfused (no Q/DQ fusion), one sample a run, at most 16 samples.
 
     Raises:
@@ -134,8 +137,28 @@ def _float_outputs(sessions: list[Session], layers: dict[str, _Layer]) -> list[s
 
 def _rows(layers: dict[str, _Layer]) -> tuple[LayerError, ...]:
     found = {name: layer.sqnr_db for name, layer in layers.items()}
+    found = {name: answer for name, answer in found.items() if not _gone(layers[name].node, name, answer[0], found)}
+    layers = {name: layers[name] for name in found}
     rows = [_row(layer, *found[name], found) for name, layer in layers.items()]
     return tuple(sorted(rows, key=lambda row: (row.sqnr_db, row.node)))
+
+
+def _gone(node: ir.Node, name: str, sqnr: float, found: dict[str, tuple[float, bool]]) -> bool:
+    """Whether the error of a tensor is not seen behind any node that reads it."""
+    read = [v for v in node.outputs if v.name == name for v in _behind(v, found)]
+    return bool(read) and all(found[str(v.name)][0] >= sqnr + GONE_DB for v in read)
+
+
+def _behind(value: ir.Value, found: dict[str, tuple[float, bool]]) -> list[ir.Value]:
+    """The compared tensors that the readers of `value` make, through data movement; none where one is not known."""
+    made = list[ir.Value]()
+    for reader in value.consumers():
+        for v in reader.outputs:
+            further = [v] if str(v.name) in found else _behind(v, found) if is_data_movement(reader) else []
+            if not further:
+                return []
+            made += further
+    return [] if value.is_graph_output() else made
 
 
 def _row(layer: _Layer, sqnr: float, rescaled: bool, found: dict[str, tuple[float, bool]]) -> LayerError:
