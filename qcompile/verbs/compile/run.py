@@ -79,6 +79,13 @@ class Result:
         return "the imported quantized model" if imported else "the float model"
 
     @property
+    def given(self) -> str:
+        """What the model was that came in."""
+        taken = ("import-qdq", "dequantize")
+        quantized = any(p.modified and p.spec.partition("{")[0] in taken for p in self.passes)
+        return "quantized model" if quantized else "float model"
+
+    @property
     def float_db(self) -> float | None:
         """Of an imported model: SQNR against the float model inside it, dB."""
         return None if self.compared is None else self.compared.float_db
