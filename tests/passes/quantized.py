@@ -77,7 +77,7 @@ def norm(b: Writer, x: str, channels: int) -> str:
 
 
 def modelopt(half: bool = False) -> onnx.ModelProto:
-    """Float weight -> Q -> DQ, scales as Constant nodes, BatchNormalization behind, weight turned behind its DQ; or all float16."""
+    """Float weight -> Q -> DQ, scales as Constant nodes, BatchNormalization behind, a weight turned behind its DQ; or float16."""
     b, dtype = Writer(19 if half else 17), np.float16 if half else np.float32
 
     def q(x: str, tag: str, scale: Any, **axis: int) -> str:
@@ -195,12 +195,14 @@ def tensorflow() -> onnx.ModelProto:
     codes, s = columns(b.conv(8, 1))
     w = b.n("DequantizeLinear", [b.w("dq", codes, np.int8), b.w("ds", s), b.w("dz", np.zeros(8), np.int8)], "ddq", axis=0)
     d = b.n("Conv", [b.pair(r, "r1", [6 / 255], [0], np.uint8), w], "d", pads=[1] * 4, group=8)
-    joined = b.n("Add", [b.pair(d, "d", [8 / 255], [120], np.uint8), b.pair(r, "r2", [6 / 255], [0], np.uint8)], "s")
+    joined = b.n("Add", [b.pair(d, "d", [20 / 255], [120], np.uint8), b.pair(r, "r2", [6 / 255], [0], np.uint8)], "s")
     v = b.rng.normal(size=(8, 6)) * 0.3
     scale = np.abs(v).max() / 127
     wl = b.n("DequantizeLinear", [b.w("lq", np.rint(v / scale), np.int8), b.w("ls", [scale]), b.w("lz", [0], np.int8)], "ldq")
-    m = b.n("MatMul", [b.pair(b.head(b.pair(joined, "s", [12 / 255], [100], np.uint8)), "f", [8 / 255], [90], np.uint8), wl], "m")
-    b.pair(m, "out", [8 / 255], [120], np.uint8)
+    m = b.n(
+        "MatMul", [b.pair(b.head(b.pair(joined, "s", [24 / 255], [100], np.uint8)), "f", [12 / 255], [90], np.uint8), wl], "m"
+    )
+    b.pair(m, "out", [16 / 255], [120], np.uint8)
     b.nodes[-1].output[0] = "y"
     return b.model()
 
