@@ -106,6 +106,11 @@ class PassReport:
     outputs: tuple[OutputFigure, ...] = ()
     float_db: float | None = None
 
+    @property
+    def comparison(self) -> Comparison:
+        """Its figures alone."""
+        return Comparison(self.relative_error, self.sqnr_db, 0, outputs=self.outputs)
+
     def to_json(self) -> dict[str, Any]:
         """Plain dict; remarks as dicts."""
         out = asdict(self)

@@ -9,16 +9,18 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from qcompile.calib.observe import Probe, Rows
+from qcompile.calib.observe import MinMaxStat, Probe, Rows
 from qcompile.calib.observe.change import FOLD_ROWS, Foldable
 from qcompile.pipeline.base import Kind, Pass, PassContext
 from qcompile.pipeline.fold import Fold, FoldPass
 from qcompile.pipeline.site import Missed
 from qcompile.rewrite.fold import FoldSite
+from qcompile.rewrite.held_out import TOO_FEW
 
 F64 = NDArray[np.float64]
 # Other rows than those that set the range after the fold: a channel's own sampled extremes would hide its tails.
 _SEEN = Rows(FOLD_ROWS, seed=1)
+_NO_ROWS = np.empty((0, 0))
 _PERCENTILES = (0.999, 0.9999, 0.99999)
 
 
@@ -30,7 +32,8 @@ class RepQ(FoldPass):
     after:  LayerNorm(gamma / r, (beta - t) / r) -> MatMul(diag(r) W), c + t W with one scale s~ and zero point z~
     r_j = s_j / s~, t_j = s_j (z~ - z_j) (Li et al. 2023, arXiv:2212.08254, eq. 7-10).  z~ is an integer, so codes stay the same;
     where the target wants zero point 0, z~ = 2^(b-1).  s_j, z_j from the percentile with the least squared error.
-    Exact in float on every target, without a new node.
+    Exact in float on every target, without a new node.  A site is left alone unless its layers' output error falls on rows that
+    the scales were not fitted to (each half of the samples judges the other): few rows hide most of a channel's range.
     Refuses the same sites as smooth; a shift that nonzero padding or an RMSNorm forbids leaves t = 0.
     """
 
@@ -40,6 +43,7 @@ class RepQ(FoldPass):
         Literal["search", "minmax"], "clip each channel at the best of 99.9, 99.99, 99.999 %, or not at all"
     ] = "search"
     softmax: Annotated[Literal["uniform", "log-sqrt2"], "log-sqrt2 appends log2-softmax to the pipeline"] = "uniform"
+    always: Annotated[bool, "fold as published, whatever held-out rows say"] = False
     override: Annotated[bool, "fold sites again that another pass has folded"] = False
 
     def sugar(self) -> tuple[Pass, str]:
@@ -52,24 +56,29 @@ class RepQ(FoldPass):
         if self.percentile == "search":
             yield _SEEN.of(site.tensor)
 
-    def sure(self, site: FoldSite, ctx: PassContext) -> Iterable[str]:
-        """Every tensor of the site."""
-        return site.moved
-
     def choose(self, site: FoldSite, ctx: PassContext) -> Fold | Missed:
-        """One scale for all channels."""
-        assert ctx.scheme.activation is not None
-        bits = ctx.scheme.activation.bits
-        lo, hi = self._ranges(site, ctx, bits)
-        r, t = reparameterize(lo, hi, bits, ctx.target.symmetric, shift=site.shift_refusal is None)
+        """One scale for all channels, if it pays."""
+        judge = self.judge(site, ctx)
+        if not judge.parts and not self.always:
+            return Missed(TOO_FEW)
+        gain = judge.gain_db(lambda half: self._fit(site, ctx, half.fitted.rows, half.extremes))
+        if gain < judge.noise_db and not self.always:
+            return Missed(
+                "does not pay: the layers' output error on held-out rows would hardly fall", {"gain_db": round(gain, 2)}
+            )
+        rows = ctx.told[_SEEN.of(site.tensor)].rows if self.percentile == "search" else _NO_ROWS
+        t, r = self._fit(site, ctx, rows, ctx.told[Foldable.of(site.tensor).extremes])
         only = "" if site.shift_refusal is None else f", scale only: {site.shift_refusal}"
-        return Fold(r, t, f"norm site reparameterized{only}", {"r_min": float(r.min()), "r_max": float(r.max())})
+        numbers = {"r_min": float(r.min()), "r_max": float(r.max()), "gain_db": round(gain, 2)}
+        return Fold(r, t, f"norm site reparameterized{only}", numbers)
 
-    def _ranges(self, site: FoldSite, ctx: PassContext, bits: int) -> tuple[F64, F64]:
-        if self.percentile == "search":
-            return best_percentile(ctx.told[_SEEN.of(site.tensor)].rows.astype(np.float64), bits)
-        stat = ctx.told[Foldable.of(site.tensor).extremes]
-        return stat.lo, stat.hi
+    def _fit(self, site: FoldSite, ctx: PassContext, rows: NDArray[Any], extremes: MinMaxStat) -> tuple[F64, F64]:
+        """(t, r) of what was seen of a site."""
+        assert ctx.scheme.activation is not None
+        bits, found = ctx.scheme.activation.bits, (extremes.lo, extremes.hi)
+        lo, hi = best_percentile(rows.astype(np.float64), bits) if self.percentile == "search" else found
+        r, t = reparameterize(lo, hi, bits, ctx.target.symmetric, shift=site.shift_refusal is None)
+        return t, r
 
 
 def best_percentile(x: F64, bits: int) -> tuple[F64, F64]:

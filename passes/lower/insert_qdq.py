@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import numpy as np
 import onnx_ir as ir
 
 from qcompile.decide.decisions import Use, clear_decisions
 from qcompile.decide.storable import refuse_unstorable
+from qcompile.errors import UsageError
 from qcompile.ir.model import Model
 from qcompile.pipeline.base import Kind, Pass, PassContext, PassResult, Stage
 from qcompile.quant.blockformats import block_format
-from qcompile.rewrite.qdq import grouped, materialise
+from qcompile.quant.qtype import UINT8
+from qcompile.rewrite.qdq import grouped, materialise, unsigned_weights
 
 
 @dataclass(frozen=True)
@@ -25,19 +28,31 @@ class InsertQdq(Pass):
     A width that the format cannot store (6 bit in int8) is simulated: Clip to the range before Q.
     NVFP4: W behind DQ(fp4, DQ(fp8 block scales, s_t)); x through trt::TRT_FP4DynamicQuantize and the same two DQ.
     MXFP8: trt::TRT_MXFP8DynamicQuantize and trt::TRT_MXFP8DequantizeLinear.
+    `weights=uint8` stores int8 codes 128 higher, with zero point 128: the same weights, for x86 CPUs without VNNI, where ONNX
+    Runtime's sums of uint8 by int8 products saturate at 16 bits.  With VNNI it only costs speed.
     """
 
     name = "insert-qdq"
     kind = Kind.LOWER
     needs = Stage.FITTED
     reaches = Stage.LOWERED
+    weights: Annotated[Literal["int8", "uint8"], "how codes of 8-bit weights are stored"] = "int8"
 
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
-        """Raises ModelError: uses of one tensor disagree on its quantizer, or a decision has no scale."""
+        """Write the pairs.
+
+        Raises:
+            ModelError: uses of one tensor disagree on its quantizer, or a decision has no scale.
+            UsageError: the target takes no uint8 weights.
+        """
+        if self.weights == "uint8" and UINT8 not in ctx.target.weights:
+            raise UsageError(f"target {ctx.target.name!r} has no kernels for uint8 weights; leave weights=uint8 out")
         refuse_unstorable(model.graph, ctx.target.body(ctx.scheme), ctx.remarks)
         groups = grouped(model.graph, ctx.target.one_quantizer)
         for uses in groups:
             _one(model.graph, uses, ctx)
+        if self.weights == "uint8":
+            unsigned_weights(model.graph)
         clear_decisions(model.graph)
         return PassResult(bool(groups))
 

@@ -7,12 +7,14 @@ builder writes to the process's standard output and may abort the process: both 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import importlib
 import importlib.util
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
 from qcompile.errors import BackendError, BuildError, UsageError
@@ -24,6 +26,17 @@ EXTRAS = {name: e.extra for name, e in ENGINES.items()}
 _KILLED = 9  # SIGKILL
 _WINDOWS_CRASH = 0xC0000000  # NTSTATUS errors, e.g. an access violation
 Serve = Callable[[dict[str, Any], dict[str, Any]], None]
+_plugins: list[str] = []
+
+
+def use_plugins(paths: Sequence[str]) -> None:
+    """Workers that are asked from now on load these plugin libraries, and no others."""
+    _plugins[:] = paths
+
+
+def plugins() -> tuple[str, ...]:
+    """The libraries that workers load."""
+    return tuple(_plugins)
 
 
 def require_trt(target: str) -> str:
@@ -54,7 +67,8 @@ def ask_worker(module: str, request: dict[str, Any], target: str) -> dict[str, A
     own = {"POLYGRAPHY_USE_TENSORRT_RTX": "1" if ENGINES[target].rtx else "0"}
     env = {"OPENBLAS_NUM_THREADS": "1", **os.environ, **own}
     command = [sys.executable, "-m", module]
-    done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, env=env, check=False)
+    asked = json.dumps(request | ({"plugins": _plugins} if _plugins else {}))
+    done = subprocess.run(command, input=asked, capture_output=True, text=True, env=env, check=False)
     try:
         return json.loads(done.stdout)
     except json.JSONDecodeError:
@@ -75,13 +89,15 @@ def _signal(status: int) -> str:
 
 
 def serve(work: Serve, reply: dict[str, Any]) -> int:
-    """The worker's side: read the request, let `work` fill `reply`, write it; 0 whenever a reply was written.
+    """The worker's side: read the request, load its plugins, let `work` fill `reply`, write it; 0 whenever a reply was written.
 
     What `work` raises is appended to `reply["errors"]`.
     """
     stream = _reply_stream()
     request = json.load(sys.stdin)
     try:
+        if request.get("plugins"):
+            _load_plugins(request)
         work(request, reply)
     except Exception as error:
         reply["ok"] = False
@@ -114,3 +130,16 @@ def collecting_logger(trt: Any, keep: str | None = None) -> Any:
                 self.layers += msg
 
     return Collector()
+
+
+def _load_plugins(request: dict[str, Any]) -> None:
+    """Libraries that export their creators go through the registry; others register them when they are loaded.
+
+    Raises:
+        OSError: a library cannot be loaded.
+    """
+    trt = importlib.import_module(request["module"])
+    for path in request["plugins"]:
+        library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+        if hasattr(library, "getPluginCreators") or hasattr(library, "getCreators"):
+            trt.get_plugin_registry().load_library(path)

@@ -13,6 +13,7 @@ from qcompile.cli.output import answer, number, print_table, print_text
 from qcompile.cli.progress import reporter
 from qcompile.verbs.bench.engines import BenchedEngines, bench_engines, is_engine
 from qcompile.verbs.bench.models import Benched, BenchOptions, bench
+from qcompile.verbs.libraries import load_libraries
 from qcompile.verbs.options import made
 
 
@@ -27,6 +28,7 @@ def command(models: tuple[Path, ...], given: Mapping[str, Any], as_json: bool) -
     ONNX model among engines is the reference that their outputs are compared with.
     """
     asked = made(BenchOptions, given)
+    load_libraries(asked)
     if any(is_engine(m) for m in models):
         answer(bench_engines(models, runs=asked.runs), as_json, show_engine_bench)
         return

@@ -75,7 +75,7 @@ def show_result(result: Result) -> None:
     _show_missed(result)
     print_text("", f"output       {result.output}")
     print_text(f"size         {megabytes(result.output_bytes)} ({result.given} {megabytes(result.source_bytes)})")
-    figure = f"{number(result.sqnr_db, unit=' dB')} against {result.reference}, on calibration samples"
+    figure = f"{number(result.sqnr_db, unit=' dB')} against {result.reference}, {_measured_on(result)}"
     print_text(f"SQNR         {figure}{worst(result.outputs)}")
     show_outputs(result.outputs)
     if result.float_db is not None:
@@ -87,6 +87,13 @@ def show_result(result: Result) -> None:
         print_text(f"note         {note}")
     if result.engine is not None:
         show_engine(result.engine)
+
+
+def _measured_on(result: Result) -> str:
+    """Whose figure it is."""
+    if result.held_back or not result.measured_on:
+        return f"on {result.measured_on} samples no pass saw"
+    return f"on {result.measured_on} of the samples it was fitted to (too few to hold some back: give more)"
 
 
 def _pass_row(p: PassReport, inserted: bool, reference: str) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from qcompile.decide.quantizer import value_at
+from qcompile.quant.ranges import Function
 from qcompile.quant.spec import QuantSpec
 
 
@@ -17,6 +18,7 @@ class Point:
 
     `carried`: measured per channel and by sampled rows, which follow the folds of earlier passes.
     `bounds`: a range that is known without measuring.  `follows`: takes over the decision of another use of the tensor.
+    `seen`: the function of every element through which alone the tensor is seen.
     """
 
     node: ir.Node
@@ -26,6 +28,7 @@ class Point:
     carried: bool = False
     bounds: tuple[float, float] | None = None
     follows: Point | None = None
+    seen: Function | None = None
 
     @property
     def measured(self) -> ir.Value:
@@ -52,10 +55,19 @@ class Placement:
     notes: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
     _specs: dict[ir.Value, list[QuantSpec]] = field(default_factory=dict[ir.Value, list[QuantSpec]])
 
-    def add(self, node: ir.Node, slot: int, spec: QuantSpec, like: ir.Value | None = None, *, carried: bool = False) -> None:
+    def add(
+        self,
+        node: ir.Node,
+        slot: int,
+        spec: QuantSpec,
+        like: ir.Value | None = None,
+        *,
+        carried: bool = False,
+        seen: Function | None = None,
+    ) -> None:
         """Quantize `slot` of `node`, once."""
         if all(s.node is not node or s.slot != slot for s in self.points[-64:]):
-            self._append(Point(node, slot, spec, like, carried))
+            self._append(Point(node, slot, spec, like, carried, seen=seen))
 
     def known(self, node: ir.Node, slot: int, spec: QuantSpec, bounds: tuple[float, float]) -> None:
         """Quantize `slot` of `node` over a range that is known."""

@@ -112,18 +112,25 @@ class Readers:
         asked = self.asks(point, method)
         key = (asked, point.spec, method)
         if key not in self.found:
-            self.found[key] = choose(method, point.spec, asked.seen(told), self.weights.get(point.measured, ()))
+            self.found[key] = choose(method, point.spec, asked.seen(told), self.weights.get(point.measured, ()), point.seen)
         return self.found[key]
 
 
-def choose(method: str, spec: QuantSpec, seen: Seen, readers: Sequence[NDArray[np.float32]]) -> Chosen:
-    """The range of one tensor.  `entropy` is defined for integers only: small floats take the least squared error."""
+def choose(
+    method: str, spec: QuantSpec, seen: Seen, readers: Sequence[NDArray[np.float32]], through: ranges.Function | None = None
+) -> Chosen:
+    """The range of one tensor.  `entropy` is defined for integers only: small floats take the least squared error.
+
+    `through` is the function through which alone the tensor is seen; the least squared error is that of its values.
+    """
     hist, rows = None if method == "minmax" else seen.histogram(), None if seen.rows is None else seen.rows.rows
     if hist is None:
         return Chosen(*seen.extremes(), "minmax")
     if method in ("weighted", "search"):
         return (_weighted if method == "weighted" else _searched)(hist, spec, rows, _joint_weight(rows, readers))
     method = "mse" if method == "entropy" and spec.qtype.family != "int" else method
+    if method == "mse" and through is not None:
+        return Chosen(*ranges.mse(hist, spec.qtype, spec.symmetric, through), "mse behind the activation")
     return Chosen(*_METHODS[method](hist, spec.qtype, spec.symmetric), method)
 
 

@@ -16,7 +16,7 @@ from qcompile.execute.emulate.runnable import runnable
 from qcompile.execute.figures import OutputTally, figures, tallies, worst_db
 from qcompile.execute.metrics import Distance
 from qcompile.execute.opening import open_model, run_in_parts
-from qcompile.execute.session import SAMPLES, run
+from qcompile.execute.session import SAMPLES, batch_length, run
 from qcompile.ir.cut import BLOCK_NODES
 from qcompile.ir.mapped import let_go
 from qcompile.ir.model import Model
@@ -40,10 +40,15 @@ class Answers:
 
 @dataclass
 class OrtComparator:
-    """Runs models on a few calibration samples plus one random one, optimizations off, Q/DQ simulated exactly."""
+    """Runs models on a few samples plus one random one, optimizations off, Q/DQ simulated exactly."""
 
     feeds: list[dict[str, NDArray[Any]]]
     threads: int | None = None
+
+    @property
+    def samples(self) -> int:
+        """How many samples figures in dB are measured on."""
+        return sum(batch_length(feed) for feed in self.feeds[:-1])
 
     def outputs(self, model: Model) -> Answers:
         """All outputs for every feed, in float32 where the model computes in it and gives back another type."""
@@ -53,7 +58,7 @@ class OrtComparator:
         return self._run(model, exact=True)
 
     def compare(self, reference: Answers, candidate: Answers) -> Comparison:
-        """How far apart the outputs are, each by what the reference is known to do; dB on the calibration samples alone."""
+        """How far apart the outputs are, each by what the reference is known to do; dB without the random sample."""
         pairs = list(zip(reference.runs, candidate.runs, strict=True))
         found = [replace(t, distance=Distance()) for t in reference.tallies]
         for expected, got in pairs[:-1] or pairs:  # the random sample comes last

@@ -18,7 +18,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from qcompile.errors import InputError, ModelError
+from qcompile.errors import InputError, ModelError, UsageError
 
 Optimize = Literal["off", "basic", "all"]
 Session = ort.InferenceSession
@@ -40,6 +40,9 @@ _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 MAPPED: dict[str, Any] = {"arena": False, "packed": False}
 """Options of `make_session` that leave weights in their files: packed copies of them would be anonymous memory."""
 _DEVICE_OPTIONS = {"use_tf32": "0"}  # ten bits of mantissa would show in every comparison
+
+
+_libraries: list[str] = []
 
 
 class Providers(NamedTuple):
@@ -126,8 +129,8 @@ def _advice(line: str) -> str:
     if "is not a registered function/op" not in line:
         return "try: qcompile inspect"
     return (
-        "data can only be measured on a model that ONNX Runtime runs: export the operator as a local function of standard ones,"
-        " or compile the parts in front of it and behind it"
+        "data can only be measured on a model that ONNX Runtime runs: give the operator's library with --ort-library PATH, export"
+        " it as a local function of standard operators, or compile the parts in front of it and behind it"
     )
 
 
@@ -170,7 +173,30 @@ def session_options(
         pinned["session.x64quantprecision"] = "1"  # without VNNI, x86 kernels saturate sums of u8 * s8 at 16 bit
     for key, value in {**pinned, **(extra or {})}.items():
         options.add_session_config_entry(key, value)
+    for path in _libraries:
+        options.register_custom_ops_library(path)
     return options
+
+
+def use_libraries(paths: Sequence[str]) -> None:
+    """Sessions that are opened from now on know the custom operators of these libraries, and of no others.
+
+    Raises:
+        UsageError: ONNX Runtime cannot load one; then none is known.
+    """
+    _libraries.clear()
+    for path in paths:
+        try:
+            ort.SessionOptions().register_custom_ops_library(path)
+        except Exception as e:  # as in make_session
+            line = f"--ort-library {path}: ONNX Runtime {RUNTIME_VERSION} cannot load it ({meaningful_line(e)})"
+            raise UsageError(f"{line}; give a library of custom operators that was built for it") from e
+    _libraries.extend(paths)
+
+
+def libraries() -> tuple[str, ...]:
+    """The libraries that sessions know."""
+    return tuple(_libraries)
 
 
 def seed_random_operators(seed: int) -> None:

@@ -19,7 +19,7 @@ def masked_tensors(graph: ir.Graph) -> frozenset[str]:
     if known is not None:
         return known
     inputs = [v for v in graph.inputs if v.name not in graph.initializers and is_mask(v)]
-    return frozenset(str(v.name) for each in inputs for v in (each, *(mask_region(each) or ())))
+    return frozenset(str(v.name) for each in inputs for v in (each, *(mask_region(each, tested=True) or ())))
 
 
 def keep_masked(part: ir.Graph, masked: frozenset[str]) -> None:
@@ -29,11 +29,16 @@ def keep_masked(part: ir.Graph, masked: frozenset[str]) -> None:
 
 def is_mask(value: ir.Value) -> bool:
     """Whether a float input is a mask: infinities in it are meant."""
-    return value.dtype is not None and value.dtype.is_floating_point() and bool(value.uses()) and mask_region(value) is not None
+    floats = value.dtype is not None and value.dtype.is_floating_point()
+    return floats and bool(value.uses()) and mask_region(value, tested=True) is not None
 
 
-def mask_region(start: ir.Value) -> list[ir.Value] | None:
-    """The computed tensors between a constant and the Softmaxes that read it; None if it also goes elsewhere."""
+def mask_region(start: ir.Value, *, tested: bool = False) -> list[ir.Value] | None:
+    """The computed tensors between a constant and the Softmaxes that read it; None if it also goes elsewhere.
+
+    `tested`: it may be asked where it is infinite; who changes the mask's numbers must not allow that.
+    """
+    sinks = (*_SINKS, "IsInf") if tested else _SINKS
     seen: dict[ir.Value, None] = {}
     todo = [start]
     while todo:
@@ -41,7 +46,7 @@ def mask_region(start: ir.Value) -> list[ir.Value] | None:
         if value.is_graph_output():
             return None
         for node, slot in value.uses():
-            if is_op(node, *_SINKS) or (is_op(node, "Attention") and slot == _MASK_SLOT):
+            if is_op(node, *sinks) or (is_op(node, "Attention") and slot == _MASK_SLOT):
                 continue
             if not _carries(node, slot):
                 return None

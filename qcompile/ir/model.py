@@ -13,7 +13,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass
 
 from qcompile.errors import ModelError
-from qcompile.ir.atomic import atomic_file, write_atomic
+from qcompile.ir.atomic import Check, atomic_file, beside, write_atomic
 from qcompile.ir.masks import is_mask
 from qcompile.ir.notes import spell, spelled
 from qcompile.ir.reader import as_ir, read_ir
@@ -130,10 +130,11 @@ class Model:
         """SHA-256 over structure and weights: the same for the same model however it is stored."""
         return digest_of(self)
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | Path, check: Check | None = None) -> Path:
         """Write the model atomically; weights over 1.5 GB go to a content-named file beside it.
 
-        An unlucky moment leaves either the old file or the new one, never a part.
+        An unlucky moment leaves either the old file or the new one, never a part.  `check` sees the file before it is `path`;
+        what it raises leaves nothing behind.
 
         Raises:
             ModelError: the folder does not exist or cannot be written, or the disk is full.
@@ -143,12 +144,12 @@ class Model:
             raise ModelError(f"cannot write {path}: its folder does not exist; create it first")
         try:
             if self.weight_bytes() > EXTERNAL_BYTES:
-                return _save_external(self, path)
+                return _save_external(self, path, check)
             if is_large(self.graph):
-                with atomic_file(path) as file:
+                with atomic_file(path, check=check) as file:
                     write_model(self.ir, file)
                 return path
-            write_atomic(path, self.to_proto().SerializeToString(deterministic=True))
+            write_atomic(path, self.to_proto().SerializeToString(deterministic=True), check)
         except OSError as e:
             raise ModelError(f"cannot write {path}: {e.strerror or e}; free some space or choose another place with -o") from e
         return path
@@ -225,23 +226,36 @@ def _input_info(value: ir.Value) -> InputInfo:
     return InputInfo(str(value.name), np.dtype(dtype), shape, value.shape is not None, read, is_mask(value))
 
 
-def _save_external(model: Model, path: Path) -> Path:
+def _save_external(model: Model, path: Path, check: Check | None) -> Path:
     """External data under its content's name first, the .onnx last."""
-    staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    staging = beside(path)
     data = f".{path.name}.{os.getpid()}.data"
     try:
         copy = model.clone()
         spell(copy.ir)
         ir.save(copy.ir, staging, external_data=data)
         digest = _file_digest(staging.with_name(data))
-        final = f"{path.stem}.{digest[:16]}.data"
-        _rename_location(staging, data, final)
-        os.replace(staging.with_name(data), path.with_name(final))
+        final = path.with_name(f"{path.stem}.{digest[:16]}.data")
+        _rename_location(staging, data, final.name)
+        was_there = final.exists()
+        os.replace(staging.with_name(data), final)
+        _checked_pair(staging, None if was_there else final, check)
         os.replace(staging, path)
     finally:
         for leftover in (staging, staging.with_name(data)):
             leftover.unlink(missing_ok=True)
     return path
+
+
+def _checked_pair(staging: Path, data: Path | None, check: Check | None) -> None:
+    """`check` the staged model; its data goes with it where it fails."""
+    try:
+        if check is not None:
+            check(staging)
+    except BaseException:
+        if data is not None:
+            data.unlink()
+        raise
 
 
 def _rename_location(staging: Path, old: str, new: str) -> None:

@@ -70,7 +70,9 @@ def _in_front(value: ir.Value) -> ir.Value | None:
 
 def _widen(model: ir.Model) -> None:
     graph = model.graph
-    plugins = [n for n in graph.all_nodes() if n.domain != _OWN and signature(n, model.opset_imports) is None]
+    kept = _kept_sequences(model)
+    unknown = (n for n in graph.all_nodes() if n.domain != _OWN and signature(n, model.opset_imports) is None)
+    plugins = list(dict.fromkeys([*unknown, *(n for n in graph.all_nodes() if _handles(n, kept))]))
     taken = [(n, i, v.dtype) for n in plugins for i, v in enumerate(n.inputs) if v is not None and _is_other(v)]
     made = {v: v.dtype for n in plugins for v in n.outputs if _is_other(v)}
     outputs = {v: v.dtype for v in graph.outputs if _is_other(v) and v.producer() is not None}
@@ -78,7 +80,7 @@ def _widen(model: ir.Model) -> None:
     for body in model.graphs():
         _widen_constants(graph, body)
         for value in [*(body.inputs if body is not graph else ()), *(v for n in body for v in n.outputs)]:
-            if value.dtype in OTHERS and value not in made:
+            if value.dtype in OTHERS and value not in made and value not in kept:
                 value.type = _wide_type(value.type)
     for node in graph.all_nodes():
         if node not in plugins:
@@ -86,11 +88,31 @@ def _widen(model: ir.Model) -> None:
     for node, slot, dtype in taken:
         _cast_in_front(graph, node, slot, dtype or FLOAT)
     for value in made:
-        _read_wide(graph, value)
+        home = _home(value, graph)
+        _read_wide(home, value, given=home is not graph and value.is_graph_output())
     for value, dtype in outputs.items():
         _cast_output(graph, value, dtype or FLOAT)
     for node in list(graph.all_nodes()):
         _drop_cast(graph, node)
+
+
+def _kept_sequences(model: ir.Model) -> frozenset[ir.Value]:
+    """Sequences and optional values of the model where one of them is an input or an output: those keep their type, and tensors
+    change theirs on the way in and out."""
+    values = [v for g in model.graphs() for v in (*g.inputs, *(v for n in g for v in n.outputs))]
+    held = frozenset(v for v in values if v.dtype in OTHERS and not is_tensor(v))
+    return held if held & {*model.graph.inputs, *model.graph.outputs} else frozenset()
+
+
+def _handles(node: ir.Node, kept: frozenset[ir.Value]) -> bool:
+    """Whether the node itself, no body of it, puts tensors into a kept sequence or takes them out."""
+    bodies = any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values())
+    return not bodies and any(v in kept for v in (*node.inputs, *node.outputs) if v is not None)
+
+
+def _home(value: ir.Value, graph: ir.Graph) -> ir.Graph:
+    node = value.producer()
+    return node.graph if node is not None and isinstance(node.graph, ir.Graph) else graph
 
 
 def _wide_type(kind: ir.TypeProtocol | None) -> ir.TypeProtocol:
@@ -112,13 +134,17 @@ def _cast_inputs(graph: ir.Graph) -> None:
             _read_wide(graph, value)
 
 
-def _read_wide(graph: ir.Graph, value: ir.Value) -> None:
-    """Let the readers of a tensor that keeps its type read it in float32."""
+def _read_wide(graph: ir.Graph, value: ir.Value, given: bool = False) -> None:
+    """Let the readers of a tensor that keeps its type read it in float32; `given`: whoever gets it from a body, too."""
     uses = list(value.uses())
-    if uses:
-        cast = _cast(graph, value, FLOAT, f"{value.name}_wide")
-        insert_after(graph, value, cast)
-        redirect(value, cast.outputs[0], uses)
+    if not uses and not given:
+        return
+    cast = _cast(graph, value, FLOAT, f"{value.name}_wide")
+    insert_after(graph, value, cast)
+    redirect(value, cast.outputs[0], uses)
+    if given:
+        swap_output(graph, value, cast.outputs[0])
+        cast.outputs[0].type = ir.TensorType(FLOAT)
 
 
 def _cast_output(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> None:

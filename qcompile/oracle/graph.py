@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +37,8 @@ class Border:
     """A QuantizeLinear at a float input, or a DequantizeLinear at a float output.
 
     `outer` is the float tensor of the graph's interface, `codes` the integer tensor; value = (code - zero_point) * scale.
-    `scale` and `zero_point` are numbers, or lists along `axis`.
+    `scale` and `zero_point` are numbers, or lists along `axis`.  `real` is the type of `outer`: a Cast may stand between it and
+    float32.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Border:
     zero_point: NDArray[np.int64]
     dtype: np.dtype[Any]
     axis: int = 1
+    real: type[Any] = np.float32
 
     def along(self, values: Array, rank: int) -> Array:
         """The scale or the zero point in the shape that broadcasts to a tensor of `rank` axes."""
@@ -98,15 +100,31 @@ def integer_graph(model: onnx.ModelProto, base_dir: str = "") -> IntegerGraph:
     made = {o.name: o.type.tensor_type.elem_type for o in model.graph.output}
     nodes = [n for n in model.graph.node if n.op_type != "Constant"]
     constants |= _unpacked(nodes, constants)
-    entries = tuple(_border(n, constants, n.input[0], n.output[0]) for n in nodes if n.op_type == "QuantizeLinear")
-    exits = tuple(_border(n, constants, n.output[0], n.input[0]) for n in nodes if n.op_type == "DequantizeLinear")
+    casts = border_casts(nodes, given, made)
+    nodes = [n for n in nodes if n not in casts]
+    entered = {n.output[0]: n.input[0] for n in casts if n.input[0] in given}
+    left = {n.input[0]: n.output[0] for n in casts if n.output[0] in made}
+    quantizers, dequantizers = ([n for n in nodes if n.op_type == f"{q}Linear"] for q in ("Quantize", "Dequantize"))
+    entries = [_border(n, constants, entered.get(n.input[0], n.input[0]), n.output[0], given) for n in quantizers]
+    exits = [_border(n, constants, left.get(n.output[0], n.output[0]), n.input[0], made) for n in dequantizers]
     _require_interface("input", given, [e.outer for e in entries], "QuantizeLinear")
     _require_interface("output", made, [e.outer for e in exits], "DequantizeLinear")
     borders = ("QuantizeLinear", "DequantizeLinear")
     ops = tuple(_op(n) for n in nodes if n.op_type not in borders and n.output[0] not in constants)
     inputs = tuple(n for n, t in given.items() if t not in FLOATS)
     outputs = tuple(n for n, t in made.items() if t not in FLOATS)
-    return IntegerGraph(ops, constants, entries, exits, inputs, outputs, {p.key: p.value for p in model.metadata_props})
+    return IntegerGraph(
+        ops, constants, tuple(entries), tuple(exits), inputs, outputs, {p.key: p.value for p in model.metadata_props}
+    )
+
+
+def border_casts(nodes: Sequence[NodeProto], inputs: Container[str], outputs: Container[str]) -> list[NodeProto]:
+    """The Casts between an input or output of the model and its Q or DQ."""
+    quantized = {n.input[0] for n in nodes if n.op_type == "QuantizeLinear"}
+    made = {n.output[0] for n in nodes if n.op_type == "DequantizeLinear"}
+    casts = [n for n in nodes if n.op_type == "Cast"]
+    enters = (n for n in casts if n.input[0] in inputs and n.output[0] in quantized)
+    return [*enters, *(n for n in casts if n.input[0] in made and n.output[0] in outputs)]
 
 
 FLOATS = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE})
@@ -148,7 +166,7 @@ def _attribute(attribute: AttributeProto) -> Any:
     return value.decode() if isinstance(value, bytes) else value
 
 
-def _border(node: NodeProto, constants: Mapping[str, Array], outer: str, codes: str) -> Border:
+def _border(node: NodeProto, constants: Mapping[str, Array], outer: str, codes: str, interface: Mapping[str, int]) -> Border:
     scale = constants.get(node.input[1])
     if scale is None:
         raise ModelError(
@@ -158,7 +176,8 @@ def _border(node: NodeProto, constants: Mapping[str, Array], outer: str, codes: 
     dtype = _code_type(node) if zero is None else zero.dtype
     point = np.zeros((), np.int64) if zero is None else zero.astype(np.int64)
     axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
-    return Border(node.name or codes, outer, codes, scale.astype(np.float32), point, dtype, axis)
+    real = np.dtype(helper.tensor_dtype_to_np_dtype(interface.get(outer, TensorProto.FLOAT))).type
+    return Border(node.name or codes, outer, codes, scale.astype(np.float32), point, dtype, axis, real)
 
 
 def _code_type(node: NodeProto) -> np.dtype[Any]:

@@ -95,9 +95,9 @@ def _quantize(border: Border, x: Array) -> Array:
 
 
 def decode(model: onnx.ModelProto | IntegerGraph, codes: Mapping[str, Array]) -> dict[str, Array]:
-    """The model's outputs: (code - zero_point) * scale in float32, as DequantizeLinear."""
+    """The model's outputs: (code - zero_point) * scale in float32, as DequantizeLinear, in their own types."""
     graph = model if isinstance(model, IntegerGraph) else integer_graph(model)
-    reals = {e.outer: _dequantize(e, codes[e.codes]) for e in graph.exits}
+    reals = {e.outer: _dequantize(e, codes[e.codes]).astype(e.real, copy=False) for e in graph.exits}
     return reals | {name: codes[name] for name in graph.outputs}
 
 

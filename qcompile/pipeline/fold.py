@@ -15,7 +15,10 @@ from qcompile.calib.observe.change import Changes, Foldable
 from qcompile.ir.model import Model
 from qcompile.pipeline.base import Kind, PassContext
 from qcompile.pipeline.site import Applied, Missed, SitePass
+from qcompile.quant.qtype import INT8
+from qcompile.quant.spec import PerTensor, QuantSpec
 from qcompile.rewrite.fold import FoldSite, fold, norm_sites
+from qcompile.rewrite.held_out import Judge, Types, halves
 from qcompile.structure.core import Matches
 
 F64 = NDArray[np.float64]
@@ -44,6 +47,12 @@ class FoldPass(SitePass[FoldSite]):
     def choose(self, site: FoldSite, ctx: PassContext) -> Fold | Missed:
         """The fold of one site, or why it is left alone."""
         raise NotImplementedError
+
+    def judge(self, site: FoldSite, ctx: PassContext) -> Judge:
+        """What folds of a site are worth on rows that they were not fitted to."""
+        seen = Foldable.of(site.tensor).told(ctx.told)
+        activation = QuantSpec(ctx.scheme.activation or INT8, PerTensor(), ctx.target.symmetric)
+        return Judge(halves(seen.extremes, seen.rows), site.weight_rows(), Types(activation, ctx.scheme.weight or INT8))
 
     def unfit(self, ctx: PassContext) -> str | None:
         """Without activation codes no range matters."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,12 +15,15 @@ from qcompile.calib.observe import NotCarried, Probe, Stat, Told
 from qcompile.calib.observe.change import AffineMap, Changes
 from qcompile.errors import GateError, QcompileError, VerifyError
 from qcompile.ir.model import Model
+from qcompile.ir.spill import is_large
 from qcompile.ir.verify import verify_interface, verify_structure
 from qcompile.pipeline.base import Comparator, Kind, Needs, Pass, PassContext, PassResult
 from qcompile.pipeline.spec import format_pass
 from qcompile.pipeline.verify import Verifier
 from qcompile.report import PassReport, Remarks
 from qcompile.structure.core import forget_found, keep_found
+
+_NEVER = 2**31 - 1
 
 VerifyMode = Literal["each", "end", "off"]
 Stats = Mapping[Probe[Any], Stat]
@@ -60,6 +64,7 @@ class Runner:
 
     Without a comparator nothing is compared.  `known` are statistics of the model that is run; passes carry them on or drop
     them.  `on_failure` may keep what is needed to run a failed pass again, and answers with words for the message.
+    `reference`: afterwards, the float model's outputs if anything was compared with them.
     """
 
     comparator: Comparator | None = None
@@ -67,6 +72,7 @@ class Runner:
     strict: bool = False
     on_failure: Callable[[Failure], str] = lambda failure: ""
     known: dict[Probe[Any], Stat] = field(default_factory=dict[Probe[Any], Stat])
+    reference: Any = field(default=None, init=False)
 
     def steps(self, model: Model, passes: Sequence[Pass], ctx: PassContext, *, user: Sequence[bool] | None = None) -> Steps:
         """Apply `passes` in order to a copy of `model`; returns the result and one report a pass.
@@ -83,16 +89,22 @@ class Runner:
         current, reports = model.clone(), list[PassReport]()
         verifier = Verifier(self.comparator if self.verify != "off" else None, self.verify, model, self._failed)
         keep_found(current.graph)
-        for i, p in enumerate(passes):
-            yield Starts(format_pass(p), i, len(passes))
-            verifier.meets(p, current, reports)
-            before = current.clone()
-            report, result = yield from self._one(p, current, passes[i + 1 :], replace(ctx, remarks=Remarks(p.name)), before)
-            self._gate(report, user[i] if user else True)
-            reports.append(report)
-            verifier.saw(p, result, before, current, reports)
-            yield Ran(reports[-1], current)
+        before, moved = model, False
+        with _collected(model) as collect:
+            for i, p in enumerate(passes):
+                before = current.clone() if moved else before
+                yield Starts(format_pass(p), i, len(passes))
+                verifier.meets(p, current, reports)
+                report, result = yield from self._one(p, current, passes[i + 1 :], replace(ctx, remarks=Remarks(p.name)), before)
+                self._gate(report, user[i] if user else True)
+                reports.append(report)
+                verifier.saw(p, result, before, current, reports)
+                moved = result.modified
+                if moved:
+                    collect()
+                yield Ran(reports[-1], current)
         verifier.finish(passes, current, reports)
+        self.reference = verifier.reference
         forget_found(current.graph)
         return current, reports
 
@@ -189,3 +201,21 @@ def drive(
         except StopIteration as end:
             return end.value
         sent = answer(event) if isinstance(event, Needs) else news(event)
+
+
+@contextlib.contextmanager
+def _collected(model: Model) -> Generator[Callable[[], object]]:
+    """Graphs are circles of small objects, and each pass drops some copies of them: Python would look through all that live many
+    times a pass.  Meanwhile it looks through the young ones only; through all where it is told to.
+
+    A large model is left to Python, whatever that takes: files and mapped weights go with its copies.
+    """
+    if is_large(model.graph):
+        yield lambda: None
+        return
+    thresholds = gc.get_threshold()
+    gc.set_threshold(*thresholds[:2], _NEVER)
+    try:
+        yield gc.collect
+    finally:
+        gc.set_threshold(*thresholds)

@@ -99,9 +99,9 @@ class Verifier:
         self._settle(end, reports)
         if self.mode == "end":
             exact = all(p.kind in (Kind.EQUIVALENT, Kind.ANNOTATE) for p in passes)
-            outputs = self._outputs if exact else self.comparator.outputs
-            there = outputs(end)
-            distance = self.comparator.compare(outputs(self.source), there)
+            loose = exact and self.quantized
+            there = self._outputs(end) if loose else self.comparator.outputs(end)
+            distance = self.comparator.compare(self._outputs(self.source) if loose else self._reference(), there)
             if exact:
                 self._hold("the whole pipeline", passes[-1], distance, self.source, reports[-1], self.widest)
             reports[-1] = self._with_inside(_measured(reports[-1], "compared at the end", distance), there)

@@ -98,6 +98,24 @@ def _activation(graph: ir.Graph, value: ir.Value, uses: list[Use], params: QPara
         swap_output(graph, value, chain[-1].outputs[0])
 
 
+def unsigned_weights(graph: ir.Graph) -> None:
+    """Store int8 codes of constants as uint8, 128 higher, with the zero point 128 higher: the same values."""
+    for node in list(graph):
+        constants = [v for v in node.inputs if v is not None and v.const_value is not None and v.dtype == ir.DataType.INT8]
+        if node.op_type != "DequantizeLinear" or node.inputs[0] not in constants:
+            continue
+        for slot, value in enumerate(node.inputs):
+            if value in constants:
+                node.replace_input_with(slot, _raised(graph, value))
+                drop_if_unused(graph, value)
+
+
+def _raised(graph: ir.Graph, codes: ir.Value) -> ir.Value:
+    assert codes.const_value is not None
+    moved = (codes.const_value.numpy().astype(np.int16) + 128).astype(np.uint8)
+    return add_constant(graph, str(codes.name), moved, ir.DataType.UINT8)
+
+
 def round_scale(params: QParams, body: ir.DataType) -> QParams:
     """Scales rounded up to the type of the float rest, so that codes are computed with the very scale that the engine sees.
 

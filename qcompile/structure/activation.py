@@ -69,7 +69,7 @@ _REFERENCES: dict[ActivationKind, Callable[[_Array], _Array]] = {
 
 _SAMPLES: dict[ActivationKind, _Array] = {kind: reference(_X) for kind, reference in _REFERENCES.items()}
 
-_UNARY: dict[str, Callable[[_Array], _Array]] = {
+UNARY: dict[str, Callable[[_Array], _Array]] = {
     "Erf": _erf,
     "Exp": np.exp,
     "Identity": lambda x: x,
@@ -79,7 +79,7 @@ _UNARY: dict[str, Callable[[_Array], _Array]] = {
     "Softplus": lambda x: np.logaddexp(0, x),
     "Tanh": np.tanh,
 }
-_BINARY: dict[str, Callable[[_Array, _Array], _Array]] = {
+BINARY: dict[str, Callable[[_Array, _Array], _Array]] = {
     "Add": np.add,
     "Div": np.divide,
     "Mul": np.multiply,
@@ -183,7 +183,7 @@ def _inputs_before(core: ir.Node) -> Iterator[ir.Value]:
 
 
 def _is_elementwise(node: ir.Node) -> bool:
-    if node.domain or node.op_type not in _BINARY.keys() | _UNARY.keys() | {"HardSigmoid"}:
+    if node.domain or node.op_type not in BINARY.keys() | UNARY.keys() | {"HardSigmoid"}:
         return False
     return all(not ops.is_const(v) or ops.const_scalar(v) is not None for v in node.inputs)
 
@@ -221,6 +221,6 @@ def _evaluate(value: ir.Value | None, x: ir.Value, nodes: dict[ir.Node, None]) -
 def _apply(node: ir.Node, arguments: list[_Array]) -> _Array | None:
     if node.op_type == "HardSigmoid":
         return np.clip(ops.float_attr(node, "alpha", 0.2) * arguments[0] + ops.float_attr(node, "beta", 0.5), 0, 1)
-    if len(arguments) == 1 and node.op_type in _UNARY:
-        return _UNARY[node.op_type](arguments[0])
-    return _BINARY[node.op_type](arguments[0], arguments[1]) if len(arguments) == 2 else None
+    if len(arguments) == 1 and node.op_type in UNARY:
+        return UNARY[node.op_type](arguments[0])
+    return BINARY[node.op_type](arguments[0], arguments[1]) if len(arguments) == 2 else None

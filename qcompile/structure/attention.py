@@ -99,7 +99,7 @@ class _Finder:
 
     def match(self, node: ir.Node) -> Attention | Refusal | None:
         if node.op_type in _FUSED:
-            return Refusal(node, f"fused {node.op_type} operator: decompose it first (run canonicalize)")
+            return Refusal(node, f"fused {node.op_type} operator: canonicalize takes it apart where a target quantizes inside")
         scores = find_scores(node)
         if not isinstance(scores, Scores):
             return scores

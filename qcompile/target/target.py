@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # a command that only lists targets imports no graphs
     from qcompile.quant.spec import Scheme
     from qcompile.target.attention import AttentionBlock
     from qcompile.target.findings import Rule
+    from qcompile.target.trial import Trial
     from qcompile.target.view import GraphView
 
 
@@ -63,6 +64,10 @@ class Target(Platform):
         half = ("fuse-norm",) if self.body(scheme) != "float32" else ()
         return (*quantized, "opset", *half, *products)
 
+    def whole_attention(self, scheme: Scheme) -> bool:
+        """Whether ONNX Runtime's own attention operators stay in one piece: nothing inside them is quantized."""
+        return False
+
     def lowering(self, scheme: Scheme) -> tuple[str, ...]:
         """The passes that bring in the target's arithmetic, in order."""
         half = {"float16": ("fp16",), "bfloat16": ("bf16",)}.get(self.body(scheme), ())
@@ -87,6 +92,13 @@ class Target(Platform):
     def rules(self) -> Sequence[Rule]:
         """The rules of `qcompile check`."""
         return ()
+
+    def tries(self, trial: Trial) -> None:
+        """Try what was written for this target in its own setting."""
+        trial.loads()
+        trial.keeps_rules()
+        if self.engine is not None:
+            trial.parses()
 
     def unfused(
         self,

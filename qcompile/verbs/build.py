@@ -22,6 +22,7 @@ from qcompile.target.catalog import DEFAULT, TARGETS, engine_targets
 from qcompile.target.check import check
 from qcompile.verbs.compile.options import DEFAULT_GPU, EngineOptions
 from qcompile.verbs.guards import require_place
+from qcompile.verbs.libraries import PluginOptions, load_libraries
 from qcompile.verbs.options import Written, part
 
 
@@ -37,7 +38,7 @@ class EngineBuildOptions(BuildOptions, EngineOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AuditOptions:
+class AuditOptions(PluginOptions):
     """What is audited."""
 
     gpu: Annotated[str, "The GPU to build for; none is needed here.", Written("SM")] = DEFAULT_GPU
@@ -95,6 +96,7 @@ class Refitted:
 
 def build(model: Path, options: EngineBuildOptions, progress: Progress) -> EngineResult:
     """Build the engine that `options` ask for (see `require_engine`, `make_engine`)."""
+    load_libraries(options)
     gpus, profiles, chosen = gpu_list(options.gpu), profiles_from(options.profiles), part(options, BuildOptions)
     target = options.target or recorded_target(model, engine_targets())
     require_place(options.output, "the engine", [model])
@@ -114,6 +116,7 @@ def build(model: Path, options: EngineBuildOptions, progress: Progress) -> Engin
 
 def audit_model(model: Path, options: AuditOptions) -> AuditResult:
     """Which kernels `model` gets (see `qcompile.backend.audit.audit`)."""
+    load_libraries(options)
     profile = None if options.profile is None else parse_profile(options.profile)
     return audit(model, gpu_list(options.gpu)[0], profile, options.target)
 

@@ -49,7 +49,8 @@ def test_presets_work_on_their_natural_models(name: str) -> None:
     after, reports = pipeline(name, model, feeds, context("ort", "w6a6"))
     for p in APPLIED[name]:
         (report,) = [r for r in reports if r.spec.partition("{")[0] == p]
-        assert [r for r in report.remarks if r.kind == "applied"], p
+        weighed = [r for r in report.remarks if r.kind == "applied" or "held-out rows" in r.reason]
+        assert weighed, f"{p}: folds need not pay on random data, but they must be weighed"
     assert sqnr_db(outputs(model, feeds)[0], outputs(after, feeds)[0]) > 5
 
 

@@ -248,3 +248,19 @@ def test_the_error_of_a_range_on_a_histogram() -> None:
     hist = Histogram().observe(x)
     for t in (1.0, 5.0, 20.0):
         assert histogram_error(hist, -t, t, INT8) == pytest.approx(error(x, -t, t, INT8, True), rel=0.05)
+
+
+def test_no_codes_are_spent_where_nothing_is_seen() -> None:
+    x = np.random.default_rng(0).normal(-2, 4, 50000).astype(np.float32)
+
+    def seen(v: NDArray[np.float64]) -> NDArray[np.float64]:
+        return v * np.clip(v / 6 + 0.5, 0, 1)
+
+    hist = Histogram().observe(x)
+    plain, behind = (mse(hist, UINT8, symmetric=False, seen=f) for f in (None, seen))
+    assert -3.2 < float(behind[0]) < -2.5 and float(plain[0]) < -10
+    errors = [
+        float(np.square(seen(fake_quant(x, qparams_from_range(lo, hi, UINT8, False), UINT8)) - seen(x)).sum())
+        for lo, hi in (plain, behind)
+    ]
+    assert errors[1] < errors[0] / 1.5

@@ -274,3 +274,26 @@ def test_data_is_checked_in_every_command(tmp_path: Path, capsys: Capture) -> No
     assert call("eval", CNN, tmp_path / "q.onnx", "--data", tmp_path / "d.npz", "--json") == 0
     out, err = capsys.readouterr()
     assert told in err and any(told in n for n in json.loads(out)["notes"])
+
+
+def test_figures_are_of_samples_that_no_pass_saw(tmp_path: Path, capsys: Capture) -> None:
+    """With the data, and from statistics, which keep the samples that were held back."""
+    alone, stats = tmp_path / "m.onnx", tmp_path / "s.qstats"
+    shutil.copy(CNN, alone)
+    x = np.random.default_rng(0).standard_normal((24, 1, 32, 32)).astype(np.float32)
+    np.savez(tmp_path / "d.npz", input=x)
+    data = ["--calib", tmp_path / "d.npz"]
+    assert call("calibrate", alone, *COMMON[:2], *data, "-o", stats) == 0
+    capsys.readouterr()
+    found = []
+    for words in (data, ["--stats", stats], ["--stats", stats, *data]):
+        assert call(alone, *COMMON[:2], *words, "-o", tmp_path / "q.onnx", "--json") == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert [(f["samples"], f["measured_on"], f["held_back"]) for f in found] == [(21, 3, True)] * 3
+    assert len({f["sqnr_db"] for f in found}) == 1
+
+
+def test_too_few_samples_to_hold_some_back(tmp_path: Path, capsys: Capture) -> None:
+    np.savez(tmp_path / "d.npz", input=np.random.default_rng(0).standard_normal((12, 1, 32, 32)).astype(np.float32))
+    assert call(CNN, "--target", "ort", "--calib", tmp_path / "d.npz", "-o", tmp_path / "q.onnx") == 0
+    assert "on 8 of the samples it was fitted to (too few to hold some back: give more)" in capsys.readouterr().out

@@ -14,14 +14,14 @@ from onnxscript.optimizer import fold_constants
 from qcompile.ir.edit import add_constant, erase_dead, replace_value
 from qcompile.ir.infer import forget_declared, infer_shapes
 from qcompile.ir.model import Model
-from qcompile.ir.ops import const_array, input_at
+from qcompile.ir.ops import const_array, input_at, is_op
 from qcompile.ir.qoperators import spell_qdq
 from qcompile.ir.shape_fold import fold_shapes
 from qcompile.ir.shapes import rank
 from qcompile.ir.widen import widen
-from qcompile.passes.forms.canonicalize.attention_op import decompose_attention
 from qcompile.passes.forms.canonicalize.identities import drop_identities
-from qcompile.passes.forms.canonicalize.nan_guard import idle_guard
+from qcompile.passes.forms.canonicalize.nan_guard import idle_guard, move_guard
+from qcompile.passes.forms.canonicalize.operators.table import take_apart
 from qcompile.pipeline.base import EQUIVALENT_TOLERANCE, Kind, Pass, PassContext, PassResult, Stage
 
 _SIZE_LIMIT = 1 << 31
@@ -36,10 +36,12 @@ _WIDENED = {ir.DataType.FLOAT16: 2.0**-5, ir.DataType.BFLOAT16: 2.0**-2, ir.Data
 
 @dataclass(frozen=True)
 class Canonicalize(Pass):
-    """Fold constants, inline functions, decompose Attention, drop what does nothing.
+    """Fold constants, inline functions, write fused operators in plain ones, drop what does nothing.
 
     before: Cast(fp16 weight) -> MatMul;  Pad(0,0);  Add(x, 0);  Dropout;  Identity(shared gamma) -> LayerNormalization
     after:  MatMul with a float weight;   nothing;   nothing;    nothing;  LayerNormalization with its own gamma
+    Attention of every kind, RotaryEmbedding, Einsum and what ONNX Runtime's optimizer fuses (com.microsoft) become the plain
+    operators that they stand for; `ort` keeps its own attention operators whole.
     float16, bfloat16 and float64 are computed in float32 from here on; inputs and outputs keep their types behind a Cast.
     Operators on integer codes (QLinearConv, QGemm) and TensorRT's own Q and DQ become standard Q/DQ around float operators.
     """
@@ -61,6 +63,7 @@ class Canonicalize(Pass):
         declared = [v.shape for v in model.graph.outputs]
         forget_declared(model)
         tolerance = self._typed(model, ctx)
+        take_apart(model, ctx)
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model.ir)
         fold_constants(model.ir, input_size_limit=_SIZE_LIMIT, output_size_limit=_SIZE_LIMIT, should_fold=_foldable)
         _spell_splits(model)
@@ -69,6 +72,8 @@ class Canonicalize(Pass):
         _fold_known_shapes(model)
         for node in list(model.graph):
             _simplify(model.graph, node, ctx)
+        if not ctx.target.whole_attention(ctx.scheme):
+            _move_guards(model, ctx)
         erase_dead(model)
         infer_shapes(model)
         _declare_again(model.graph, declared)
@@ -139,10 +144,11 @@ def _spell_splits(model: Model) -> None:
 
 
 def _simplify(graph: ir.Graph, node: ir.Node, ctx: PassContext) -> None:
-    if node.op_type == "Attention" and node.domain == "":
-        decompose_attention(graph, node, ctx)
-    elif (probabilities := idle_guard(node)) is not None and not node.outputs[0].is_graph_output():
+    if (probabilities := idle_guard(node)) is not None and not node.outputs[0].is_graph_output():
         replace_value(graph, node.outputs[0], probabilities)
+    elif is_op(node, "Where") and _always(node) and not node.outputs[0].is_graph_output():
+        assert node.inputs[1] is not None
+        replace_value(graph, node.outputs[0], node.inputs[1])
     elif node.op_type == "Pad" and node.domain == "" and _spell_pads(graph, node):
         ctx.remarks.applied(str(node.name), "pads written out for every axis")
     elif _does_nothing(node):
@@ -151,6 +157,19 @@ def _simplify(graph: ir.Graph, node: ir.Node, ctx: PassContext) -> None:
         if source.is_graph_input() and node.outputs[0].is_graph_output():
             return
         replace_value(graph, node.outputs[0], source) if not node.outputs[0].is_graph_output() else _bypass_output(graph, node)
+
+
+def _move_guards(model: Model, ctx: PassContext) -> None:
+    for node in list(model.graph):
+        if is_op(node, "Where") and move_guard(model.graph, node, model.opset):
+            ctx.remarks.applied(str(node.name), "NaN guard moved behind the product with the values")
+
+
+def _always(where: ir.Node) -> bool:
+    """Whether the first choice is taken everywhere, in its own shape."""
+    condition, first, out = const_array(where.inputs[0]), where.inputs[1], where.outputs[0]
+    same = first is not None and first.shape is not None and first.shape == out.shape
+    return condition is not None and bool(condition.all()) and same
 
 
 def _spell_pads(graph: ir.Graph, pad: ir.Node) -> bool:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.ir.edit import add_constant, swap_output
+from qcompile.ir.edit import add_constant, redirect, swap_output
 from qcompile.passes.lower.integer.context import Scene
 from qcompile.passes.lower.integer.emit import INT8, INT16, INT32, Fixed, Format
 from qcompile.passes.lower.integer.requant import clamped, codes
-from qcompile.target.integer.plan import is_float
+from qcompile.target.integer.plan import entrances, exits, is_border, is_float
 
 _WIDEST = 1 << 30
 
 
 def quantize_inputs(scene: Scene) -> None:
-    """One QuantizeLinear at each float input."""
-    for value in scene.em.graph.inputs:
+    """One QuantizeLinear at each float input, behind the Cast of one that is not float32."""
+    for value in list(entrances(scene.em.graph)):
         if is_float(value) and value.uses():
             scene.em.at = str(value.name)
             scene.em.fixed[value] = _quantized(scene, value, scene.stored_format(value))
@@ -33,11 +33,15 @@ def _quantized(scene: Scene, value: ir.Value, fmt: Format) -> Fixed:
 
 
 def dequantize_outputs(scene: Scene) -> None:
-    """One DequantizeLinear at each float output: of codes, or of the last layer's int32 sums with a scale a channel."""
-    for old in list(scene.em.graph.outputs):
+    """One DequantizeLinear at each float output: of codes, or of the last layer's int32 sums with a scale a channel; in front of
+    the Cast of one that is not float32."""
+    for old in dict.fromkeys(exits(scene.em.graph)):
         if old in scene.em.fixed:
             scene.em.at = str(old.name)
-            swap_output(scene.em.graph, old, _dequantized(scene, old))
+            made, casts = _dequantized(scene, old), [use for use in old.uses() if is_border(use[0])]
+            redirect(old, made, casts)
+            if old.is_graph_output():
+                swap_output(scene.em.graph, old, made)
 
 
 def _dequantized(scene: Scene, value: ir.Value) -> ir.Value:

@@ -45,7 +45,8 @@ class Format:
 
     def code(self, x: NDArray[Any] | float) -> NDArray[np.int64]:
         """Codes of constants, saturated."""
-        wide = np.rint(np.clip(np.asarray(x, np.float64) / self.scale, -(2.0**40), 2.0**40)) + self.zero
+        with np.errstate(over="ignore"):  # what stands for -inf ends at the lowest code
+            wide = np.rint(np.clip(np.asarray(x, np.float64) / self.scale, -(2.0**40), 2.0**40)) + self.zero
         return np.clip(wide, self.lo, self.hi).astype(np.int64)
 
 

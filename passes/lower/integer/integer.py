@@ -84,7 +84,9 @@ class Integer(Pass):
 
 def _require_all(found: Plan, ctx: PassContext) -> None:
     refused = [(s.node, s.reason) for s in found.refused]
-    refused += [(s.node, reason) for s in found.steps if s.family != "keep" and (reason := ctx.selection.excluded(s.node))]
+    refused += [
+        (s.node, reason) for s in found.steps if s.family not in ("keep", "border") and (reason := ctx.selection.excluded(s.node))
+    ]
     if refused:
         named = "; ".join(f"{node.op_type} {node.name!r}: {reason}" for node, reason in refused[:_NAMED])
         more = f"; and {len(refused) - _NAMED} more" if len(refused) > _NAMED else ""
@@ -94,6 +96,8 @@ def _require_all(found: Plan, ctx: PassContext) -> None:
 def _lower(scene: Scene, step: Step, profile: str) -> None:
     em = scene.em
     em.at = str(step.node.name)
+    if step.family == "border":
+        return
     if step.family == "keep":
         _keep(scene, step.node)
         return

@@ -16,6 +16,10 @@ from qcompile.errors import DataError
 from qcompile.execute.session import SAMPLES
 from qcompile.ir.model import InputInfo
 
+HELD_BACK = 8
+_LEAST_TO_HOLD_BACK = 16
+_LARGEST_SHARE = 4
+
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
@@ -23,7 +27,8 @@ class Dataset:
 
     `names` are the arrays of a batch; `labels` [N] or None; `source` says where the data came from;
     `random` marks made-up data.  `alone`: a sample is all inputs of a run, whose first axes need not be samples; or the model
-    takes no two at a time.  `masks` are the inputs that may hold infinities.
+    takes no two at a time.  `masks` are the inputs that may hold infinities.  `held` are samples of `reader` that are none of
+    these: nothing is fitted to them, and figures are measured on them.
     """
 
     reader: Reader
@@ -34,6 +39,7 @@ class Dataset:
     random: bool = False
     alone: bool = False
     masks: frozenset[str] = frozenset()
+    held: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.index)
@@ -73,6 +79,27 @@ class Dataset:
         first = self.take(n)
         held = set(first.index)
         return first, replace(self, index=tuple(i for i in self.index if i not in held))
+
+    def fitted(self, n: int, run: int = 1) -> Dataset:
+        """`take(n)` with up to eight other samples `held` back: of those that are left over, else an eighth of 16 or more.
+
+        `run`: samples that the model takes a run; whole runs are held back, and never more than a quarter of the data for them.
+        """
+        first, rest = self.split(n)
+        few = -(-min(HELD_BACK, len(self) // HELD_BACK) // run) * run
+        if len(self) < _LEAST_TO_HOLD_BACK or _LARGEST_SHARE * few > len(self):
+            few = 0
+        if len(rest) >= max(few, run):
+            return replace(first, held=rest.take(max(HELD_BACK, run)).index)
+        if not few:
+            return first
+        held, first = self.split(few)
+        return replace(first.take(n), held=held.index)
+
+    @property
+    def held_back(self) -> Dataset | None:
+        """The samples that nothing is fitted to, if some were held back."""
+        return replace(self, index=self.held, held=()) if self.held else None
 
     def fingerprint(self) -> str:
         """SHA-256 hex digest of the samples' contents and order."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import csv
 import difflib
-import importlib.util
 import itertools
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +29,7 @@ from qcompile.calib.data.runs import (
     ranked,
     with_unread,
 )
+from qcompile.calib.data.user import user_function
 from qcompile.errors import DataError
 from qcompile.ir.model import InputInfo
 
@@ -39,7 +39,12 @@ RANDOM_SAMPLES = 32
 
 
 def load_data(
-    spec: str, inputs: Sequence[InputInfo], preprocess: str | None = None, samples: int | None = None, seed: int = 0
+    spec: str,
+    inputs: Sequence[InputInfo],
+    preprocess: str | None = None,
+    samples: int | None = None,
+    seed: int = 0,
+    spare: int = 0,
 ) -> Dataset:
     """Open the data that `spec` names, checked against the model's `inputs`.
 
@@ -49,17 +54,19 @@ def load_data(
         preprocess: for pictures: a preset or a TOML file (`qcompile.calib.data.preprocess`).
         samples: how many, spread evenly over the stored order; None takes all.
         seed: of `random`.
+        spare: leave the choice to the caller: all there is, of what is made as it is read (generators, `random`) so many more.
 
     Raises:
         DataError: the data is missing, unreadable, or does not fit the model.
     """
-    data = replace(open_source(spec, inputs, preprocess, samples, seed), masks=frozenset(i.name for i in inputs if i.masks))
+    most = None if samples is None else samples + spare
+    data = replace(open_source(spec, inputs, preprocess, most, seed), masks=frozenset(i.name for i in inputs if i.masks))
     if samples is not None and 0 < len(data) < samples:
         raise DataError(f"{data.source} holds {len(data)} samples, {samples} are wanted; give more data or --samples {len(data)}")
     least = data.run_size(inputs) or 1
     if len(data) < least:
         raise DataError(f"{data.source} holds {len(data)} samples and the model takes {least} a run; give more data")
-    return data if samples is None else data.take(samples)
+    return data if samples is None or spare else data.take(samples)
 
 
 def open_source(spec: str, inputs: Sequence[InputInfo], preprocess: str | None, samples: int | None, seed: int) -> Dataset:
@@ -281,7 +288,7 @@ def _last_line(error: Exception) -> str:
 
 def _generator(path: Path, function: str, inputs: Sequence[InputInfo], samples: int) -> Dataset:
     """At most `samples` samples of a user's function, held in memory; it yields dicts, or arrays for a single input."""
-    produce = _user_function(path, function)
+    produce = user_function(path, function)
     source = f"{path}:{function}"
 
     def feeds() -> Iterator[Arrays]:
@@ -294,22 +301,6 @@ def _generator(path: Path, function: str, inputs: Sequence[InputInfo], samples: 
             raise DataError(f"{source} failed ({type(e).__name__}: {e}); run it with python first") from e
 
     return _feed_dataset(feeds(), inputs, source, samples)
-
-
-def _user_function(path: Path, name: str) -> Callable[[], Iterable[Any]]:
-    if not path.is_file():
-        raise DataError(f"no file {path}: check the path before ':{name}'")
-    spec = importlib.util.spec_from_file_location(f"qcompile_user_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as e:  # whatever the user's file raises
-        raise DataError(f"{path} failed while being imported ({type(e).__name__}: {e}); run it with python first") from e
-    function: Any = getattr(module, name, None)
-    if not callable(function):
-        raise DataError(f"{path} defines no function {name!r}; it has {[n for n in vars(module) if not n.startswith('_')]}")
-    return cast(Callable[[], Iterable[Any]], function)
 
 
 def _single(item: Any, inputs: Sequence[InputInfo], source: str) -> Arrays:

@@ -21,6 +21,7 @@ from qcompile.calib.store.store import Gathered, Key, Range, Statistics, from_by
 from qcompile.calib.sweep.provider import Sweeps
 from qcompile.errors import DataError, QcompileError
 from qcompile.execute.executor import Executor
+from qcompile.execute.session import libraries
 from qcompile.ir.model import Model
 from qcompile.report import Progress
 
@@ -111,7 +112,7 @@ class Gatherer:
     def _task(self, path: Path, digest: str, held: Gathered, r: Range) -> ShardTask:
         key = json.dumps(dataclasses.asdict(self.statistics.key))
         probes = json.dumps([probe_to_json(p) for p in held.stats])
-        return ShardTask(str(path), digest, held.graph, self.spec, key, probes, *r, self.threads, self.mem_limit)
+        return ShardTask(str(path), digest, held.graph, self.spec, key, probes, *r, self.threads, self.mem_limit, libraries())
 
     @contextlib.contextmanager
     def _model_file(self, model: Model) -> Any:

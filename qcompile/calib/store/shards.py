@@ -13,17 +13,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qcompile.calib.data import Dataset, load_data
+from qcompile.calib.data.dataset import HELD_BACK
 from qcompile.calib.store.merge import merge
 from qcompile.calib.store.store import Gathered, Key, Range, Statistics, from_bytes, probe_from_json, to_bytes
 from qcompile.calib.sweep.alone import suited
 from qcompile.calib.sweep.provider import Sweeps
 from qcompile.errors import DataError, ModelError
+from qcompile.execute.session import use_libraries
 from qcompile.ir.model import Model
 
 
 @dataclass(frozen=True)
 class DataSpec:
-    """How to open a data set (see `qcompile.calib.data.sources.load_data`); without `samples` at most `cap` are taken."""
+    """How to open data to fit to (see `qcompile.calib.data.sources.load_data`); without `samples` at most `cap` are taken."""
 
     spec: str
     preprocess: str | None = None
@@ -32,16 +34,20 @@ class DataSpec:
     seed: int = 0
 
     def open(self, model: Model) -> Dataset:
-        """The data, checked against the model's inputs, and taken apart where the model takes no two samples at a time."""
-        data = suited(load_data(self.spec, model.inputs(), self.preprocess, self.samples, self.seed), model)
-        return data if self.samples is not None or self.cap is None else data.take(self.cap)
+        """The data, checked against the model's inputs, and taken apart where the model takes no two samples at a time.
+
+        Some samples are held back (`Dataset.fitted`).
+        """
+        inputs = model.inputs()
+        data = suited(load_data(self.spec, inputs, self.preprocess, self.samples, self.seed, spare=HELD_BACK), model)
+        return data.fitted(self.samples or self.cap or len(data), data.run_size(inputs) or 1)
 
 
 @dataclass(frozen=True)
 class ShardTask:
     """Samples `start` to `stop` of `data` through the model at `path`, whose digest must be `digest`.
 
-    `probes` and `versions` are JSON; `graph` is what the statistics are filed under.
+    `probes` and `versions` are JSON; `graph` is what the statistics are filed under; `libraries` are those of custom operators.
     """
 
     path: str
@@ -54,6 +60,7 @@ class ShardTask:
     stop: int
     threads: int | None = None
     mem_limit: int | None = None
+    libraries: tuple[str, ...] = ()
 
 
 def run_shard(task: ShardTask) -> bytes:
@@ -62,6 +69,7 @@ def run_shard(task: ShardTask) -> bytes:
     Raises:
         ModelError, DataError: this machine finds another model or other data under these names.
     """
+    use_libraries(task.libraries)
     model, key = _model(task.path, task.digest), _key(task.key)
     data = _data(task.data, task.path, task.digest, key.data)
     probes = [probe_from_json(p) for p in json.loads(task.probes)]

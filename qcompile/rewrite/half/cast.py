@@ -13,6 +13,8 @@ from qcompile.ir.ops import is_op
 from qcompile.rewrite.half.slots import takes
 from qcompile.rewrite.half.types import FLOAT, Narrow, is_float
 
+_PRECISION = 23  # the opset from which x / scale takes the type of the scale where nothing is said: 1 % of the codes is one off
+
 
 @dataclass(frozen=True)
 class _Chosen:
@@ -58,6 +60,8 @@ def _convert(node: ir.Node, chosen: _Chosen, masks: Collection[ir.Value]) -> Non
             node.attributes[name] = ir.AttrInt64(name, int(fmt.dtype))
     if node.op_type == "ConstantOfShape":
         _fill(node, fmt, low)
+    if is_op(node, "QuantizeLinear") and chosen.opsets.get("", 0) >= _PRECISION and "precision" not in node.attributes:
+        node.attributes["precision"] = ir.AttrInt64("precision", int(FLOAT))
 
 
 def _fill(node: ir.Node, fmt: Narrow, low: float | None) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.ir.masks import mask_region
+from qcompile.ir.masks import mask_region, masked_tensors
 from qcompile.ir.ops import is_op
 from qcompile.rewrite.half.types import FLOAT
 
@@ -32,7 +32,7 @@ class Masks:
 
 def find_masks(graph: ir.Graph) -> Masks:
     """All masks of the main graph."""
-    masks = Masks()
+    masks = Masks(reached=set(masked_tensors(graph)))
     for value in _candidates(graph):
         region = mask_region(value)
         if region is not None:

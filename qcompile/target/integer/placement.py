@@ -13,7 +13,7 @@ from qcompile.ir.model import Model
 from qcompile.ir.ops import weight_slot
 from qcompile.quant.qtype import INT16
 from qcompile.quant.spec import QuantSpec, Scheme
-from qcompile.target.integer.plan import Plan, Step, entry, is_float, leaves, must_store, own_store, plan, settled
+from qcompile.target.integer.plan import Plan, Step, entrances, entry, is_float, leaves, must_store, own_store, plan, settled
 from qcompile.target.specs import weight_spec
 from qcompile.target.target import Request
 
@@ -25,7 +25,7 @@ _NARROW_INPUTS = {"linear": (0,), "product": (0, 1), "maxpool": (0,), "avgpool":
 def place(model: Model, request: Request) -> Placement:
     """Sites for every step; what has no integer form is named with its reason."""
     out, found = Placement(), plan(model.graph)
-    for value in model.graph.inputs:
+    for value in entrances(model.graph):
         _graph_input(out, found, value)
     for step in found.steps:
         if step.family == "refused":
@@ -63,7 +63,7 @@ def _inputs(out: Placement, step: Step, scheme: Scheme) -> None:
 def _output(out: Placement, found: Plan, step: Step, value: ir.Value) -> None:
     if step.family == "from-int":
         out.add(step.node, ~0, _COUNTS)
-    if step.family in ("keep", "move", "from-int") or value.producer() is None or _merged(step):
+    if step.family in ("keep", "move", "from-int", "border") or value.producer() is None or _merged(step):
         return
     last = settled(value)
     maker, index = last.producer(), last.index()

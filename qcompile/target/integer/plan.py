@@ -20,7 +20,7 @@ from qcompile.target.integer.rules import KEPT
 
 Family = Literal[
     "keep", "linear", "product", "add", "offset", "scale", "multiply", "clamp", "table", "norm", "softmax",
-    "maxpool", "avgpool", "sum", "root", "divide", "move", "concat", "where", "from-int", "lookup", "refused",
+    "maxpool", "avgpool", "sum", "root", "divide", "move", "concat", "where", "from-int", "lookup", "border", "refused",
 ]  # fmt: skip
 _SELECTS = frozenset({"Slice", "Split", "Gather", "Pad"})
 _MOVES = ops_with("reshapes") | _SELECTS | {"Expand", "Resize", "Tile", "Transpose"}
@@ -105,6 +105,8 @@ def _closed(nodes: tuple[ir.Node, ...], output: ir.Value) -> bool:
 
 def _single(node: ir.Node) -> Step:
     source = node.inputs[0] if node.inputs else None
+    if is_border(node):
+        return Step("border", (node,), source)
     reason = refusal(node)
     family = _family(node)
     if family is None or reason:
@@ -165,6 +167,36 @@ def _of_sum(root: ir.Node) -> bool:
     return is_op(producer, "ReduceSum", "ReduceMean")
 
 
+def is_border(node: ir.Node) -> bool:
+    """Whether the node only changes the float type of an input or of an output of the model: it stays outside of the integers."""
+    if not is_op(node, "Cast") or not (is_float(node.inputs[0]) and is_float(node.outputs[0])):
+        return False
+    source, made = node.inputs[0], node.outputs[0]
+    enters, leaves_it = source is not None and source.is_graph_input(), made.is_graph_output() and not made.uses()
+    return enters != leaves_it and not (enters and made.is_graph_output())
+
+
+def entrances(graph: ir.Graph) -> Iterator[ir.Value]:
+    """The float tensors that numbers enter by: inputs, or what a border makes of them."""
+    for value in graph.inputs:
+        readers = [node for node, _ in value.uses()]
+        casts = [node for node in readers if is_border(node)]
+        yield from (node.outputs[0] for node in casts)
+        if len(casts) < len(readers) or not readers:
+            yield value
+
+
+def exits(graph: ir.Graph) -> Iterator[ir.Value]:
+    """The float tensors that numbers leave by: outputs, or what a border makes them from."""
+    for value in graph.outputs:
+        node = value.producer()
+        yield node.inputs[0] if node is not None and is_border(node) and node.inputs[0] is not None else value
+
+
+def _leaves_model(value: ir.Value) -> bool:
+    return value.is_graph_output() or any(is_border(node) for node, _ in value.uses())
+
+
 def is_float(value: ir.Value | None) -> bool:
     """Whether the tensor holds real numbers (unknown types count as float)."""
     return value is not None and (value.dtype is None or value.dtype in _FLOATS)
@@ -212,6 +244,9 @@ def leaves(found: Plan, value: ir.Value, factor: float = 1.0, partial: bool = Fa
         step = found.of.get(node)
         if step is None or step.family == "keep":  # inside a subgraph, whose node is refused
             continue
+        if step.family == "border":
+            yield Leaf(None, 0, "raw", factor, partial)
+            continue
         if step.family == "move" and slot == 0:
             narrow = partial or node.op_type in _SELECTS
             for out in node.outputs:
@@ -255,7 +290,7 @@ def must_store(found: Plan, step: Step, value: ir.Value) -> bool:
     """Whether `value` is rounded where it is made or moved, not at its readers."""
     if step.family in _ROUNDING and not (step.family == "offset" and is_bias(found, step.node)):
         return True
-    if value.is_graph_output() and step.family in ("multiply", "sum"):
+    if _leaves_model(value) and step.family in ("multiply", "sum"):
         return True
     return any(n in found.of and found.of[n].family in ("move", "concat", "where") for n, _ in data_uses(value))
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from weakref import WeakKeyDictionary
 
 from onnx import NodeProto, TensorProto
 
 from qcompile.errors import ModelError
-from qcompile.oracle.graph import DOMAINS, FLOATS
+from qcompile.oracle.graph import DOMAINS, FLOATS, border_casts
 from qcompile.oracle.qlinear import SCALES, SUMS
 from qcompile.oracle.ranges import Proof, prove
 from qcompile.oracle.run import OPERATORS
@@ -58,10 +60,16 @@ def float_tensor(context: Context) -> Hits:
 def _floats(view: GraphView) -> Hits:
     inputs = {i.name for i in view.model.graph.input}
     outputs = {o.name for o in view.model.graph.output}
+    casts = border_casts(view.nodes, inputs, outputs)
+    inputs |= {n.output[0] for n in casts if n.input[0] in inputs}
+    outputs |= {n.input[0] for n in casts if n.output[0] in outputs}
+    read_at_border = Counter(n.input[0] for n in casts)
     for node in view.nodes:
+        if node in casts:
+            continue
         if node.op_type == "QuantizeLinear" and node.input[0] not in inputs:
             yield node.name, f"it quantizes {node.input[0]!r}, which is not an input of the model"
-        elif node.op_type == "DequantizeLinear" and (node.output[0] not in outputs or node.output[0] in view.consumers):
+        elif node.op_type == "DequantizeLinear" and (node.output[0] not in outputs or _read_inside(view, node, read_at_border)):
             yield node.name, f"it makes {node.output[0]!r}, which is not only an output of the model"
         elif node.op_type not in _BORDER:
             yield from ((node.name, f"{node.op_type} {how} the float tensor {name!r}") for how, name in _float_uses(view, node))
@@ -69,6 +77,10 @@ def _floats(view: GraphView) -> Hits:
     for name in sorted((inputs & outputs) - read):
         if view.elem_types.get(name) in FLOATS:
             yield "", f"the float input {name!r} is an output, too"
+
+
+def _read_inside(view: GraphView, node: NodeProto, at_border: Mapping[str, int]) -> bool:
+    return len(view.consumers.get(node.output[0], ())) > at_border.get(node.output[0], 0)
 
 
 def _float_uses(view: GraphView, node: NodeProto) -> list[tuple[str, str]]:

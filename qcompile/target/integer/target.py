@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from qcompile.oracle.ranges import Proof
     from qcompile.quant.spec import Scheme
     from qcompile.target.findings import Rule
+    from qcompile.target.trial import Trial
     from qcompile.target.view import GraphView
 
 
@@ -48,6 +49,11 @@ class Integer(Target):
         from qcompile.target.integer.rules import proof_of
 
         return proof_of(view)
+
+    def tries(self, trial: Trial) -> None:
+        """The oracle beside ONNX Runtime."""
+        super().tries(trial)
+        trial.computes_exactly()
 
 
 TARGETS = (

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from qcompile.decide.placement import Placement
     from qcompile.ir.model import Model
     from qcompile.target.findings import Rule
+    from qcompile.target.trial import Trial
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,11 @@ class OpenVino(Target):
         from qcompile.target.openvino.rules import OPENVINO_RULES
 
         return OPENVINO_RULES
+
+    def tries(self, trial: Trial) -> None:
+        """The CPU plugin."""
+        super().tries(trial)
+        trial.runs_in_openvino()
 
 
 TARGETS = (

@@ -1,6 +1,7 @@
 """Where ONNX Runtime's CPU kernels want Q/DQ (measured on 1.31.1 with `tools/bench_ort.py`).
 
-Convolutions fuse to QLinearConv only with a Q on input and output, Relu absorbed; residual adds of a conv net to QLinearAdd;
+Convolutions fuse to QLinearConv only with a Q on input and output, Relu absorbed, and behind other activations the output's
+range is the one that is best once the activation has been applied; residual adds of a conv net to QLinearAdd;
 MatMul with a weight to MatMulIntegerToFloat with a Q on its input alone.  Activations are uint8, weights int8 per channel.
 The products of attention, norms, softmax, GELU, and the heads stay in float: quantizing them is slower and costs accuracy.
 """
@@ -16,10 +17,14 @@ from qcompile.ir.model import Model
 from qcompile.ir.notes import kept_float
 from qcompile.ir.ops import const_array, const_value, ints_attr, is_compute, is_data_movement, is_op, static_shape, weight_slot
 from qcompile.quant.spec import QuantSpec
+from qcompile.structure.response import response
+from qcompile.target.heads import final_heads
 from qcompile.target.specs import activation_spec, unfit_for_cpu, weight_spec
 from qcompile.target.target import Request
 
 _GEMM_SHARE = 0.5
+_HEAD = "a head: nothing follows to hide its rounding, and it is a small part of the work"
+_HEAD_SHARE = 0.125  # of all weights: a head that is more of the work stays quantized
 
 
 @dataclass
@@ -29,13 +34,15 @@ class _Ort:
     request: Request
     out: Placement
     spec: QuantSpec
+    heads: frozenset[ir.Node]
     conv_values: set[str] = field(default_factory=set[str])
 
 
 def place(model: Model, request: Request) -> Placement:
     """Sites for the CPU provider, in node order."""
     assert request.scheme.activation is not None
-    state = _Ort(request, Placement(), activation_spec(request))
+    heads = _small_heads(model.graph) if request.native else frozenset[ir.Node]()
+    state = _Ort(request, Placement(), activation_spec(request), heads)
     with_gemms = _gemm_share(model.graph) > _GEMM_SHARE
     for node in model.graph:
         if is_op(node, "Add"):
@@ -58,7 +65,7 @@ def _compute(state: _Ort, node: ir.Node, with_gemms: bool) -> None:
         or unfit_for_cpu(node, slot, "the CPU provider has no integer deconvolution")
     )
     if not reason and state.request.selection.forced(node) is None:
-        reason = _refusal(node, with_gemms)
+        reason = _HEAD if node in state.heads else _refusal(node, with_gemms)
     if reason:
         state.out.miss(node, reason)
         return
@@ -94,6 +101,13 @@ def _is_flat(node: ir.Node) -> bool:
     """Whether the layer reads a matrix, one row a sample."""
     data = node.inputs[0]
     return is_op(node, "Gemm") or (is_op(node, "MatMul") and data is not None and data.shape is not None and len(data.shape) < 3)
+
+
+def _small_heads(graph: ir.Graph) -> frozenset[ir.Node]:
+    """The convolutions at the end, if they hold few of the weights."""
+    heads = frozenset(n for n in final_heads(graph) if is_op(n, "Conv"))
+    sizes = {n: v.size for n in graph if (s := weight_slot(n)) is not None and (v := const_value(n.inputs[s])) is not None}
+    return heads if sum(sizes.get(n, 0) for n in heads) <= _HEAD_SHARE * sum(sizes.values()) else frozenset()
 
 
 def _is_head(node: ir.Node) -> bool:
@@ -155,7 +169,7 @@ def _output(state: _Ort, node: ir.Node) -> None:
         return
     owner = value.producer()
     assert owner is not None
-    state.out.add(owner, ~(value.index() or 0), state.spec)
+    state.out.add(owner, ~(value.index() or 0), state.spec, seen=response(value))
     state.conv_values.add(str(value.name))
 
 

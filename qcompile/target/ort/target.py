@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from qcompile.ir.model import Model
     from qcompile.quant.spec import Scheme
     from qcompile.target.findings import Rule
+    from qcompile.target.trial import Trial
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,10 @@ class OnnxRuntime(Target):
             ("space-to-depth", "gelu-order") if self.native(scheme) and scheme.weight is not None else ()
         )
 
+    def whole_attention(self, scheme: Scheme) -> bool:
+        """Its kernels are faster than their parts, and products of attention stay in float; studies of widths go inside."""
+        return scheme.activation is None or self.native(scheme)
+
     def placement(self, model: Model, request: Request) -> Placement:
         """As the kernels fuse; a study of widths quantizes what an accelerator would."""
         from qcompile.target.ort.placement import place
@@ -43,6 +48,11 @@ class OnnxRuntime(Target):
         from qcompile.target.ort.rules import ORT_RULES
 
         return ORT_RULES
+
+    def tries(self, trial: Trial) -> None:
+        """A session as deployed."""
+        trial.keeps_rules()
+        trial.runs()
 
 
 TARGETS = (

@@ -23,13 +23,14 @@ from qcompile.execute.session import Session, make_session, run
 from qcompile.execute.timing import Ratio, Timing, interleaved, made_up, ratios, timing
 from qcompile.ir.model import InputInfo, Model
 from qcompile.report import SCHEMA_VERSION, Meter
+from qcompile.verbs.libraries import OrtLibraryOptions, PluginOptions
 from qcompile.verbs.options import Written
 
 DEFAULT_RUNS = 40
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchOptions:
+class BenchOptions(OrtLibraryOptions, PluginOptions):
     """How they are timed."""
 
     threads: Annotated[int, "ONNX Runtime threads.", Written(least=1)] = 2

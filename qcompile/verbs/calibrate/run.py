@@ -212,9 +212,10 @@ def _fresh(job: Job, data: Dataset, warnings: Sequence[str]) -> Statistics:
     about = {
         "source": data.source, "random": data.random, "shapes": shapes(data), "warnings": list(warnings),
         "data_warnings": list(warnings), "index": list(data.index) if len(data) <= INDEX_KEPT else None,
+        "held_back": len(data.held),
         "target": job.target.name, "scheme": job.scheme.name, "pipeline": job.pipeline,
     }  # fmt: skip
-    return Statistics(key, (), about, _feeds(data, fixed))
+    return Statistics(key, (), about, _feeds(data.held_back or data, fixed))
 
 
 def _feeds(data: Dataset, fixed: int | None) -> tuple[dict[str, Any], ...]:
@@ -253,8 +254,8 @@ def _finished(statistics: Statistics) -> Statistics:
 
 def _remove_stale(output: Path) -> None:
     """Leftovers of a process that was killed while it wrote."""
-    for stale in output.parent.glob(f".{output.name}.*.tmp"):
-        pid = stale.name.split(".")[-2]
+    for stale in output.parent.glob(f".{output.name}.*.tmp*"):
+        pid = stale.name.removeprefix(f".{output.name}.").partition(".")[0]
         if pid.isdigit() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):
             stale.unlink(missing_ok=True)
 

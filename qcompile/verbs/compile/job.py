@@ -20,6 +20,7 @@ from qcompile.target.target import Target
 from qcompile.verbs.build import gpu_list, require_engine
 from qcompile.verbs.compile.options import Options, StatisticsOptions
 from qcompile.verbs.guards import require_batch, require_numbers, require_operators, require_place, require_selectors
+from qcompile.verbs.libraries import load_libraries
 from qcompile.verbs.options import checked, part
 
 
@@ -57,6 +58,7 @@ def prepare(path: str | Path, options: StatisticsOptions) -> Job:
         ModelError, UsageError: the model or an option cannot be used.
     """
     source, options = Path(path), checked(options)
+    load_libraries(options)
     model = Model.load(source)
     _require_floats(model, path)
     asked = options if isinstance(options, Options) else Options(**vars(part(options, StatisticsOptions)))

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from qcompile.ir.select import Selection
 from qcompile.quant.spec import SCHEMES
 from qcompile.target.catalog import DEFAULT, TARGETS
+from qcompile.verbs.libraries import OrtLibraryOptions, PluginOptions
 from qcompile.verbs.options import Written, size
 
 DEFAULT_SAMPLES = 128
@@ -84,7 +85,7 @@ class RunOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineOptions:
+class EngineOptions(PluginOptions):
     """What engines are built for."""
 
     gpu: Annotated[str, "For rtx; trt builds for this machine's GPU.", Written("SM,..")] = DEFAULT_GPU
@@ -97,7 +98,7 @@ class EngineOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StatisticsOptions(RunOptions, NodeOptions, DataOptions, PipelineOptions):
+class StatisticsOptions(OrtLibraryOptions, RunOptions, NodeOptions, DataOptions, PipelineOptions):
     """What decides which statistics a compilation asks for: the options that compiling and calibrating share."""
 
 

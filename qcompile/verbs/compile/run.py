@@ -19,14 +19,26 @@ from qcompile.ir.infer import restore_declared
 from qcompile.ir.model import Model
 from qcompile.ir.reader import file_bytes
 from qcompile.ir.text import print_model
+from qcompile.ir.verify import verify_interface
 from qcompile.pipeline.base import Kind
 from qcompile.pipeline.registry import IMPORT
 from qcompile.pipeline.runner import Failure, Ran, Runner, Starts, drive, without_data
-from qcompile.report import SCHEMA_VERSION, SILENT, OutputFigure, PassReport, Progress, Remark, json_text, warned
+from qcompile.report import (
+    SCHEMA_VERSION,
+    SILENT,
+    Comparison,
+    OutputFigure,
+    PassReport,
+    Progress,
+    Remark,
+    json_text,
+    warned,
+)
 from qcompile.verbs.build import EngineResult, gpu_list, make_engine, profiles_from
-from qcompile.verbs.compile.job import Job, prepare
+from qcompile.verbs.compile.job import Job, done_passes, prepare
 from qcompile.verbs.compile.options import Options
 from qcompile.verbs.compile.statistics import Calibration, open_calibration
+from qcompile.verbs.compile.trial import FileTrial
 from qcompile.verbs.guards import randomness, unmatched
 from qcompile.verbs.options import changed, made, to_json, words
 
@@ -39,7 +51,11 @@ REPRODUCED = (
 
 @dataclass(frozen=True)
 class Result:
-    """What a compilation made and what happened on the way."""
+    """What a compilation made and what happened on the way.
+
+    Figures are those of the file in its target's own setting (`measured`) where that is not exact arithmetic, on `measured_on`
+    samples; `held_back`: of such that nothing was fitted to.
+    """
 
     output: Path
     pipeline: str
@@ -49,6 +65,8 @@ class Result:
     sweeps: int
     samples: int
     calibration: str
+    measured_on: int = 0
+    held_back: bool = False
     notes: tuple[str, ...] = ()
     options: Options = field(default_factory=Options)
     inserted: tuple[bool, ...] = ()
@@ -56,6 +74,7 @@ class Result:
     output_bytes: int = 0
     engine: EngineResult | None = None
     model: Model | None = field(default=None, repr=False)
+    measured: Comparison | None = None
 
     @property
     def remarks(self) -> list[Remark]:
@@ -70,7 +89,8 @@ class Result:
     @property
     def sqnr_db(self) -> float | None:
         """SQNR of the worst float output against the float model, dB; None where none was or can be measured."""
-        return None if self.compared is None else self.compared.sqnr_db
+        found = self.measured or self.compared
+        return None if found is None else found.sqnr_db
 
     @property
     def reference(self) -> str:
@@ -93,7 +113,8 @@ class Result:
     @property
     def outputs(self) -> tuple[OutputFigure, ...]:
         """What is said of each output beside the float model's, worst first."""
-        return () if self.compared is None else self.compared.outputs
+        found = self.measured or self.compared
+        return () if found is None else found.outputs
 
     def to_json(self) -> dict[str, Any]:
         """The report document; with `engine` if one was built."""
@@ -107,6 +128,8 @@ class Result:
             "samples": self.samples,
             "sweeps": self.sweeps,
             "sqnr_db": self.sqnr_db,
+            "measured_on": self.measured_on,
+            "held_back": self.held_back,
             "reference": self.reference,
             "float_db": self.float_db,
             "outputs": [asdict(o) for o in self.outputs],
@@ -153,8 +176,9 @@ def _compiled(job: Job, progress: Progress) -> Result:
     warned(notes, progress.note)
     calibration = open_calibration(job, progress)
     notes += warned(calibration.warnings if calibration is not None else (), progress.note)
+    comparator = None if calibration is None else calibration.comparator(job)
     runner = Runner(
-        None if calibration is None else calibration.comparator(job),
+        comparator,
         job.options.verify,
         job.options.strict,
         on_failure=lambda f: _reproduce(f, job),
@@ -178,15 +202,39 @@ def _compiled(job: Job, progress: Progress) -> Result:
         calibration.sweeps if calibration is not None else 0,
         calibration.samples if calibration is not None else 0,
         calibration.source if calibration is not None else "none",
+        0 if comparator is None else comparator.samples,
+        calibration is not None and calibration.held_back,
         notes=tuple(notes),
         options=job.options,
         inserted=tuple(job.plan.inserted),
         source_bytes=0 if job.model.path is None else file_bytes(job.model.path),
         model=model,
     )
+    feeds = [] if calibration is None else calibration.feeds(job) if comparator is None else comparator.feeds
+    passes = job.target.default(job.scheme) if job.options.passes is None else job.options.passes
+    trial = FileTrial(job.target, job.model, feeds, job.options.threads, passes, comparator, runner.reference)
+    tried: list[Result] = []
+    model.save(job.output, lambda file: tried.append(_tried(result, job, trial, file)))
+    warned(trial.warnings, progress.note)
+    return replace(tried[0], output_bytes=file_bytes(job.output))
+
+
+def _tried(result: Result, job: Job, trial: FileTrial, file: Path) -> Result:
+    """The result with the figures of `file` in its target's own setting, and what is to be said of it.
+
+    Raises:
+        QcompileError: the file fails there, or is worse than --min-sqnr; it is not to be kept then.
+    """
+    trial.take(file, None if result.compared is None else result.compared.comparison)
+    if not any(p.changes_function for p in job.plan.passes):
+        verify_interface(job.model, trial.written, job.plan.passes[-1].name if job.plan.passes else "")
+    if set(job.target.lowering(job.scheme)) <= set(done_passes(trial.written)):
+        job.target.tries(trial)
+    else:
+        trial.loads()
+    result = replace(result, measured=trial.measured, notes=(*result.notes, *trial.warnings))
     _gate(result, job.options.min_sqnr)
-    model.save(job.output)
-    return replace(result, output_bytes=file_bytes(job.output))
+    return result
 
 
 def _gate(result: Result, minimum: float | None) -> None:

@@ -29,7 +29,10 @@ _FEWER = 1 << 27  # bytes of weights
 
 @dataclass(frozen=True)
 class Calibration:
-    """Where statistics come from, what outputs are compared on, and what the output's metadata says about it."""
+    """Where statistics come from, what outputs are compared on, and what the output's metadata says about it.
+
+    `held_back`: nothing was fitted to the samples in `compared`.
+    """
 
     statistics: Sweeps | StoredStatistics
     source: str
@@ -39,6 +42,7 @@ class Calibration:
     shapes: dict[str, Any]
     sweeper: Sweeps | None
     compared: Dataset | None
+    held_back: bool = False
     known: dict[Probe, Stat] = field(default_factory=dict[Probe, Stat])
     warnings: tuple[str, ...] = ()
 
@@ -57,10 +61,14 @@ class Calibration:
         return self.statistics.warnings if isinstance(self.statistics, Sweeps) else []
 
     def comparator(self, job: Job) -> OrtComparator | None:
-        """On the first samples, unless verification is off or there are none."""
+        """On a few samples, unless verification is off or there are none."""
         if job.options.verify == "off" or self.compared is None:
             return None
         return comparator(_feeds(self.compared, job.model), job.options.seed, job.options.threads)
+
+    def feeds(self, job: Job) -> list[dict[str, NDArray[Any]]]:
+        """What the finished model is tried on where nothing is compared."""
+        return [] if self.compared is None else _feeds(self.compared, job.model)
 
 
 def _feeds(data: Dataset, model: Model) -> list[dict[str, NDArray[Any]]]:
@@ -114,7 +122,7 @@ def _from_data(job: Job, data: Dataset, progress: Progress) -> Calibration:
     source = sweeper(job, data, progress)
     warnings = data_warnings(job, data)
     described = (data.source, len(data), data.fingerprint(), data.random, shapes(data))
-    return Calibration(source, *described, source, data, warnings=tuple(warnings))
+    return Calibration(source, *described, source, data.held_back or data, bool(data.held), warnings=tuple(warnings))
 
 
 def data_warnings(job: Job, data: Dataset) -> list[str]:
@@ -124,7 +132,8 @@ def data_warnings(job: Job, data: Dataset) -> list[str]:
 
 def tell_data(data: Dataset, progress: Progress) -> None:
     """What is calibrated on, and where models run."""
-    progress.note(f"calibrating on {len(data)} samples of {data.source}")
+    kept = f"; {len(data.held)} more are held back for the figures" if data.held else ""
+    progress.note(f"calibrating on {len(data)} samples of {data.source}{kept}")
     if (note := device_note()) is not None:
         progress.note(note)
 
@@ -137,9 +146,10 @@ def _from_file(job: Job, path: str, progress: Progress) -> Calibration:
     key, about = stored.statistics.key, stored.statistics.about
     progress.note(f"statistics of {key.samples} samples from {path}")
     source = f"{about.get('source', 'unknown data')} ({path})"
-    compared = data if data is not None else stored.feeds()
+    compared = stored.feeds() if data is None else data.held_back or data
+    held = bool(about.get("held_back") if data is None else data.held)
     described = (source, key.samples, key.data, bool(about.get("random")), dict(about.get("shapes", {})))
-    return Calibration(stored, *described, swept, compared, stored.known(), tuple(about.get("warnings", ())))
+    return Calibration(stored, *described, swept, compared, held, stored.known(), tuple(about.get("warnings", ())))
 
 
 def sweeper(job: Job, data: Dataset, progress: Progress) -> Sweeps:

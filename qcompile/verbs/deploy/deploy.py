@@ -41,6 +41,7 @@ from qcompile.target.view import GraphView
 from qcompile.verbs.deploy.options import DEFAULT_SAMPLES, DeployOptions
 from qcompile.verbs.deploy.parity import Parity, as_requested, check_served, requests_of
 from qcompile.verbs.deploy.source import Source, source_of
+from qcompile.verbs.libraries import load_libraries
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ def deploy_all(models: Sequence[Path], options: DeployOptions) -> Deployments:
     """
     if len(models) > 1 and options.name:
         raise UsageError("--name names one model; drop it, or deploy the models one by one")
+    load_libraries(options)
     return Deployments(tuple(deploy(m, options) for m in models))
 
 
@@ -142,7 +144,7 @@ def deploy(model: str | Path, options: DeployOptions) -> Deployed:
     fields = to_text(interface_fields(interface, serving))
     require_room(place, serving.name, options.version, fields, options.replace)
     requests = _requests(source, interface, serving, options)
-    config = model_config(interface, serving, requests.warmup)
+    config = model_config(interface, serving, requests.warmup) | _operations(options)
     with staging(place, serving.name) as staged:
         write_staged(staged, _contents(source, proto, options, config, requests.warmup))
         integrity = _integrity(source, proto, staged / str(options.version))
@@ -163,6 +165,13 @@ def deploy(model: str | Path, options: DeployOptions) -> Deployed:
         integrity=integrity,
         notes=tuple(_notes(source, serving, requests, parity)),
     )
+
+
+def _operations(options: DeployOptions) -> dict[str, Any]:
+    """The libraries that the server's ONNX Runtime loads, from where they lie here."""
+    if not options.ort_library:
+        return {}
+    return {"model_operations": {"op_library_filename": [str(Path(p).resolve()) for p in options.ort_library]}}
 
 
 # ---- what is served ------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from qcompile.backend.triton import Accelerator, Backend
 from qcompile.errors import UsageError
+from qcompile.verbs.libraries import OrtLibraryOptions
 from qcompile.verbs.options import Written
 
 DEFAULT_SAMPLES = 32
@@ -36,7 +37,7 @@ def policy_of(text: str) -> Policy:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeployOptions:
+class DeployOptions(OrtLibraryOptions):
     """What is served, and how."""
 
     triton: Annotated[Path, "The model repository; made if missing.", Written("DIR")]

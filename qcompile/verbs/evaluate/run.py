@@ -16,11 +16,12 @@ from qcompile.report import SCHEMA_VERSION, Progress, warned
 from qcompile.verbs.evaluate.conformance import Conformance, conformance
 from qcompile.verbs.evaluate.outputs import Evaluation, evaluate
 from qcompile.verbs.guards import randomness
+from qcompile.verbs.libraries import OrtLibraryOptions, load_libraries
 from qcompile.verbs.options import Written
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalOptions:
+class EvalOptions(OrtLibraryOptions):
     """What is compared, on what."""
 
     data: Annotated[str, "As --calib of compile; labels give top-1.", Written("DATA")]
@@ -60,6 +61,7 @@ def run(reference: Path, candidate: Path | None, options: EvalOptions, progress:
     """
     if candidate is None and not options.oracle:
         raise UsageError("eval compares two models; give REFERENCE and CANDIDATE (or --oracle and one integer-only model)")
+    load_libraries(options)
     model = Model.load(reference)
     inputs = model.inputs()
     data = suited(load_data(options.data, inputs, options.preprocess, options.samples), model)

@@ -159,3 +159,18 @@ def test_tensors_that_were_16_bits_wide_before_keep_their_casts() -> None:
     made, _ = lowered(model(nodes, {"w": normal(16, 16)}))
     assert made.graph.outputs[0].dtype == ir.DataType.FLOAT
     assert [n.op_type for n in made.graph] == ["Cast", "MatMul", "Cast"]
+
+
+@pytest.mark.parametrize("opset", [21, 23])
+def test_codes_are_computed_in_float32(opset: int) -> None:
+    """From opset 23 the division of QuantizeLinear takes the type of the scale where nothing is said."""
+    nodes = [node("QuantizeLinear", ["x", "s", "z"], ["q"]), node("DequantizeLinear", ["q", "s", "z"], ["y"])]
+    scale = np.float32(np.float16(0.0251))
+    source, x = model(nodes, {"s": scale, "z": np.int8(0)}, opset), RNG.standard_normal((8, 5, 16)).astype(np.float32)
+    made, _ = run_passes(source, registry.parse("fp16"), {"x": x}, context("trt", "w8a8"))
+    (q,) = (n for n in made.graph if n.op_type == "QuantizeLinear")
+    told = q.attributes.get("precision")
+    assert q.inputs[1] is not None and q.inputs[1].dtype == ir.DataType.FLOAT16
+    assert (told.as_int() if told else None) == (ir.DataType.FLOAT if opset == 23 else None)
+    codes = np.rint(x.astype(np.float16).astype(np.float32) / scale).clip(-128, 127)
+    np.testing.assert_array_equal(open_model(made).run(None, {"x": x})[0], (codes * scale).astype(np.float16))

@@ -1,14 +1,15 @@
-"""Which migration strength pays: the layer's output error on rows that the ratios and the range were not fitted to.
+"""Whether a fold pays: the layers' output error on rows that the fold and the range were not fitted to.
 
-r_j and the range are extremes of calibration rows, so the rows that set them are never clipped and every alpha looks better on
+r_j and the range are extremes of calibration rows, so the rows that set them are never clipped and every fold looks better on
 them than it is: with few rows (a time embedding has one a sample) the error on new rows rises while that on the fitted ones
-falls.  Each half of the samples is therefore judged with the ratios and the range of the other half.
+falls.  Each half of the samples is therefore judged with the fold and the range of the other half.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,21 +23,28 @@ from qcompile.quant.spec import PerAxis, QParams, QuantSpec
 
 F64 = NDArray[np.float64]
 F32 = NDArray[np.float32]
-Ratios = Callable[[MinMaxStat, float], tuple[F64, F64]]
 
 _COLUMNS, _ROWS = 256, 256
-_COARSE, _STEP = (0.0, 0.3, 0.5, 0.7, 0.9), 0.1
 _HALVES = 2
+_LEAST = 32  # in fewer, which rows are clipped by the range of the others is chance, and costs more than a fold gains
+_NOISE_DB = 4.0  # of a gain that a single row would show; measured on draws of 16 to 512 rows
+_ALIKE = 8  # the rows of a sample are alike: more of them tell no more
 _TIE = 1e-6  # rows that followed a fold are rounded to float32
 
 
 @dataclass(frozen=True, eq=False)
 class Half:
-    """Rows that are judged [R, C], and what is known without them: `fitted` rows and per-channel `extremes`."""
+    """Rows that are judged [R, C], of so many samples, and what is known without them: `fitted` rows and channels' `extremes`."""
 
     judged: F32
     fitted: RowsStat
     extremes: MinMaxStat
+    samples: int = 1
+
+
+TOO_FEW = f"too few rows to judge by ({_LEAST} at least); give more samples"
+Fit = Callable[[Half], tuple[F64, F64]]
+"""(t, r), both [C], made without the judged rows of a half."""
 
 
 @dataclass(frozen=True)
@@ -48,18 +56,20 @@ class Types:
 
 
 def halves(stat: MinMaxStat, rows: RowsStat) -> list[Half]:
-    """Both halves of the rows, by sample (by row where one sample holds them all); none of fewer than two rows."""
-    count = min(_HALVES, len(rows.rows))
+    """Both halves of the rows, by sample (by row where one sample holds them all); none of fewer than 32 rows."""
+    if len(rows.rows) < _LEAST:
+        return []
     number = rows.ids[:, 0] if len(np.unique(rows.ids[:, 0])) > 1 else rows.ids[:, 1]
     # Strides in the data may share a factor with the halves: ranks do not.
     place = np.unique(number, return_inverse=True)[1] % _HALVES
-    return [_half(stat, rows, place == i) for i in range(count)] if count == _HALVES and np.ptp(place) else []
+    return [_half(stat, rows, place == i) for i in range(_HALVES)] if np.ptp(place) else []
 
 
 def _half(stat: MinMaxStat, rows: RowsStat, judged: NDArray[np.bool_]) -> Half:
     seen, fitted = rows.rows[judged], replace(rows, keys=rows.keys[~judged], ids=rows.ids[~judged], rows=rows.rows[~judged])
     lo, hi = -_largest_without(-stat.lo, -seen, -fitted.rows, rows.full), _largest_without(stat.hi, seen, fitted.rows, rows.full)
-    return Half(seen[:_ROWS].astype(np.float32), fitted, MinMaxStat(lo, hi))
+    samples = len(np.unique(rows.ids[judged, 0]))
+    return Half(seen[:_ROWS].astype(np.float32), fitted, MinMaxStat(lo, hi), samples)
 
 
 def _largest_without(largest: F64, seen: NDArray[np.floating], fitted: NDArray[np.floating], sampled: bool) -> F64:
@@ -74,26 +84,48 @@ def _largest_without(largest: F64, seen: NDArray[np.floating], fitted: NDArray[n
     return np.where(attained, rest, largest)
 
 
-def best_alpha(parts: list[Half], weight: F64, ratios: Ratios, types: Types, fixed: float | None) -> tuple[float, float]:
-    """The alpha with the least error on judged rows, and its gain over alpha 0 in dB; `fixed` is the only other candidate.
+@dataclass(frozen=True, eq=False)
+class Judge:
+    """What folds of a site are worth: the error of its layers' output on rows that they were not fitted to.
 
-    `weight` is [C, N]; `ratios` gives (t, r), both [C], of extremes and an alpha.  (0, 0) without rows to judge by.
+    `parts` judge each other; `weight` is [C, N], the layers side by side.
     """
-    if not parts:
-        return 0.0, 0.0
-    columns = weight[:, :: max(1, weight.shape[1] // _COLUMNS)]
-    narrow = columns.astype(np.float32)
-    exact = [part.judged @ narrow for part in parts]
 
-    def error(alpha: float) -> float:
-        return sum(_output_error(p, y, columns, *ratios(p.extremes, alpha), types) for p, y in zip(parts, exact, strict=True))
+    parts: list[Half]
+    weight: F64
+    types: Types
 
-    errors = {a: error(a) for a in (_COARSE if fixed is None else (0.0, fixed))}
-    best = min(errors, key=lambda a: (errors[a], a))
-    if fixed is None and best > 0:
-        errors |= {a: error(a) for a in (round(best - _STEP, 1), round(best + _STEP, 1))}
-        best = min(errors, key=lambda a: (errors[a], a))
-    return best, 10 * float(np.log10((errors[0.0] + 1e-30) / (errors[best] + 1e-30)))
+    def error(self, fit: Fit) -> float:
+        """Sum of squared errors of the output over the judged rows, each half with what `fit` makes of the other."""
+        return sum(_output_error(p, y, self._columns, *fit(p), self.types) for p, y in zip(self.parts, self._exact, strict=True))
+
+    def gain_db(self, fit: Fit) -> float:
+        """How much lower the error is than without a fold, in dB."""
+        return decibels(self._unfolded, self.error(fit))
+
+    @property
+    def noise_db(self) -> float:
+        """What gains on so few rows of so few samples may be by chance, in dB."""
+        rows, samples = sum(len(p.judged) for p in self.parts), sum(p.samples for p in self.parts)
+        return _NOISE_DB / float(np.sqrt(max(1, min(rows, _ALIKE * samples))))
+
+    @cached_property
+    def _unfolded(self) -> float:
+        return self.error(lambda _: (np.zeros(len(self.weight)), np.ones(len(self.weight))))
+
+    @cached_property
+    def _columns(self) -> F64:
+        return self.weight[:, :: max(1, self.weight.shape[1] // _COLUMNS)]
+
+    @cached_property
+    def _exact(self) -> list[F32]:
+        narrow = self._columns.astype(np.float32)
+        return [part.judged @ narrow for part in self.parts]
+
+
+def decibels(before: float, after: float) -> float:
+    """By how many dB an error fell."""
+    return 10 * float(np.log10((before + 1e-30) / (after + 1e-30)))
 
 
 def _output_error(half: Half, exact: F32, w: F64, t: F64, r: F64, types: Types) -> float:

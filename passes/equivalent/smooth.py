@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -12,18 +12,17 @@ from numpy.typing import NDArray
 from qcompile.calib.observe import MinMaxStat
 from qcompile.calib.observe.change import Foldable
 from qcompile.ir.model import Model
-from qcompile.passes.equivalent.smooth.search import Types, best_alpha, halves
 from qcompile.pipeline.base import Kind, PassContext
 from qcompile.pipeline.fold import Fold, FoldPass
 from qcompile.pipeline.site import Missed
-from qcompile.quant.qtype import INT8
-from qcompile.quant.spec import PerTensor, QuantSpec
 from qcompile.rewrite.fold import FoldSite, hidden_sites, norm_sites, value_sites
+from qcompile.rewrite.held_out import TOO_FEW, Fit, Half, Judge, decibels
 from qcompile.structure import Matches, VProjection
 from qcompile.structure.core import joined
 from qcompile.target.target import Target
 
 F64 = NDArray[np.float64]
+_COARSE, _STEP = (0.0, 0.3, 0.5, 0.7, 0.9), 0.1
 # Less is within the noise of a sample of rows.
 _MARGIN_DB = 0.2
 # A Mul behind GELU is fused by TensorRT and costs time on the CPU provider.
@@ -41,7 +40,7 @@ class SmoothQuant(FoldPass):
     t_j = (max x_j + min x_j) / 2 (SQ-b of MPTQ-ViT, arXiv:2401.14895), else 0.  Also V -> output projection, and where it
     gains at least 1 dB (6 dB on `ort`), GELU -> fc2 (one Mul is inserted).  `search` picks alpha a site by the layer's output
     error on held-out rows: each half of the samples is judged with the ratios and the range of the other, and a site that
-    gains less than 0.2 dB is left alone.
+    gains less than 0.2 dB is left alone.  A given alpha is judged so too, and left out where it costs.
     Refuses a norm that also feeds the residual stream (post-norm), a graph output, or anything that is no linear layer.
     """
 
@@ -51,6 +50,7 @@ class SmoothQuant(FoldPass):
     shift: Annotated[bool, "centre each channel first (SQ-b)"] = False
     search: Annotated[bool, "choose alpha for each site by the layer's output error on held-out calibration rows"] = False
     sites_: Annotated[Literal["all", "norm"], "fold all sites, or only norm -> linear"] = "all"
+    always: Annotated[bool, "fold with `alpha` as published, whatever held-out rows say"] = False
     override: Annotated[bool, "fold sites again that another pass has folded"] = False
 
     def __post_init__(self) -> None:
@@ -61,54 +61,68 @@ class SmoothQuant(FoldPass):
         finders = (norm_sites, value_sites, hidden_sites) if self.sites_ == "all" else (norm_sites,)
         return joined(find(model.graph) for find in finders)
 
-    def sure(self, site: FoldSite, ctx: PassContext) -> Iterable[str]:
-        """Every tensor of the site, where nothing is searched."""
-        return site.moved if site.free and not self.search and self.alpha else ()
-
     def choose(self, site: FoldSite, ctx: PassContext) -> Fold | Missed:
         """The ratios, if they pay."""
         stat, weight = ctx.told[Foldable.of(site.tensor).extremes], site.weight_rows()
         if stat.lo.shape != (weight.shape[0],):
             return Missed("the measured channels do not match the weight's rows")
+        judged = self._judged(site, self.judge(site, ctx), ctx.target)
+        if isinstance(judged, Missed):
+            return judged
+        alpha, gain = judged
         shift = self._shift(site, stat)
-        alpha, gain = self.alpha, None
-        if self.search or not site.free:
-            alpha, gain = self._best(site, stat, weight, ctx)
-        if alpha == 0.0 or (gain is not None and gain < _needed_db(site, ctx.target)):
-            reason = "does not pay: the layer's output error on held-out rows would hardly fall"
-            return Missed(reason, {"gain_db": round(gain or 0.0, 2)})
         r = ratios(stat, shift, largest_of_rows(weight), alpha)
         if site.channels is not None:
             r = _by_channel(r, site)
-        gained = {} if gain is None else {"gain_db": round(gain, 2)}
         layers = ", ".join(str(x.node.name) for x in site.linears)
-        numbers = {"alpha": alpha, "r_min": float(r.min()), "r_max": float(r.max())}
-        return Fold(r, shift, f"{site.kind} site smoothed into {layers}", numbers | gained)
+        numbers = {"alpha": alpha, "r_min": float(r.min()), "r_max": float(r.max()), "gain_db": round(gain, 2)}
+        return Fold(r, shift, f"{site.kind} site smoothed into {layers}", numbers)
+
+    def _judged(self, site: FoldSite, judge: Judge, target: Target) -> tuple[float, float] | Missed:
+        """The alpha of a site and its gain in dB, if it pays."""
+        forced = self.always and site.free and not self.search
+        if not judge.parts and not forced:
+            return Missed(TOO_FEW)
+        alpha, gain = self._best(site, judge)
+        if forced:
+            return self.alpha, gain
+        if alpha == 0.0 or gain < max(judge.noise_db, self._needed_db(site, target)):
+            reason = "does not pay: the layer's output error on held-out rows would hardly fall"
+            return Missed(reason, {"gain_db": round(gain, 2)})
+        return alpha, gain
 
     def _shift(self, site: FoldSite, stat: MinMaxStat) -> F64:
         if not self.shift or site.shift_refusal is not None or site.kind == "value" or (site.kind == "hidden" and site.free):
             return np.zeros_like(stat.lo)
         return (stat.lo + stat.hi) / 2
 
-    def _best(self, site: FoldSite, stat: MinMaxStat, weight: F64, ctx: PassContext) -> tuple[float, float]:
+    def _best(self, site: FoldSite, judge: Judge) -> tuple[float, float]:
         """The alpha that pays most on rows that it was not fitted to, and its gain over no smoothing in dB."""
-        rows = ctx.told[Foldable.of(site.tensor).rows]
+        largest = largest_of_rows(judge.weight)
 
-        largest = largest_of_rows(weight)
+        def fit(half: Half, alpha: float) -> tuple[F64, F64]:
+            shift = self._shift(site, half.extremes) * (alpha > 0)
+            return shift, _row_ratios(half.extremes, shift, largest, alpha, site)
 
-        def fitted(extremes: MinMaxStat, alpha: float) -> tuple[F64, F64]:
-            shift = self._shift(site, extremes) * (alpha > 0)
-            return shift, _row_ratios(extremes, shift, largest, alpha, site)
+        return best_alpha(judge, lambda alpha: lambda half: fit(half, alpha), None if self.search else self.alpha)
 
-        activation = QuantSpec(ctx.scheme.activation or INT8, PerTensor(), ctx.target.symmetric)
-        types = Types(activation, ctx.scheme.weight or INT8)
-        return best_alpha(halves(stat, rows), weight, fitted, types, None if self.search else self.alpha)
+    def _needed_db(self, site: FoldSite, target: Target) -> float:
+        if site.free:
+            return _MARGIN_DB if self.search else 0.0
+        return _PAYS_DB if target.fuses_elementwise else _PAYS_DB_CPU
 
 
-def _needed_db(site: FoldSite, target: Target) -> float:
-    if site.free:
-        return _MARGIN_DB
-    return _PAYS_DB if target.fuses_elementwise else _PAYS_DB_CPU
+def best_alpha(judge: Judge, fit: Callable[[float], Fit], fixed: float | None) -> tuple[float, float]:
+    """The alpha with the least error on judged rows, and its gain over alpha 0 in dB; `fixed` is the only other candidate.
+
+    `fit(alpha)` gives a fold.
+    """
+    errors = {a: judge.error(fit(a)) for a in (_COARSE if fixed is None else (0.0, fixed))}
+    best = min(errors, key=lambda a: (errors[a], a))
+    if fixed is None and best > 0:
+        errors |= {a: judge.error(fit(a)) for a in (round(best - _STEP, 1), round(best + _STEP, 1))}
+        best = min(errors, key=lambda a: (errors[a], a))
+    return best, decibels(errors[0.0], errors[best])
 
 
 def largest_of_rows(weight: F64) -> F64:
