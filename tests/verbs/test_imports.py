@@ -133,6 +133,14 @@ def test_requantize_chooses_every_scale_anew(tmp_path: Path) -> None:
     assert imported <= kept and not imported & scales(result)
 
 
+def test_our_own_output_made_float_can_be_compiled_again(tmp_path: Path) -> None:
+    """What it went through before does not count."""
+    arrays = fixture_arrays("block")
+    ours = onnx.load(compiled(fixture("block"), tmp_path, arrays, target="ort").output)
+    floats = onnx.load(compiled(ours, tmp_path, arrays, target="ort", passes="dequantize").output)
+    assert compiled(floats, tmp_path, arrays, target="ort", passes="").pipeline.endswith("insert-qdq")
+
+
 def test_another_scheme_undoes_what_it_has_no_codes_for(tmp_path: Path) -> None:
     result = compiled(SPELLINGS["brevitas"](), tmp_path, target="trt", scheme="fp16")
     assert not is_quantized(Model.load(result.output).graph)

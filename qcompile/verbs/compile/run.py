@@ -17,6 +17,7 @@ from qcompile.execute.session import seed_random_operators
 from qcompile.ir.atomic import write_atomic
 from qcompile.ir.infer import restore_declared
 from qcompile.ir.model import Model
+from qcompile.ir.quantizers import is_quantized
 from qcompile.ir.reader import file_bytes
 from qcompile.ir.text import print_model
 from qcompile.ir.verify import verify_interface
@@ -260,7 +261,7 @@ def _tell(event: Starts | Ran, job: Job, progress: Progress) -> None:
 
 
 def _describe(model: Model, job: Job, calibration: Calibration | None, digest: str) -> None:
-    earlier = job.model.metadata.get("qcompile.pipeline", "")
+    earlier = "" if is_quantized(job.model.graph) else job.model.metadata.get("qcompile.pipeline", "")
     model.metadata.update(
         {
             "qcompile.version": __version__,
