@@ -46,6 +46,8 @@ def inserted(p: Pass) -> str:
     """Where the planner puts it in."""
     if p.name in registry.PROVIDERS.values():
         return "inserted: wherever a pass needs what it makes"
+    if p.name in (registry.UNIFY, registry.IMPORT):
+        return "inserted: where the model holds Q/DQ nodes"
     verb = "forms" if p.is_form() else "lowering"
     inserted = _where(lambda t, s: p.name in getattr(t, verb)(s))
     default = _where(lambda t, s: p.name in [q.name for q in registry.parse(t.default(s))])
@@ -94,12 +96,15 @@ def claims(p: Pass) -> str:
 @cache
 def contracts() -> dict[str, list[tuple[str, str, bool]]]:
     """Pass -> (model, target, whether it changes the model) of each tested pair."""
-    from tests.passes.contracts import MODELS, TABLE
+    from tests.passes.contracts import MODELS, READERS, TABLE
+    from tests.passes.models import QUANTIZED
 
     lines = [[c.strip() for c in line.split("|")] for line in TABLE.read_text(encoding="utf-8").splitlines()]
     pairs = [(model, target) for model, targets in MODELS.items() for target in targets]
     found = {name: [(*p, c != ".") for p, c in zip(pairs, "".join(cells), strict=True)] for name, *cells in lines[1:]}
-    return {name.removesuffix("{always}"): pairs for name, pairs in found.items()}
+    return {
+        name.removesuffix("{always}"): [row for row in rows if (row[0] in QUANTIZED) == (name in READERS)] for name, rows in found.items()
+    }
 
 
 def changed(name: str) -> str:

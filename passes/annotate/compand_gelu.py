@@ -10,7 +10,7 @@ import numpy as np
 
 from qcompile.calib.observe import Probe, Rows, RowsStat
 from qcompile.calib.observe.change import FOLD_ROWS
-from qcompile.decide.decisions import decide, decision
+from qcompile.decide.decisions import decide, decision, settled
 from qcompile.decide.quantizer import Quantizer
 from qcompile.ir.model import Model
 from qcompile.ir.ops import const_array
@@ -95,7 +95,7 @@ def _unfit(m: Mlp, ctx: PassContext) -> str | None:
         return f"it reads {m.kind}, not a GELU"
     if m.fc2.channel_axis != -1:
         return "its channels are not the last axis"
-    if reason := ctx.selection.excluded(m.fc2.node):
+    if reason := ctx.selection.excluded(m.fc2.node) or settled(m.fc2.node):
         return reason
     return None if decision(m.fc2.node, m.fc2.input_slot) is not None else "its input is left in float"
 

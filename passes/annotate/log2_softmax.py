@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from qcompile.calib.observe import Moments, MomentsStat, Probe, Rows, RowsStat
 from qcompile.calib.observe.change import FOLD_ROWS
-from qcompile.decide.decisions import decide, decision
+from qcompile.decide.decisions import decide, decision, settled
 from qcompile.decide.quantizer import Quantizer, value_at
 from qcompile.errors import UsageError
 from qcompile.ir.model import Model
@@ -84,7 +84,7 @@ class Log2Softmax(Pass):
 
     def _one(self, node: ir.Node, values: Values[ir.Node], reason: str | None, ctx: PassContext) -> bool:
         matmul, slot = values.matmul, 1 - values.slot
-        reason = reason or ctx.selection.excluded(matmul) or ctx.selection.excluded(node)
+        reason = reason or ctx.selection.excluded(matmul) or ctx.selection.excluded(node) or settled(matmul)
         if not reason and self.deploy == "fp8" and decision(matmul, slot) is None:
             reason = "the product of probabilities and values is left in float"
         if reason:

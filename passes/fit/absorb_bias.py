@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from qcompile.calib.observe import MinMax, MinMaxStat, Probe
 from qcompile.calib.observe.change import Changes
+from qcompile.decide.decisions import settled
 from qcompile.ir.edit import add_constant, erase, insert_after, new_node, replace_value, set_constant
 from qcompile.ir.model import Model
 from qcompile.ir.notes import channel_stats, move_channel_stats
@@ -74,6 +75,8 @@ class AbsorbBias(SitePass[Pair]):
 
     def rewrite(self, model: Model, site: Pair, ctx: PassContext, changes: Changes) -> Applied | Missed:
         """Move k out of the first bias into the second."""
+        if (reason := settled(site.first) or settled(site.second)) is not None:
+            return Missed(reason)
         k = self._least(site, ctx)
         shift = mean_output(site.second, weight_array(site.second), k) if k is not None else None
         if k is None or shift is None:

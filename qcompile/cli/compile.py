@@ -74,8 +74,7 @@ def show_result(result: Result) -> None:
     print_table(["pass", "sites", "against", "error", "seconds", "memory"], rows, right=(4, 5))
     _show_missed(result)
     print_text("", f"output       {result.output}")
-    given = result.reference.removeprefix("the ")
-    print_text(f"size         {megabytes(result.output_bytes)} ({given} {megabytes(result.source_bytes)})")
+    print_text(f"size         {megabytes(result.output_bytes)} ({result.given} {megabytes(result.source_bytes)})")
     figure = f"{number(result.sqnr_db, unit=' dB')} against {result.reference}, {_measured_on(result)}"
     print_text(f"SQNR         {figure}{worst(result.outputs)}")
     show_outputs(result.outputs)

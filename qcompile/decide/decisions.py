@@ -69,9 +69,10 @@ def quantizers(graph: ir.Graph) -> list[list[Use]]:
     return list(groups.values())
 
 
-def is_imported(node: ir.Node) -> bool:
-    """Whether a quantized model brought a decision of `node` along."""
-    return any(use.quantizer.imported for use in _uses(node))
+def settled(node: ir.Node) -> str | None:
+    """Why passes leave `node` alone: a quantized model brought its scales along; None where it did not."""
+    found = any(use.quantizer.imported for use in _uses(node))
+    return "its scales were imported with the model (--requantize chooses them anew)" if found else None
 
 
 def replace(uses: Iterable[Use], quantizer: Quantizer) -> None:

@@ -99,7 +99,7 @@ def _limits(dtype: ir.DataType) -> tuple[float, float]:
 
 def _chain(graph: ir.Graph, node: ir.Node, value: ir.Value, *operations: tuple[str, float]) -> ir.Value:
     for op, number in operations:
-        constant = add_constant(graph, f"{node.name}_{op}", np.float32(number))
+        constant = add_constant(graph, f"{node.name}_{op}", np.asarray(number, np.float32))
         made = new_node(graph, op, [value, constant], name=f"{node.name}_{op}_loose")
         made.outputs[0].type, made.outputs[0].shape = ir.TensorType(_FLOAT), value.shape
         graph.insert_before(node, made)

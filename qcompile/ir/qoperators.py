@@ -6,7 +6,7 @@ A kernel for codes rescales its int32 sums and rounds once; so does the float op
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +49,7 @@ class _Writer:
             raise ModelError(f"{self.node.op_type} {self.node.name!r} lacks its input {slot}; export the model again")
         return value
 
-    def add(self, op: str, inputs: list[ir.Value | None], suffix: str, dtype: ir.DataType, **attributes: Any) -> ir.Value:
+    def add(self, op: str, inputs: Sequence[ir.Value | None], suffix: str, dtype: ir.DataType, **attributes: Any) -> ir.Value:
         name = fresh_name(self.graph, f"{self.node.name}_{suffix}")
         made = ir.node(op, inputs, attributes, name=name, num_outputs=1)
         made.outputs[0].name = fresh_name(self.graph, f"{name}_out")

@@ -81,11 +81,11 @@ class Verifier:
             return
         if p.imports and modified:
             self._settle(before, reports)
-            self.inside = self.comparator.outputs(after)
+            self._take_inside(after, reports)
         if p.changes_function and modified:
             self.source, self.quantized = after.clone(), False
             self.reference, self.step, self.noise, self.fresh = None, None, None, True
-            reports[-1] = replace(reports[-1], verified=_ON_PURPOSE)
+            reports[-1] = reports[-1] if p.imports else replace(reports[-1], verified=_ON_PURPOSE)
         elif modified and p.kind in (Kind.EQUIVALENT, Kind.LOWER) and self.mode == "each":
             self._settle(before, reports)
             self._verify(p, before, after, reports, result.tolerance)
@@ -115,6 +115,14 @@ class Verifier:
         if p.kind is Kind.EQUIVALENT:
             self._hold(f"pass {reports[-1].spec!r}", p, distance, before, reports[-1], tolerance)
         reports[-1] = self._with_inside(_measured(reports[-1], _verdict(p.kind), distance), self.step)
+
+    def _take_inside(self, after: Model, reports: list[PassReport]) -> None:
+        """`after` is the float model inside the source: how far it stands from it, and what the end is compared with too."""
+        assert self.comparator is not None
+        outputs = self.comparator.outputs(after)
+        distance = self.comparator.compare(self._reference(), outputs)
+        reports[-1] = _measured(reports[-1], "the float model inside, beside the imported one", distance)
+        self.inside = outputs if reports[-1].kind == Kind.ANNOTATE.value else None
 
     def _with_inside(self, report: PassReport, outputs: Any) -> PassReport:
         """The report with the distance to the float model inside a quantized source."""

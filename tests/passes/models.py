@@ -12,10 +12,13 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import ShapeInferencePass
 
 from qcompile.ir.model import Model
+from tests.passes.quantized import SPELLINGS
 from tests.passes.text import read_model
 from tests.structure.exports import FOLDER, INDEX
 
 SAMPLES = 8
+QUANTIZED = ("modelopt", "brevitas", "operators")
+"""Models that hold Q/DQ nodes or operators on codes, for the passes that read those."""
 GRAPHS = Path(__file__).parent / "graphs"
 
 
@@ -25,6 +28,8 @@ Feeds = dict[str, NDArray[Any]]
 def fixture(name: str) -> Model:
     """A real exporter's file, or a small graph that no exporter file holds."""
     made = {"stem": stem, "joined": joined, "biased": biased}
+    if name in QUANTIZED:
+        return Model.from_proto(onnx.shape_inference.infer_shapes(SPELLINGS[name]()))
     if (GRAPHS / f"{name}.txt").exists():
         return read_model((GRAPHS / f"{name}.txt").read_text(encoding="utf-8")).model
     return made[name]() if name in made else Model.load(FOLDER / INDEX[name]["file"])

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompile.calib.observe import Moments, MomentsStat, Probe, Stat, Told
-from qcompile.decide.decisions import Use, clear_decisions, decisions
+from qcompile.decide.decisions import Use, clear_decisions, decisions, settled
 from qcompile.decide.quantizer import value_at
 from qcompile.ir.model import Model
 from qcompile.ir.ops import activation_channel_axis, const_array, is_compute, is_op, output_activation_axis, weight_slot
@@ -56,7 +56,7 @@ class BiasCorrection(Pass):
     def rounds(self, model: Model, ctx: PassContext) -> Rounds:
         """One after the other in mode=sequential: each level is measured behind the corrected ones in front of it."""
         for node in dict.fromkeys(use.node for use in _weights(model.graph) if use.quantizer.imported):
-            ctx.remarks.missed(str(node.name), "its codes were imported, and its bias with them (--requantize chooses anew)")
+            ctx.remarks.missed(str(node.name), str(settled(node)))
         if self.mode == "sequential":
             return PassResult((yield from _Sequence(model, ctx).correct(list(_layers(model.graph)))))
         return self.apply(model, ctx)

@@ -17,6 +17,7 @@ from qcompile.execute.session import seed_random_operators
 from qcompile.ir.atomic import write_atomic
 from qcompile.ir.infer import restore_declared
 from qcompile.ir.model import Model
+from qcompile.ir.quantizers import is_quantized
 from qcompile.ir.reader import file_bytes
 from qcompile.ir.text import print_model
 from qcompile.ir.verify import verify_interface
@@ -98,6 +99,13 @@ class Result:
         """What outputs were compared with: the float model, or the quantized one that was imported."""
         imported = any(p.spec.partition("{")[0] == IMPORT for p in self.passes)
         return "the imported quantized model" if imported else "the float model"
+
+    @property
+    def given(self) -> str:
+        """What the model was that came in."""
+        taken = ("import-qdq", "dequantize")
+        quantized = any(p.modified and p.spec.partition("{")[0] in taken for p in self.passes)
+        return "quantized model" if quantized else "float model"
 
     @property
     def float_db(self) -> float | None:
@@ -257,7 +265,7 @@ def _tell(event: Starts | Ran, job: Job, progress: Progress) -> None:
 
 
 def _describe(model: Model, job: Job, calibration: Calibration | None, digest: str) -> None:
-    earlier = job.model.metadata.get("qcompile.pipeline", "")
+    earlier = "" if is_quantized(job.model.graph) else job.model.metadata.get("qcompile.pipeline", "")
     model.metadata.update(
         {
             "qcompile.version": __version__,
