@@ -222,7 +222,7 @@ def main() -> None:
     p.add_argument("--samples", type=int, default=32)
     p.add_argument("--images", type=int, default=150)
     p.add_argument("--threads", type=int, default=1)
-    p.add_argument("--out", type=Path, help="JSON")
+    p.add_argument("--out", type=Path, help="finished models are kept there; default: WORK/detections.TARGET.json")
     options = p.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     found = [row for name in options.model or DETECTORS for row in rows(name, options.work, options)]

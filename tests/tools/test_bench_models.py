@@ -1,0 +1,68 @@
+"""What tools/bench_models.py and tools/bench_detect.py count as a fault, and as a detection found again."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+
+import bench_detect
+import bench_models
+import zoo
+
+GOOD = {"rc": 0, "loads": True, "said_db": 31.0, "own_db": 31.2, "fast_db": 20.0, "static_db": 30.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, []),
+        ({"said_db": 20.1}, []),  # true of a default session
+        ({"said_db": 25.0}, ["false figure"]),
+        ({"said_db": None}, ["no figure"]),
+        ({"own_db": 29.0, "said_db": 29.0}, ["below quantize_static"]),
+        ({"static_db": "fails: ValueError"}, []),
+        ({"loads": False}, ["does not load"]),
+        ({"built": "no"}, ["no engine"]),
+        ({"built": "float too"}, []),
+        ({"built": "yes"}, ["no audit"]),
+        ({"rc": 3}, ["exit 3"]),
+    ],
+)
+def test_faults(change: dict[str, Any], expected: list[str]) -> None:
+    assert bench_models.faults(GOOD | change) == expected
+
+
+def test_the_worst_output_counts() -> None:
+    x = np.ones(100, np.float32)
+    wanted, got = [[x, x, np.arange(3)]], [[x + 0.01, x + 0.1, np.arange(3)]]
+    assert bench_models.worst_db(wanted, got) == pytest.approx(20, abs=0.01)
+
+
+def test_runs_are_saved_as_the_data_guide_says(tmp_path: Path) -> None:
+    runs = [{"x": np.zeros((1, 3, 4)), "state": np.zeros((2, 1))}] * 5
+    bench_models.save(tmp_path / "both.npz", runs)
+    bench_models.save(tmp_path / "alone.npz", [{"x": r["x"]} for r in runs])
+    assert np.load(tmp_path / "both.npz")["state"].shape == (5, 2, 1) and np.load(tmp_path / "alone.npz")["x"].shape == (5, 3, 4)
+
+
+def test_detections_found_again() -> None:
+    boxes = np.array([[0, 0, 10, 10], [20, 20, 40, 40]], np.float64)
+    wanted = boxes, np.array([0.9, 0.5]), np.array([0, 1])
+    moved = boxes + np.array([[1, 0, 1, 0], [0, 0, 0, 0]]), np.array([0.8, 0.5]), np.array([0, 2])
+    found = bench_detect.compared([wanted], [moved])
+    assert (found["objects"], found["found"]) == (2, 0.5) and found["score"] == pytest.approx(0.1)
+    assert found["overlap"] == pytest.approx(90 / 110)
+
+
+def test_every_model_of_the_zoo_has_inputs_that_can_be_filled() -> None:
+    rng = np.random.default_rng(0)
+    for entry in zoo.entries():
+        for spec in entry.inputs.values():
+            if max(spec["shape"], default=0) <= 96:
+                assert zoo.filled(spec, rng, None, 0).shape == tuple(spec["shape"])
