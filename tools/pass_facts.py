@@ -103,7 +103,8 @@ def contracts() -> dict[str, list[tuple[str, str, bool]]]:
     pairs = [(model, target) for model, targets in MODELS.items() for target in targets]
     found = {name: [(*p, c != ".") for p, c in zip(pairs, "".join(cells), strict=True)] for name, *cells in lines[1:]}
     return {
-        name.removesuffix("{always}"): [row for row in rows if (row[0] in QUANTIZED) == (name in READERS)] for name, rows in found.items()
+        name.removesuffix("{always}"): [row for row in rows if (row[0] in QUANTIZED) == (name in READERS)]
+        for name, rows in found.items()
     }
 
 
