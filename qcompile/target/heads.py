@@ -11,7 +11,7 @@ from qcompile.structure.core import data_uses
 _CARRIES = (
     ops_with("elementwise") | ops_with("movement") | ops_with("jumps") | {"LogSoftmax", "ReduceMax", "ScatterND", "Softmax"}
 )
-_COORDINATES = 16  # channels of a layer that moves points (boxes, landmarks); a residual stream has more
+_COORDINATES = 8  # channels of a layer that moves reference points (boxes: 4 or 5); a residual stream has more
 
 
 def final_heads(graph: ir.Graph) -> frozenset[ir.Node]:
