@@ -24,6 +24,7 @@ from qcompile.report import PassReport, Remarks
 from qcompile.structure.core import forget_found, keep_found
 
 _NEVER = 2**31 - 1
+_MANY = 2048  # nodes
 
 VerifyMode = Literal["each", "end", "off"]
 Stats = Mapping[Probe[Any], Stat]
@@ -205,12 +206,13 @@ def drive(
 
 @contextlib.contextmanager
 def _collected(model: Model) -> Generator[Callable[[], object]]:
-    """Graphs are circles of small objects, and each pass drops some copies of them: Python would look through all that live many
-    times a pass.  Meanwhile it looks through the young ones only; through all where it is told to.
+    """Graphs are circles of small objects, and each pass drops some copies of them: of many nodes, Python would look through all
+    that live many times a pass.  Meanwhile it looks through the young ones only; through all where it is told to.
 
-    A large model is left to Python, whatever that takes: files and mapped weights go with its copies.
+    Few nodes are left to Python, since a process of its own has more objects than they.  So is a model of large weights,
+    whatever that takes: files and mapped weights go with its copies.
     """
-    if is_large(model.graph):
+    if len(model.graph) < _MANY or is_large(model.graph):
         yield lambda: None
         return
     thresholds = gc.get_threshold()
