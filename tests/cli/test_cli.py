@@ -52,11 +52,11 @@ def int8(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("words", [(), ("compile",)], ids=["default command", "named"])
 def test_a_model_is_compiled_with_the_data_beside_it(words: tuple[str, ...], tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "out.onnx"
-    code, text, err = call(capsys, *words, VIT, "--passes", "repq,smooth", "--target", "ort", "--samples", 8, "-o", out)
+    code, text, err = call(capsys, *words, VIT, "--passes", "repq,smooth", "--target", "ort", "--samples", 64, "-o", out)
     assert code == 0, err
     assert out.is_file()
     assert "repq" in text and "claimed by repq" in text and f"output       {out}" in text
-    assert "8 samples of" in text and "found beside the model" in text
+    assert "64 samples of" in text and "found beside the model" in text
     assert "[1/" in err, "progress goes to standard error"
 
 

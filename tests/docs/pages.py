@@ -69,8 +69,8 @@ def run(command: str, folder: Path, *, code: int | None = None) -> str:
 
 def shows(shown: str, printed: str) -> bool:
     """Whether a page shows what was printed, `...` for lines that it leaves out; numbers that differ by machine do not count."""
-    parts = (re.escape(part) for part in constant(shown).split("...\n"))
-    return re.fullmatch("(.*\n)*?".join(parts), constant(printed)) is not None
+    parts = (re.escape(part) for part in constant(f"{shown}\n").split("...\n"))
+    return re.fullmatch("(.*\n)*?".join(parts), constant(f"{printed}\n")) is not None
 
 
 def constant(text: str) -> str:

@@ -60,7 +60,7 @@ def test_every_preset_compiles_a_trained_model_and_is_stored_expanded(name: str,
     done = compile_model(source, output=out, passes=name, target="ort", scheme="w8a8", samples=8, threads=1, verify="end")
     stored = Model.load(out).metadata["qcompile.pipeline"]
     assert all(spec in stored for spec in format_pipeline(registry.parse(registry.PRESETS[name])).split(","))
-    assert done.sqnr_db is not None and done.sqnr_db > 15
+    assert done.compared is not None and done.compared.sqnr_db is not None and done.compared.sqnr_db > 15
 
 
 def test_quarot_spreads_a_layer_norm_stream() -> None:

@@ -111,7 +111,7 @@ def test_only_options_that_differ_are_printed() -> None:
     [
         ("repq,smoth", 5, "unknown pass 'smoth', did you mean 'smooth'"),
         ("zzz", 0, "unknown pass 'zzz' (all of them: qcompile passes)"),
-        ("repq,smooth{alfa=0.5}", 12, "no option 'alfa', did you mean 'alpha'? (it has: alpha,"),
+        ("repq,smooth{alfa=0.5}", 12, "no option 'alfa', did you mean 'alpha' or 'always'? (it has: alpha,"),
         ("repq,smooth{alpha=much}", 18, "option 'alpha' cannot be 'much'; it takes a number"),
         ("smooth{shift=maybe}", 13, "it takes true or false"),
         ("annotate{range=best}", 15, "it takes auto or minmax or percentile or entropy or mse or weighted or search"),

@@ -100,7 +100,7 @@ def test_a_fixed_batch_that_the_data_does_not_fill(tmp_path: Path, reference: Pa
 def test_all_outputs_are_listed(tmp_path: Path) -> None:
     reference = graphs.float_model(tmp_path / "float.onnx", more=("hidden",))
     result = evaluate(reference, reference, graphs.dataset(tmp_path / "d.npz", reference)).to_json()
-    same = {"sqnr_db": metrics.MAX_SQNR_DB, "equal": None, "note": ""}
+    same = {"sqnr_db": metrics.MAX_SQNR_DB, "equal": None, "note": "", "parts": ()}
     assert result["outputs"] == [{"name": "logits", **same}, {"name": "hidden", **same}]
 
 

@@ -43,7 +43,7 @@ def test_trap_1_relu_is_not_deleted_in_front_of_a_signed_quantizer(target: str) 
     assert sqnr_db(outputs(stem(), arrays)[0], outputs(model, arrays)[0]) > 20
 
 
-@pytest.mark.parametrize("passes", ["smooth", "repq"])
+@pytest.mark.parametrize("passes", ["smooth{always}", "repq{always}"])
 @pytest.mark.parametrize("name", ["timm_vit_shared_ts17", "timm_vit_shared_dy18", "hf_bert_shared_ts14"])
 def test_trap_2_shared_norm_constants_are_copied_on_write(name: str, passes: str) -> None:
     done, arrays = fixture_step(name, passes, "trt"), fixture_arrays(name, seed=3)
@@ -55,7 +55,7 @@ def test_trap_2_shared_norm_constants_are_copied_on_write(name: str, passes: str
     assert relative_error(outputs(done.before, arrays), outputs(done.after, arrays)) <= 5e-6
 
 
-@pytest.mark.parametrize("passes", ["smooth", "repq", "smooth{shift}"])
+@pytest.mark.parametrize("passes", ["smooth{always}", "repq{always}", "smooth{shift always}"])
 def test_trap_3_applied_means_that_the_sites_constants_changed(passes: str) -> None:
     done = fixture_step("timm_vit_shared_ts17", passes, "trt")
     applied = [r.node for r in done.report.remarks if r.kind == "applied" and r.reason.startswith("norm site")]

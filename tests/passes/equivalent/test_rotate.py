@@ -202,9 +202,9 @@ def test_the_best_of_several_draws_is_kept() -> None:
 def test_rotate_then_smooth_folds_into_the_free_gain() -> None:
     ctx, feeds = context("trt"), streams.feeds()
     model = streams.block()
-    for spec in ("rotate,smooth", "rotate{mean=fold},smooth"):
+    for spec in ("rotate,smooth{always}", "rotate{mean=fold},smooth{always}"):
         after, reports = pipeline(spec, model, feeds, ctx)
-        smoothed = next(r for r in reports if r.spec == "smooth")
+        smoothed = next(r for r in reports if r.spec == "smooth{always}")
         assert [r for r in smoothed.remarks if r.kind == "applied" and "norm site" in r.reason]
         assert sqnr_db(outputs(model, feeds)[0], outputs(after, feeds)[0]) > 20
 
