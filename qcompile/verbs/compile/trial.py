@@ -32,6 +32,9 @@ T = TypeVar("T")
 Feed = dict[str, NDArray[Any]]
 NOTICED_DB = 1.0
 _STOPS = ("refused", "wrong")
+_ONLY_LOADED = (
+    "a model of this size is only loaded: its figure is of exact arithmetic; qcompile check knows whether it keeps the rules"
+)
 _UNSATURATED = {"session.x64quantprecision": "1"}
 _EXACT_SAMPLES = 2
 
@@ -64,7 +67,10 @@ class FileTrial:
         self._beside("ONNX Runtime does not run", lambda model, _: self._exactly(model))
 
     def keeps_rules(self) -> None:
-        """See `Trial`."""
+        """See `Trial`.  A large model is not read whole for it."""
+        if self._large:
+            self.warnings.append(_ONLY_LOADED)
+            return
         found = self._refused(self.file)
         if not found:
             return
@@ -78,7 +84,10 @@ class FileTrial:
             self.warnings += [f"{text} (the float model has it, too)" for _, text in found[:1]]
 
     def runs(self) -> None:
-        """See `Trial`."""
+        """See `Trial`.  A large model is only loaded: a default session would hold all its weights, packed and dequantized."""
+        if self._large:
+            self.loads()
+            return
         answers = self._beside("a default ONNX Runtime session does not run", lambda _, file: self._deployed(file))
         self.measured = self._compared(answers)
         if self._short_of(self.measured):
@@ -86,7 +95,7 @@ class FileTrial:
 
     def parses(self) -> None:
         """See `Trial`."""
-        if not parser.can_parse(self.target.name) or is_large(self.written.graph):
+        if not parser.can_parse(self.target.name) or self._large:
             return
         if why := parser.parse(self.file, self.target.name):
             float_too = self.source.path is not None and parser.parse(self.source.path, self.target.name)
@@ -138,10 +147,14 @@ class FileTrial:
             return True
         return False
 
+    @property
+    def _large(self) -> bool:
+        return is_large(self.source.graph) or is_large(self.written.graph)
+
     def _exactly(self, model: Model) -> None:
         """A large model's weights are not run through again: it was compared part by part."""
         session = open_model(model, exact=True, threads=self.threads)
-        if self.feeds and not is_large(model.graph):
+        if self.feeds and not self._large:
             run(session, self._fed()[0])
 
     def _deployed(self, file: Path, extra: dict[str, str] | None = None) -> list[list[NDArray[Any]]]:
