@@ -233,10 +233,12 @@ def _tried(result: Result, job: Job, trial: FileTrial, file: Path) -> Result:
     trial.take(file, None if result.compared is None else result.compared.comparison)
     if not any(p.changes_function for p in job.plan.passes):
         verify_interface(job.model, trial.written, job.plan.passes[-1].name if job.plan.passes else "")
-    if set(job.target.lowering(job.scheme)) <= set(done_passes(trial.written)):
-        job.target.tries(trial)
-    else:
+    if not set(job.target.lowering(job.scheme)) <= set(done_passes(trial.written)):
         trial.loads()
+    elif trial.large:
+        trial.only_loads()
+    else:
+        job.target.tries(trial)
     result = replace(result, measured=trial.measured, notes=(*result.notes, *trial.warnings))
     _gate(result, job.options.min_sqnr)
     return result

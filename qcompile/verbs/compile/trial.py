@@ -18,7 +18,7 @@ from qcompile.errors import BuildError, GateError, QcompileError
 from qcompile.execute.compare import Answers, OrtComparator
 from qcompile.execute.figures import tallies
 from qcompile.execute.opening import open_model
-from qcompile.execute.session import MAPPED, make_session, run
+from qcompile.execute.session import make_session, run
 from qcompile.ir.model import Model
 from qcompile.ir.reader import read_proto
 from qcompile.ir.spill import is_large
@@ -62,15 +62,22 @@ class FileTrial:
         """Try `file` from here on, which stands as far from the source as `expected` in exact arithmetic."""
         self.file, self.written, self.expected = file, Model.load(file), expected
 
+    @property
+    def large(self) -> bool:
+        """Whether the rules or a default session, which hold all weights, would take more memory than the compilation."""
+        return is_large(self.source.graph) or is_large(self.written.graph)
+
+    def only_loads(self) -> None:
+        """All that is tried of a large model."""
+        self.loads()
+        self.warnings.append(_ONLY_LOADED)
+
     def loads(self) -> None:
         """See `Trial`."""
         self._beside("ONNX Runtime does not run", lambda model, _: self._exactly(model))
 
     def keeps_rules(self) -> None:
-        """See `Trial`.  A large model is not read whole for it."""
-        if self._large:
-            self.warnings.append(_ONLY_LOADED)
-            return
+        """See `Trial`."""
         found = self._refused(self.file)
         if not found:
             return
@@ -84,18 +91,14 @@ class FileTrial:
             self.warnings += [f"{text} (the float model has it, too)" for _, text in found[:1]]
 
     def runs(self) -> None:
-        """See `Trial`.  A large model is only loaded: a default session would hold all its weights, packed and dequantized."""
-        if self._large:
-            self.loads()
-            return
-        answers = self._beside("a default ONNX Runtime session does not run", lambda _, file: self._deployed(file))
-        self.measured = self._compared(answers)
+        """See `Trial`."""
+        self.measured = self._compared(self._as_deployed())
         if self._short_of(self.measured):
             self._explain()
 
     def parses(self) -> None:
         """See `Trial`."""
-        if not parser.can_parse(self.target.name) or self._large:
+        if not parser.can_parse(self.target.name):
             return
         if why := parser.parse(self.file, self.target.name):
             float_too = self.source.path is not None and parser.parse(self.source.path, self.target.name)
@@ -114,7 +117,7 @@ class FileTrial:
 
     def computes_exactly(self) -> None:
         """See `Trial`."""
-        answers = self._beside("a default ONNX Runtime session does not run", lambda _, file: self._deployed(file))
+        answers = self._as_deployed()
         graph = integer_graph(read_proto(self.file), str(self.file.parent))
         for feed, theirs in list(zip(self._fed(), answers or (), strict=False))[:_EXACT_SAMPLES]:
             ours = decode(graph, run_integer(graph, encode(graph, feed)))
@@ -147,19 +150,17 @@ class FileTrial:
             return True
         return False
 
-    @property
-    def _large(self) -> bool:
-        return is_large(self.source.graph) or is_large(self.written.graph)
-
     def _exactly(self, model: Model) -> None:
         """A large model's weights are not run through again: it was compared part by part."""
         session = open_model(model, exact=True, threads=self.threads)
-        if self.feeds and not self._large:
+        if self.feeds and not self.large:
             run(session, self._fed()[0])
 
+    def _as_deployed(self) -> list[list[NDArray[Any]]] | None:
+        return self._beside("a default ONNX Runtime session does not run", lambda _, file: self._deployed(file))
+
     def _deployed(self, file: Path, extra: dict[str, str] | None = None) -> list[list[NDArray[Any]]]:
-        mapped = MAPPED if is_large(self.written.graph) else {}
-        session = make_session(file, threads=self.threads, extra=extra, **mapped)
+        session = make_session(file, threads=self.threads, extra=extra)
         return [run(session, feed, None, i) for i, feed in enumerate(self._fed())]
 
     def _fed(self) -> list[Feed]:
