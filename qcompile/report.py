@@ -162,6 +162,11 @@ def escaped(text: str, keep: str = "") -> str:
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
+def listed(names: Sequence[str], most: int) -> str:
+    """`a, b and 5 more`: the first `most` names, and how many are left out."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def warned(warnings: Sequence[str], note: Note) -> list[str]:
     """Tell each of them; they are handed back."""
     for text in warnings:

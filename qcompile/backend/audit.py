@@ -20,6 +20,7 @@ from qcompile.backend.tensorrt import plan_profiles, run_worker
 from qcompile.backend.work import COMPUTE_OPS, WorkItem, work_items
 from qcompile.errors import UsageError
 from qcompile.ir.reader import read_proto
+from qcompile.report import listed
 from qcompile.target.attention import attention_blocks, attention_products
 from qcompile.target.catalog import TARGETS
 from qcompile.target.check import check
@@ -103,13 +104,13 @@ class AuditResult:
         unsized = [n.item.node for n in self.nodes if n.item.flops is None]
         said = (
             (self.unread, lambda: _unread(self)),
-            (unsized, lambda: f"the figures leave out what has no known size: {_few(unsized)}"),
+            (unsized, lambda: f"the figures leave out what has no known size: {listed(unsized, NAMED)}"),
             (self.in_bodies, lambda: f"the figures leave out {self.in_bodies} products in bodies of If, Loop and Scan"),
         )
         blocks: dict[str, list[str]] = {}
         for u in self.unfused:
             blocks.setdefault(u.reason, []).append(u.node)
-        split = (f"attention in several kernels at {_few(names)}: {reason}" for reason, names in blocks.items())
+        split = (f"attention in several kernels at {listed(names, NAMED)}: {reason}" for reason, names in blocks.items())
         return (*split, *(text() for there, text in said if there))
 
     @property
@@ -219,10 +220,6 @@ def audit(onnx_path: str | Path, gpu: str = "sm89", profile: Profile | None = No
         gpu, target, plan.version, used, nodes, dump.kernels, attention, wasted,
         unread=dump.unread, blind=dump.blind, in_bodies=inner, unfused=unfused,
     )  # fmt: skip
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
 def _unread(a: AuditResult) -> str:

@@ -21,7 +21,7 @@ from qcompile.backend.profile import Profile
 from qcompile.backend.tensorrt import plan_profiles, run_worker
 from qcompile.errors import BuildError
 from qcompile.ir.model import EXTERNAL_BYTES
-from qcompile.report import Note
+from qcompile.report import Note, listed
 from qcompile.target.check import check
 from qcompile.target.findings import Finding
 from qcompile.target.view import GraphView
@@ -81,11 +81,10 @@ class Bisection:
 
 def _sentence(culprit: Culprit) -> str:
     own = [n for g in culprit.groups for n in (g.nodes or sorted(g.pairs))]
-    more = f" and {len(own) - NAMED} more" if len(own) > NAMED else ""
     together = " (only together)" if len(culprit.groups) > 1 else ""
     rule = f": {culprit.rule.rule}, {culprit.rule.message}" if culprit.rule is not None else ""
     same = f" (and {len(culprit.same_rule)} more groups by the same rule)" if culprit.same_rule else ""
-    return f"{', '.join(own[:NAMED])}{more}{together}{rule}{same}"
+    return f"{listed(own, NAMED)}{together}{rule}{same}"
 
 
 def bisect(

@@ -14,7 +14,7 @@ from qcompile.ir.model import Model
 from qcompile.ir.qoperators import spell_qdq
 from qcompile.ir.quantizers import is_quantized
 from qcompile.pipeline.base import EQUIVALENT_TOLERANCE, Comparator, Comparison, Kind, Pass, PassResult
-from qcompile.report import PassReport
+from qcompile.report import PassReport, listed
 
 NOISE_FACTOR = 8  # two forms of one function round independently, and the noise is measured once
 _SITES = 3
@@ -202,8 +202,7 @@ class Verifier:
 def _sites(report: PassReport) -> str:
     """Where the pass worked, in words."""
     nodes = list(dict.fromkeys(r.node for r in report.remarks if r.kind == "applied" and r.node))
-    more = f" and {len(nodes) - _SITES} more" if len(nodes) > _SITES else ""
-    return f" (it worked at {', '.join(nodes[:_SITES])}{more})" if nodes else ""
+    return f" (it worked at {listed(nodes, _SITES)})" if nodes else ""
 
 
 def _way_on(p: Pass, mode: str) -> str:

@@ -12,6 +12,7 @@ from qcompile.errors import ModelError, UsageError
 from qcompile.ir.jumps import natures, random_nodes
 from qcompile.ir.model import Model
 from qcompile.ir.select import require_selector, selected, with_width
+from qcompile.report import listed
 from qcompile.target.target import Target
 
 _NAMED = 4
@@ -60,10 +61,9 @@ def require_operators(model: Model, target: Target) -> None:
     found = [n for n in model.graph.all_nodes() if n.op_type in target.lacks]
     if not found:
         return
-    named = ", ".join(f"{n.name} ({n.op_type})" for n in found[:_NAMED])
-    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    named = listed([f"{n.name} ({n.op_type})" for n in found], _NAMED)
     raise ModelError(
-        f"target {target.name} has no operator for {named}{more}; start from the float model, or compile for --target ort,"
+        f"target {target.name} has no operator for {named}; start from the float model, or compile for --target ort,"
         " which keeps them as they are"
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ from qcompile.backend.audit import AuditResult, audit
 from qcompile.backend.profile import parse_profile
 from qcompile.ir.model import Model
 from tests.passes.running import context, pipeline
+from tests.writing import Writing
 
 SAMPLES = 4
 
 
 @dataclass
-class Form:
+class Form(Writing):
     """One block: `tokens` queries of `heads` x `size`; `context` keys of another input; Swin's 5-D masks; VAE's pictures."""
 
     tokens: int
@@ -29,16 +30,6 @@ class Form:
     context: int = 0
     windows: int = 0
     picture: bool = False
-    nodes: list[Any] = field(default_factory=list[Any])
-    stored: dict[str, Any] = field(default_factory=dict[str, Any])
-
-    def op(self, kind: str, inputs: list[str], name: str, **attributes: Any) -> str:
-        self.nodes.append(helper.make_node(kind, inputs, [name], name=f"n_{name}", **attributes))
-        return name
-
-    def const(self, name: str, value: Any) -> str:
-        self.stored[name] = np.asarray(value)
-        return name
 
     def linear(self, x: str, name: str, rows: int) -> str:
         rng = np.random.default_rng(len(self.nodes))

@@ -10,16 +10,16 @@ import onnx
 from onnx import TensorProto as T
 from onnx import helper, numpy_helper
 
+from tests.writing import Writing
+
 WIDTH, HEADS, SIZE, WORDS, LAYERS, SOUND = 128, 4, 32, 64, 2, 12
 
 
 @dataclass
-class Decoder:
+class Decoder(Writing):
     """`kind` says how tokens are placed, normed and activated; whisper and t5 look at an encoder too."""
 
     kind: str
-    nodes: list[Any] = field(default_factory=list[Any])
-    stored: dict[str, Any] = field(default_factory=dict[str, Any])
     inputs: list[Any] = field(default_factory=list[Any])
     outputs: list[Any] = field(default_factory=list[Any])
     rng: Any = field(default_factory=lambda: np.random.default_rng(0))
@@ -28,14 +28,6 @@ class Decoder:
     def groups(self) -> int:
         """Key heads: half of the query heads in Llama and Qwen."""
         return HEADS // 2 if self.kind in ("llama", "qwen") else HEADS
-
-    def op(self, kind: str, inputs: list[str], name: str, **attributes: Any) -> str:
-        self.nodes.append(helper.make_node(kind, inputs, [name], name=f"n_{name}", **attributes))
-        return name
-
-    def const(self, name: str, value: Any) -> str:
-        self.stored[name] = np.asarray(value)
-        return name
 
     def info(self, name: str, shape: list[Any], kind: int = T.FLOAT) -> Any:
         return helper.make_tensor_value_info(name, kind, shape)
