@@ -16,7 +16,6 @@ from qcompile.backend import openvino, parser
 from qcompile.backend.process import plugins
 from qcompile.errors import BuildError, GateError, QcompileError
 from qcompile.execute.compare import Answers, OrtComparator
-from qcompile.execute.figures import tallies
 from qcompile.execute.opening import open_model
 from qcompile.execute.session import make_session, run
 from qcompile.ir.model import Model
@@ -178,7 +177,7 @@ class FileTrial:
     def _compared(self, answers: list[list[NDArray[Any]]] | None) -> Comparison | None:
         if answers is None or not answers or self.comparator is None or self.reference is None:
             return None
-        return self.comparator.compare(self.reference, Answers(answers, tallies(self.source)))
+        return self.comparator.compare(self.reference, Answers(answers, self.reference.tallies))
 
     def _short_of(self, measured: Comparison | None) -> float:
         """By how many dB the worst output is below what exact arithmetic gives; 0 where that is not worth a word."""
