@@ -15,6 +15,7 @@ from qcompile.ir.schemas import complete_types
 from qcompile.ir.tensors import elsewhere
 
 _SHAPES = 1000  # bytes: longer constants are no shapes, and their values say nothing
+_FOLLOWED = 1 << 22
 
 
 def infer_shapes(model: Model) -> None:
@@ -27,9 +28,18 @@ def infer_shapes(model: Model) -> None:
     with elsewhere(values, "weights"):
         proto = ir.to_proto(model.ir)
     with contextlib.suppress(Exception):  # of as many classes as there are causes
-        _take_over(model.graph, onnx.shape_inference.infer_shapes(proto, data_prop=True).graph)
+        _take_over(model.graph, infer_proto(proto).graph)
     for graph in model.ir.graphs():
         complete_types(graph, model.ir.opset_imports)
+
+
+def infer_proto(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """By onnx's inference, shapes that are computed followed too; raises whatever it does.
+
+    It holds every element of what it follows, some 100 bytes each: not where one axis of an input alone would fill the memory.
+    """
+    sizes = [d.dim_value for v in proto.graph.input for d in v.type.tensor_type.shape.dim]
+    return onnx.shape_inference.infer_shapes(proto, data_prop=max(sizes, default=0) <= _FOLLOWED)
 
 
 def forget_declared(model: Model) -> None:
