@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import zoo
 from numpy.typing import NDArray
@@ -69,7 +70,7 @@ def row(model: Path, target: str, folder: Path, threads: int) -> dict[str, Any]:
     found |= printed(json.loads(report.read_text()), len(held), len(runs))
     reference = opened(model, False, threads)
     wanted = outputs(reference, held)
-    found |= judged(reference, wanted, made, target == "ort", held, threads) | said(model, made, data)
+    found |= judged(model, reference, wanted, made, target == "ort", held, threads) | said(model, made, data)
     if target == "ort":
         found |= static(model, fitted, held, wanted, folder, threads)
     return found | (built(model, made, folder) if target in ("rtx", "trt") else {})
@@ -92,7 +93,7 @@ def loaded(path: Path) -> Runs:
     with np.load(path) as arrays:
         held = {name: arrays[name] for name in arrays.files}
     count = len(next(iter(held.values()))) // 3 * 3
-    return [{name: a[i] for name, a in held.items()} for i in range(count)]
+    return [{name: np.asarray(a[i]) for name, a in held.items()} for i in range(count)]
 
 
 def split(runs: Runs) -> tuple[Runs, Runs]:
@@ -143,7 +144,9 @@ def worst_db(wanted: Outputs, got: Outputs) -> float | None:
     return min(found, default=None)
 
 
-def judged(reference: ort.InferenceSession, wanted: Outputs, made: Path, fast: bool, held: Runs, threads: int) -> dict[str, Any]:
+def judged(
+    model: Path, reference: ort.InferenceSession, wanted: Outputs, made: Path, fast: bool, held: Runs, threads: int
+) -> dict[str, Any]:
     """Whether the model loads and has the interface, and its own figures."""
     try:
         exact, optimized = opened(made, False, threads), opened(made, True, threads)
@@ -152,16 +155,23 @@ def judged(reference: ort.InferenceSession, wanted: Outputs, made: Path, fast: b
     except Exception as error:
         return {"loads": False, "message": f"does not run: {str(error)[:300]}"}
     shapes = [held[0][v.name].shape for v in reference.get_inputs()] + [np.shape(a) for a in wanted[0]]
-    wrong = differing(interface(reference), interface(served), shapes)
+    wrong = differing(interface(model, reference), interface(made, served), shapes)
     return found | {"loads": not wrong} | ({"message": f"interface: {wrong}"} if wrong else {})
 
 
 Interface = list[tuple[str, str, list[Any]]]
 
 
-def interface(session: ort.InferenceSession) -> Interface:
-    """Names, types and shapes in order."""
-    return [(v.name, v.type, v.shape) for v in (*session.get_inputs(), *session.get_outputs())]
+def interface(model: Path, session: ort.InferenceSession) -> Interface:
+    """Names, types and shapes in order, the shapes as the file declares them (a session knows more)."""
+    graph = onnx.load(model, load_external_data=False).graph
+    declared = {v.name: dimensions(v.type.tensor_type) for v in (*graph.input, *graph.output)}
+    return [(v.name, v.type, declared[v.name]) for v in (*session.get_inputs(), *session.get_outputs())]
+
+
+def dimensions(tensor: onnx.TypeProto.Tensor) -> list[Any]:
+    """Sizes, names and None; empty where no shape is declared."""
+    return [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in tensor.shape.dim]
 
 
 def differing(source: Interface, made: Interface, shapes: list[tuple[int, ...]]) -> str:

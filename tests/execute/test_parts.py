@@ -35,9 +35,20 @@ def test_a_concat_in_front_of_an_output_is_seen(body: str, axis: int) -> None:
     assert joins(graph(body)) == [Join(axis, (("a", BOXES), ("b", SCORES)))]
 
 
-@pytest.mark.parametrize("body", ["y = Relu(boxes)", "a = Concat<axis = 1>(boxes, scores) y = Softmax(a)", "y = Identity(boxes)"])
+@pytest.mark.parametrize("body", ["y = Relu(boxes)", "y = Identity(boxes)"])
 def test_nothing_else_is(body: str) -> None:
     assert joins(graph(body)) == [None]
+
+
+def test_the_shares_of_a_softmax_are_alike() -> None:
+    assert joins(graph("a = Concat<axis = 1>(boxes, scores) b = Softmax<axis = 1>(a) y = Identity(b)")) == [Join(1, ())]
+    sure = np.tile([[0.9999, 0.0001]], (8, 1))
+    less = sure + np.array([-0.001, 0.001])
+    tally, cut = PartTally(Join(-1, ())), PartTally()
+    tally.add(sure, less)
+    cut.add(sure, less)
+    assert tally.parts(60.0) == ()
+    assert cut.parts(60.0)[0].sqnr_db < 0
 
 
 def detections(noise: float, axis: int = 1) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -55,9 +55,7 @@ def test_faults(change: dict[str, Any], expected: list[str]) -> None:
         ([3, 2], ["d0", 5], (1, 2), False),
     ],
 )
-def test_the_interface_is_compared_with_its_shapes(
-    declared: list[Any], made: list[Any], real: tuple[int, ...], same: bool
-) -> None:
+def test_the_interface_holds_shapes(declared: list[Any], made: list[Any], real: tuple[int, ...], same: bool) -> None:
     source, other = [("y", "tensor(float)", declared)], [("y", "tensor(float)", made)]
     assert (bench_models.differing(source, other, [real]) == "") == same
     assert bench_models.differing(source, [("z", "tensor(float)", declared)], [real])
