@@ -179,9 +179,15 @@ def differing(source: Interface, made: Interface, shapes: list[tuple[int, ...]])
     if len(source) != len(made):
         return f"{len(source)} values became {len(made)}"
     for (*was, declared), (*now, shape), real in zip(source, made, shapes, strict=True):
-        if was != now or (shape != declared and (fits(declared, real) or not fits(shape, real))):
+        if was != now or not (alike(declared, shape) or (fits(shape, real) and not fits(declared, real))):
             return f"{was} {declared} became {now} {shape}"
     return ""
+
+
+def alike(declared: list[Any], shape: list[Any]) -> bool:
+    """Whether shapes are the same; a size without a name may get one."""
+    pairs = zip(declared, shape, strict=False)
+    return len(declared) == len(shape) and all(d == s or (d in (None, -1) and not isinstance(s, int)) for d, s in pairs)
 
 
 def fits(declared: list[Any], real: tuple[int, ...]) -> bool:
