@@ -191,8 +191,11 @@ def alike(declared: list[Any], shape: list[Any]) -> bool:
 
 
 def fits(declared: list[Any], real: tuple[int, ...]) -> bool:
-    """Whether a tensor may have this shape."""
-    return len(declared) == len(real) and all(not isinstance(d, int) or d == r for d, r in zip(declared, real, strict=True))
+    """Whether a tensor may have this shape: a name stands for one size."""
+    named = dict(zip(declared, real, strict=False))
+    return len(declared) == len(real) and all(
+        d in (None, -1) or (d if isinstance(d, int) else named[d]) == r for d, r in zip(declared, real, strict=True)
+    )
 
 
 def said(model: Path, made: Path, data: Path) -> dict[str, Any]:

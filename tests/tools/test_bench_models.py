@@ -52,6 +52,7 @@ def test_faults(change: dict[str, Any], expected: list[str]) -> None:
         ([1, "N"], ["d0", "N"], (1, 4), False),
         ([None, "N"], ["d0", "N"], (1, 4), True),
         (["N", 4], ["d0", 4], (1, 4), False),
+        (["?", "?"], [None, None], (1, 4), True),
         ([], ["d0", 2], (1, 2), True),  # a wrong declaration was dropped
         ([3, 2], ["d0", 2], (1, 2), True),
         ([3, 2], ["d0", 5], (1, 2), False),
