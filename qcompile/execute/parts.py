@@ -2,7 +2,7 @@
 
 The error of the large part drowns that of the small one: an output of boxes in pixels and scores below 1 stands at the boxes'
 35 dB whatever becomes of the scores.  A part is said where it stands 3 dB or more below the whole.  The shares of a Softmax are
-alike, however small some are.
+alike, however small some are, and so are the places of a map.
 """
 
 from __future__ import annotations
@@ -110,8 +110,11 @@ class PartTally:
         if (joined := self._joined()) is not None:
             yield joined
             return
+        alike = _places(self.shape or ())
+        if self.join is not None and not self.join.parts:
+            alike |= {self.join.axis % len(self.shape or ())}
         for axis, sums in self.sums.items():
-            if self.join is not None and not self.join.parts and axis == self.join.axis % len(self.shape or ()):
+            if axis in alike:
                 continue
             groups = _unlike(np.sqrt(sums[0] / max(1.0, float(sums.shape[1]))))
             if len(groups) > 1:
@@ -125,6 +128,14 @@ class PartTally:
             return None
         cuts = zip(self.join.parts, pairwise(ends), strict=True)
         return [_part(name, sums[:, a:b]) for (name, _), (a, b) in cuts if sums[0, a:b].any()]
+
+
+def _places(shape: tuple[int, ...]) -> set[int]:
+    """The axes of height and width of a map of few channels: a dark border is no other quantity."""
+    if len(shape) != 4:
+        return set()
+    _, a, b, c = shape
+    return {2, 3} if a <= min(b, c) else {1, 2} if c <= min(a, b) else set()
 
 
 def _part(name: str, sums: F64) -> OutputPart:

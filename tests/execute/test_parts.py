@@ -96,3 +96,12 @@ def test_a_model_knows_its_joins() -> None:
     tally.add(*detections(0.3))
     (found,) = figures([tally])
     assert found.worst_db == found.parts[0].sqnr_db < 10 < (found.sqnr_db or 0)
+
+
+@pytest.mark.parametrize(("shape", "dark", "parts"), [((2, 1, 8, 8), 3, 0), ((2, 8, 8, 1), 1, 0), ((2, 4, 8, 8), 1, 2)])
+def test_a_dark_border_of_a_map_is_no_part_and_a_small_channel_is(shape: tuple[int, ...], dark: int, parts: int) -> None:
+    x = np.ones(shape)
+    x[tuple([slice(None)] * dark + [0])] = 1e-4
+    tally = PartTally()
+    tally.add(x, x + 1e-3)
+    assert len(tally.parts(60.0)) == parts
