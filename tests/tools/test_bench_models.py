@@ -38,6 +38,7 @@ GOOD = {"target": "rtx", "rc": 0, "loads": True, "printed_db": 31.3, "said_db": 
         ({"built": "float too"}, []),
         ({"built": "yes"}, ["no audit"]),
         ({"rc": 3}, ["exit 3"]),
+        ({"rc": 3, "message": "error: nothing in the model can be quantized to w8a8"}, []),
     ],
 )
 def test_faults(change: dict[str, Any], expected: list[str]) -> None:
