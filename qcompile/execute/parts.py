@@ -1,7 +1,8 @@
 """The parts of an output that joins unlike quantities: boxes and scores by Concat, or channels of unlike size.
 
 The error of the large part drowns that of the small one: an output of boxes in pixels and scores below 1 stands at the boxes'
-35 dB whatever becomes of the scores.  A part is said where it stands 3 dB or more below the whole.
+35 dB whatever becomes of the scores.  A part is said where it stands 3 dB or more below the whole.  The shares of a Softmax are
+alike, however small some are, and so are the places of a map.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ _PASSES = ("Cast", "Identity", "Sigmoid", "Transpose")
 
 @dataclass(frozen=True)
 class Join:
-    """An axis along which an output was joined: the name and the size of each part."""
+    """An axis along which an output was joined: the name and the size of each part; without parts, shares of one whole.
+
+    A negative `axis` counts from the last.
+    """
 
     axis: int
     parts: tuple[tuple[str, int], ...]
@@ -38,11 +42,23 @@ class Join:
 def joins(model: Model) -> list[Join | None]:
     """How each output of `model` was joined: by a Concat of static sizes, seen through what leaves the parts where they are."""
     found = [_concat_behind(v) for v in model.graph.outputs]
-    if all(f is None or _join(*f) for f in found):
-        return [f and _join(*f) for f in found]
+    made = [_join(*f) if f is not None else _shares(v) for f, v in zip(found, model.graph.outputs, strict=True)]
+    if all(f is None or m for f, m in zip(found, made, strict=True)):
+        return made
     copy = model.clone()
     infer_shapes(copy)  # strangers' files need not say the sizes of what is joined
-    return [f and _join(*f) for f in map(_concat_behind, copy.graph.outputs)]
+    return [_join(*f) if f is not None else m for f, m in zip(map(_concat_behind, copy.graph.outputs), made, strict=True)]
+
+
+def _shares(value: ir.Value) -> Join | None:
+    """The axis along which an output is a Softmax."""
+    node = value.producer()
+    while node is not None and is_op(node, "Cast", "Identity"):
+        source = input_at(node, 0)
+        node = None if source is None else source.producer()
+    if node is None or not is_op(node, "Softmax"):
+        return None
+    return Join(int_attr(node, "axis", -1 if (node.version or 13) >= 13 else 1), ())
 
 
 def _concat_behind(value: ir.Value) -> tuple[ir.Node, list[int]] | None:
@@ -94,19 +110,32 @@ class PartTally:
         if (joined := self._joined()) is not None:
             yield joined
             return
+        alike = _places(self.shape or ())
+        if self.join is not None and not self.join.parts:
+            alike |= {self.join.axis % len(self.shape or ())}
         for axis, sums in self.sums.items():
+            if axis in alike:
+                continue
             groups = _unlike(np.sqrt(sums[0] / max(1.0, float(sums.shape[1]))))
             if len(groups) > 1:
                 yield [_part(f"{_spans(g)} of axis {axis}", sums[:, g]) for g in groups]
 
     def _joined(self) -> list[OutputPart] | None:
-        if self.join is None or (sums := self.sums.get(self.join.axis)) is None:
+        if self.join is None or not self.join.parts or (sums := self.sums.get(self.join.axis)) is None:
             return None
         ends = list(accumulate((size for _, size in self.join.parts), initial=0))
         if ends[-1] != sums.shape[1]:
             return None
         cuts = zip(self.join.parts, pairwise(ends), strict=True)
         return [_part(name, sums[:, a:b]) for (name, _), (a, b) in cuts if sums[0, a:b].any()]
+
+
+def _places(shape: tuple[int, ...]) -> set[int]:
+    """The axes of height and width of a map of few channels: a dark border is no other quantity."""
+    if len(shape) != 4:
+        return set()
+    _, a, b, c = shape
+    return {2, 3} if a <= min(b, c) else {1, 2} if c <= min(a, b) else set()
 
 
 def _part(name: str, sums: F64) -> OutputPart:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import onnx
 import onnx_ir as ir
@@ -68,6 +68,28 @@ def restore_declared(model: Model, source: Model) -> list[str]:
         else:
             value.shape = shape.copy()
     return wrong
+
+
+def drop_false_names(model: Model, shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> list[str]:
+    """Take the name off sizes of inputs that share one and differ in the data: an engine would hold them to be equal.
+
+    `shapes`: `min` and `max` of each input's shape.  Returns a line for every such name.
+    """
+    seen = dict[str, set[tuple[int, int]]]()
+    for value in model.graph.inputs:
+        bounds = shapes.get(str(value.name))
+        if value.shape is not None and bounds is not None and len(value.shape) == len(bounds["min"]):
+            for size, bound in zip(value.shape, zip(bounds["min"], bounds["max"], strict=True), strict=True):
+                seen.setdefault(_name(size), set()).add(bound)
+    false = {name for name, bounds in seen.items() if name and len(bounds) > 1}
+    for value in (*model.graph.inputs, *(v for node in model.graph for v in node.outputs)) if false else ():
+        if value.shape is not None:
+            value.shape = ir.Shape([None if _name(size) in false else size for size in value.shape])
+    return [f"sizes of inputs are named {name!r} and differ in the data: the name was dropped" for name in sorted(false)]
+
+
+def _name(size: int | ir.SymbolicDim) -> str:
+    return "" if isinstance(size, int) else size.value or ""
 
 
 def _agree(a: ir.Shape, b: ir.Shape) -> bool:

@@ -16,7 +16,7 @@ from qcompile.decide.decisions import lines
 from qcompile.errors import GateError, InputError, ModelError, UsageError
 from qcompile.execute.session import seed_random_operators
 from qcompile.ir.atomic import atomic_file
-from qcompile.ir.infer import restore_declared
+from qcompile.ir.infer import drop_false_names, restore_declared
 from qcompile.ir.model import Model
 from qcompile.ir.quantizers import is_quantized
 from qcompile.ir.reader import file_bytes
@@ -193,6 +193,8 @@ def _compiled(job: Job, progress: Progress) -> Result:
     notes += warned(calibration.range_warnings if calibration is not None else (), progress.note)
     if not any(p.changes_function for p in job.plan.passes):
         notes += warned(restore_declared(model, job.model), progress.note)
+    if calibration is not None:
+        notes += warned(drop_false_names(model, calibration.shapes), progress.note)
     _describe(model, job, calibration, digest)
     _check_matched(job, reports, model)
     result = Result(

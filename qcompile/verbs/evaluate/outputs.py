@@ -23,6 +23,7 @@ from qcompile.ir.model import Model
 from qcompile.ir.reader import file_bytes
 from qcompile.ir.spill import is_large
 from qcompile.report import SCHEMA_VERSION, Meter, OutputFigure
+from qcompile.target.catalog import engine_targets
 from qcompile.verbs.evaluate.layers import LayerError, layer_errors
 
 Array = NDArray[Any]
@@ -100,8 +101,9 @@ def evaluate(
 ) -> Evaluation:
     """Compare `candidate` with `reference` on `data`.
 
-    Both run on ONNX Runtime with full optimization, as deployed; a candidate that ONNX Runtime refuses to fuse, or whose
-    formats it lacks (FP4, MXFP8), is simulated (`simulated`).  Metrics are of the first float output.
+    Both run on ONNX Runtime with full optimization, as deployed; a model that was made for an engine runs with its Q/DQ pairs as
+    they stand; a candidate that ONNX Runtime refuses to fuse, or whose formats it lacks (FP4, MXFP8), is simulated (`simulated`).
+    Metrics are of the first float output.
 
     Args:
         per_layer: also compare the intermediate tensors that both graphs name (Q/DQ fusion off, first 16 samples).
@@ -140,6 +142,8 @@ def _session(model: Model, path: Path, threads: int | None) -> tuple[Session, bo
     ready = runnable(model)
     if ready is not model:
         return open_model(ready, threads=threads), True
+    if model.metadata.get("qcompile.target") in engine_targets():
+        return open_model(model, threads=threads), False
     try:
         return make_session(path, threads=threads, **(MAPPED if is_large(model.graph) else {})), False
     except ModelError:
