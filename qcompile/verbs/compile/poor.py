@@ -11,6 +11,7 @@ from qcompile.calib.data.dataset import Dataset
 from qcompile.errors import QcompileError
 from qcompile.ir.model import Model
 from qcompile.ir.optable import ops_with
+from qcompile.ir.select import exactly
 from qcompile.report import OutputFigure
 from qcompile.verbs.compile.job import Job
 from qcompile.verbs.evaluate.layers import LayerError, layer_errors
@@ -82,6 +83,6 @@ def _way_on(job: Job, sites: Sequence[LayerError]) -> str:
     if not sites:
         return f"; see where with qcompile eval {shlex.quote(model)} {shlex.quote(str(job.output))} --data DATA --per-layer"
     named = ", ".join(f"{s.node} ({s.sqnr_db:.1f} dB)" for s in sites)
-    kept = (*job.options.keep_float, *(s.node for s in sites))
+    kept = (*job.options.keep_float, *(exactly(s.node) for s in sites))
     better = replace(job.options, target=job.target.name, scheme=job.scheme.name, keep_float=kept)
     return f"; most error enters at {named}; try: {shlex.join(['qcompile', model, *words(better, _NEXT)])}"
