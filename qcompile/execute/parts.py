@@ -82,7 +82,7 @@ def _join(concat: ir.Node, moved: list[int]) -> Join | None:
 
 @dataclass
 class PartTally:
-    """Squared sizes and errors over runs, for each index of each axis but the first."""
+    """Squared sizes and errors over runs and their number, for each index of each axis but the first."""
 
     join: Join | None = None
     sums: dict[int, F64] = field(default_factory=dict[int, F64])
@@ -91,20 +91,24 @@ class PartTally:
     def add(self, reference: F64, candidate: F64) -> None:
         """Take a run of both, of one shape; what is not finite in the reference must be zero in both."""
         self.shape = reference.shape if self.shape is None else self.shape
-        squares = (np.square(reference), np.square(candidate - reference))
+        sums = (np.square(reference), np.square(candidate - reference), np.ones_like(reference))
         for axis in range(1, reference.ndim):
             if reference.shape[axis] > _LARGEST_AXIS or self.shape[axis : axis + 1] != reference.shape[axis : axis + 1]:
                 self.sums.pop(axis, None)
                 continue
             others = tuple(a for a in range(reference.ndim) if a != axis)
-            here = np.stack([s.sum(others) for s in squares])
+            here = np.stack([s.sum(others) for s in sums])
             self.sums[axis] = self.sums.get(axis, np.zeros_like(here)) + here
 
     def parts(self, whole_db: float) -> tuple[OutputPart, ...]:
-        """The parts of the way to cut that shows most, worst first; none where no part stands far below the whole."""
+        """`every` part; none where no part stands far below the whole."""
+        worst = self.every()
+        return worst if worst and worst[0].sqnr_db <= whole_db - _HIDDEN_DB else ()
+
+    def every(self) -> tuple[OutputPart, ...]:
+        """The parts of the way to cut that shows most, worst first; none of an output of one kind of quantity."""
         cuts = [sorted(cut, key=lambda p: p.sqnr_db) for cut in self._cuts()]
-        worst = min((cut for cut in cuts if cut), key=lambda cut: cut[0].sqnr_db, default=[])
-        return tuple(worst) if worst and worst[0].sqnr_db <= whole_db - _HIDDEN_DB else ()
+        return tuple(min((cut for cut in cuts if cut), key=lambda cut: cut[0].sqnr_db, default=[]))
 
     def _cuts(self) -> Iterator[list[OutputPart]]:
         if (joined := self._joined()) is not None:
@@ -139,7 +143,8 @@ def _places(shape: tuple[int, ...]) -> set[int]:
 
 
 def _part(name: str, sums: F64) -> OutputPart:
-    return OutputPart(name, decibel(float(sums[0].sum()), float(sums[1].sum())))
+    signal, noise, entries = (float(row.sum()) for row in sums)
+    return OutputPart(name, decibel(signal, noise), float(np.sqrt(noise / max(entries, 1.0))))
 
 
 def _unlike(sizes: F64) -> list[NDArray[np.intp]]:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from qcompile.calib.data.archive import read_array
 from qcompile.calib.data.dataset import Dataset
 from qcompile.calib.data.made_up import RANDOM_SAMPLES, random_data
+from qcompile.calib.data.pairs import PAIRS, pairs_of
 from qcompile.calib.data.preprocess import Preprocess, bind, holds_pictures, load_preprocess
 from qcompile.calib.data.readers import ArrayReader, Arrays, FeedReader, ImageReader
 from qcompile.calib.data.runs import (
@@ -96,8 +97,10 @@ def open_source(spec: str, inputs: Sequence[InputInfo], preprocess: str | None, 
 
 
 def _npz(path: Path, inputs: Sequence[InputInfo], preprocess: str | None) -> Dataset:
-    arrays = _load_npz(path, inputs)
-    return _array_dataset(arrays, inputs, preprocess, str(path))
+    arrays = _load_npz(path, inputs, PAIRS)
+    held = {n: arrays.pop(n) for n in PAIRS if n in arrays and n not in {i.name for i in inputs}}
+    data = _array_dataset(arrays, inputs, preprocess, str(path))
+    return replace(data, pairs=pairs_of(held, len(data), str(path)))
 
 
 def _folder(path: Path, inputs: Sequence[InputInfo], preprocess: str | None) -> Dataset:
@@ -111,8 +114,8 @@ def _folder(path: Path, inputs: Sequence[InputInfo], preprocess: str | None) -> 
     return _picture_dataset(path, pictures, inputs, preprocess)
 
 
-def _load_npz(path: Path, inputs: Sequence[InputInfo]) -> Arrays:
-    """The arrays that the model needs, and `labels`; other arrays are not read."""
+def _load_npz(path: Path, inputs: Sequence[InputInfo], also: Sequence[str] = ()) -> Arrays:
+    """The arrays that the model needs, `labels`, and those of `also`; other arrays are not read."""
     try:
         # Opened here, because numpy leaves a broken archive's file to the garbage collector.
         with path.open("rb") as file:
@@ -120,7 +123,7 @@ def _load_npz(path: Path, inputs: Sequence[InputInfo]) -> Arrays:
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise DataError(f"{path} is one array, not a .npz; save it with numpy.savez(file, {inputs[0].name}=array)")
             _require_names(archive.files, inputs, str(path))
-            wanted = {i.name for i in inputs} | {"labels"}
+            wanted = {i.name for i in inputs} | {"labels", *also}
             return {n: read_array(path, n) for n in archive.files if n in wanted}
     except _BROKEN as e:
         if "Object arrays" in str(e):
@@ -158,8 +161,7 @@ def _archives(folder: Path, files: Sequence[Path], inputs: Sequence[InputInfo], 
 
 
 def _whole_runs(parts: Sequence[Arrays], inputs: Sequence[InputInfo]) -> bool:
-    full = [with_unread(inputs, p) for p in parts]
-    return any(is_run(ranked(inputs, p), p) for p in full)
+    return any(is_run(ranked(inputs, p), p) for p in (with_unread(inputs, part) for part in parts))
 
 
 def _varied(folder: Path, parts: Sequence[Arrays], inputs: Sequence[InputInfo]) -> Dataset:

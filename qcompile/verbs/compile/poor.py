@@ -12,6 +12,7 @@ from qcompile.errors import QcompileError
 from qcompile.ir.model import Model
 from qcompile.ir.ops import int_attr, is_op
 from qcompile.ir.optable import ops_with
+from qcompile.ir.select import exactly
 from qcompile.report import OutputFigure
 from qcompile.verbs.compile.job import Job
 from qcompile.verbs.evaluate.layers import LayerError, layer_errors
@@ -83,7 +84,7 @@ def _way_on(job: Job, sites: Sequence[LayerError]) -> str:
     if not sites:
         return f"; see where with qcompile eval {shlex.quote(model)} {shlex.quote(str(job.output))} --data DATA --per-layer"
     named = ", ".join(f"{s.node} ({s.sqnr_db:.1f} dB)" for s in sites)
-    kept = (*job.options.keep_float, *(s.node for s in sites))
+    kept = (*job.options.keep_float, *(exactly(s.node) for s in sites))
     passes = _with_equalize(job)
     changed = {"keep_float": kept} if passes is None else {"passes": passes}
     better = replace(job.options, target=job.target.name, scheme=job.scheme.name, **changed)
