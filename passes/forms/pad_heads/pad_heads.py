@@ -10,7 +10,7 @@ import onnx_ir as ir
 from qcompile.calib.observe.change import Changes
 from qcompile.ir.infer import infer_shapes
 from qcompile.ir.model import Model
-from qcompile.ir.ops import is_op, static_shape
+from qcompile.ir.ops import is_data_movement, is_op, static_shape
 from qcompile.passes.forms.pad_heads.nodes import pad_operands
 from qcompile.passes.forms.pad_heads.weights import pad_weights
 from qcompile.pipeline.base import Kind, PassContext, Stage
@@ -70,6 +70,8 @@ class PadHeads(SitePass[Block]):
         q, v = site.sizes
         if q is None or v is None:
             return Missed("the size of its heads is not known")
+        if any(_dequantized(x) for x in (*site.scores.matmul.inputs, *site.values.matmul.inputs)):
+            return Missed("its operands are quantized already")
         size = ctx.target.padded_head(ctx.scheme, site.scores, site.values)
         if size is None:
             return Missed(f"heads of {q}: padding makes no fused kernel of it, or it needs none")
@@ -83,6 +85,14 @@ class PadHeads(SitePass[Block]):
     def finish(self, model: Model) -> None:
         """Learn the new sizes."""
         infer_shapes(model)
+
+
+def _dequantized(value: ir.Value | None) -> bool:
+    """Whether the tensor is made of codes, itself or moved."""
+    producer = None if value is None else value.producer()
+    if producer is None or not is_data_movement(producer):
+        return is_op(producer, "DequantizeLinear")
+    return _dequantized(producer.inputs[0])
 
 
 def _block(softmax: ir.Node, projected: Attention | None) -> Block | None:
