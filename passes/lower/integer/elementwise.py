@@ -134,6 +134,14 @@ def where(scene: Scene, step: Step) -> Fixed:
     return Fixed(em.emit("Where", [step.node.inputs[0], *sides], fmt.dtype), np.asarray(fmt.scale), fmt.lo, fmt.hi, fmt.zero)
 
 
+def extreme(scene: Scene, step: Step) -> Fixed:
+    """Max or Min of tensors: all as codes of the output's format, which have the order of the numbers."""
+    fmt, em, op = scene.stored_format(step.output), scene.em, step.node.op_type
+    sides = [_side(scene, v, fmt) for v in step.node.inputs]
+    value = em.emit(op, [em.cast(side, INT32) for side in sides], INT32)
+    return Fixed(em.cast(value, fmt.dtype), np.asarray(fmt.scale), fmt.lo, fmt.hi, fmt.zero)
+
+
 def _side(scene: Scene, value: ir.Value | None, fmt: Format) -> ir.Value:
     array = const_array(value)
     if array is not None:

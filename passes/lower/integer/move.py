@@ -68,10 +68,16 @@ def concat(scene: Scene, step: Step) -> Fixed:
 
 
 def max_pool(scene: Scene, step: Step) -> Fixed:
-    """The largest code is the code of the largest: the format passes through."""
-    x = codes(scene.em, step.node.inputs[0], scene.input_format(step.node, 0))
-    attributes = {k: step.node.attributes[k].value for k in _POOL_ATTRIBUTES if k in step.node.attributes}
-    return replace(x, value=scene.em.emit("MaxPool", [x.value], INT8, attributes))
+    """The largest code is the code of the largest (and the least that of the least): the format passes through."""
+    node, em = step.node, scene.em
+    x = codes(em, node.inputs[0], scene.input_format(node, 0))
+    if is_op(node, "MaxPool"):
+        attributes = {k: node.attributes[k].value for k in _POOL_ATTRIBUTES if k in node.attributes}
+        return replace(x, value=em.emit("MaxPool", [x.value], INT8, attributes))
+    shape, keep = static_shape(node.inputs[0]), 1 if is_op(node, "GlobalMaxPool") else int_attr(node, "keepdims", 1)
+    axes = reduced_axes(node, len(shape or ()))
+    op = "ReduceMin" if is_op(node, "ReduceMin") else "ReduceMax"
+    return replace(x, value=em.emit(op, [x.value, em.const(np.asarray(axes), INT64)], INT8, {"keepdims": keep}))
 
 
 def average_pool(scene: Scene, step: Step) -> Fixed:
