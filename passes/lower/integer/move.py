@@ -12,7 +12,7 @@ from qcompile.errors import ModelError
 from qcompile.ir.ops import const_array, input_at, int_attr, is_const, is_op, static_shape
 from qcompile.passes.lower.integer.context import Scene
 from qcompile.passes.lower.integer.emit import INT8, INT16, INT32, INT64, Fixed
-from qcompile.passes.lower.integer.requant import clamped, codes
+from qcompile.passes.lower.integer.requant import ANY_INT64, clamped, clip, codes
 from qcompile.target.integer.plan import Step
 from qcompile.target.integer.refusals import reduced_axes
 
@@ -29,6 +29,8 @@ def move(scene: Scene, step: Step) -> Fixed:
     inputs: list[ir.Value | None] = [source.value, *node.inputs[1:]]
     if is_op(node, "Pad"):
         inputs = _pad_inputs(scene, node, source)
+    if is_op(node, "Gather"):
+        inputs[1] = _within(scene, node)
     attributes = {k: a.value for k, a in node.attributes.items()}
     first = em.emit(node.op_type, inputs, source.value.dtype or INT32, attributes, outputs=len(node.outputs))
     made = first.producer()
@@ -48,6 +50,15 @@ def _movable(scene: Scene, node: ir.Node) -> Fixed:
     if source.is_stored():
         return clamped(scene.em, source)
     return codes(scene.em, value, scene.stored_format(value))
+
+
+def _within(scene: Scene, node: ir.Node) -> ir.Value | None:
+    """The index, held to the table where it is computed: the float model does not run beyond it either, and the proof asks."""
+    index, shape = node.inputs[1], static_shape(node.inputs[0])
+    length = None if shape is None else shape[int_attr(node, "axis", 0)]
+    if index is None or length is None or is_const(index) or index.producer() is None:
+        return index
+    return clip(scene.em, scene.em.cast(index, INT64), -length, length - 1, ANY_INT64)
 
 
 def _pad_inputs(scene: Scene, node: ir.Node, source: Fixed) -> list[ir.Value | None]:

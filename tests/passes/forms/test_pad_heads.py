@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -8,6 +9,7 @@ import pytest
 from onnx import helper
 
 from qcompile.ir.model import Model
+from qcompile.ir.ops import static_shape
 from qcompile.passes.forms.canonicalize.canonicalize import Canonicalize
 from qcompile.passes.forms.pad_heads.pad_heads import PadHeads
 from qcompile.passes.forms.pad_heads.weights import widened
@@ -15,14 +17,14 @@ from tests.passes.forms.small import assert_same, build, ops, random
 from tests.passes.running import context
 
 HEADS, TOKENS = 2, 5
-Edit = Callable[[list, dict], None]
+Edit = Callable[[list[Any], dict[str, Any]], None]
 
 
 def attention(q: int, v: int | None = None, target: tuple[int, ...] = (0, TOKENS, HEADS, -1), edit: Edit | None = None) -> Model:
     """Three projections, heads of `q` and `v` channels, an output projection."""
     v, node = v or q, helper.make_node
-    constants = {"scale": np.float32(q**-0.5), "merge": np.array([0, TOKENS, -1])}
-    nodes = []
+    constants: dict[str, Any] = {"scale": np.float32(q**-0.5), "merge": np.array([0, TOKENS, -1])}
+    nodes: list[Any] = []
     for part, size in (("q", q), ("k", q), ("v", v)):
         constants |= {f"w{part}": random(16, HEADS * size) / 4, f"b{part}": random(HEADS * size), f"t{part}": np.array(target)}
         constants[f"t{part}"][3] = size if target[3] > 0 else -1
@@ -47,7 +49,7 @@ def attention(q: int, v: int | None = None, target: tuple[int, ...] = (0, TOKENS
     return build(nodes, ["N", TOKENS, 16], constants)
 
 
-def pad(model: Model, **options: object) -> tuple[Model, str]:
+def pad(model: Model, **options: Any) -> tuple[Model, str]:
     """The padded model, and the remark."""
     after, ctx = model.clone(), context("rtx", **options)
     Canonicalize().apply(after, context("rtx"))
@@ -55,9 +57,10 @@ def pad(model: Model, **options: object) -> tuple[Model, str]:
     return after, next(r.reason for r in ctx.remarks.all)
 
 
-def head_sizes(model: Model) -> list[int]:
-    shapes = [next(n for n in model.graph if n.name == name).inputs[1].shape for name in ("scores", "pv")]
-    return [int(shapes[0][-2]), int(shapes[1][-1])]
+def head_sizes(model: Model) -> list[int | None]:
+    k, v = (static_shape(next(n for n in model.graph if n.name == name).inputs[1]) for name in ("scores", "pv"))
+    assert k is not None and v is not None
+    return [k[-2], v[-1]]
 
 
 @pytest.mark.parametrize(("size", "wide"), [(8, 16), (12, 16), (24, 32), (40, 64), (48, 64)])
@@ -83,7 +86,7 @@ def test_unlike_heads_become_alike() -> None:
     assert_same(before, after, random(3, TOKENS, 16))
 
 
-def add_norm(nodes: list, constants: dict) -> None:
+def add_norm(nodes: list[Any], constants: dict[str, Any]) -> None:
     """A norm of each head of q."""
     at = next(i for i, n in enumerate(nodes) if n.name == "q_t")
     nodes[at].output[0] = "q3"
@@ -91,7 +94,7 @@ def add_norm(nodes: list, constants: dict) -> None:
     constants["g"] = random(24)
 
 
-def read_sizes(nodes: list, constants: dict) -> None:
+def read_sizes(nodes: list[Any], constants: dict[str, Any]) -> None:
     """The scale from the size of a head, as it is: padded heads would have another."""
     at = next(i for i, n in enumerate(nodes) if n.name == "scaled")
     nodes[at].input[1] = "root"
@@ -104,7 +107,7 @@ def read_sizes(nodes: list, constants: dict) -> None:
     ]
 
 
-def repeat_keys(nodes: list, constants: dict) -> None:
+def repeat_keys(nodes: list[Any], constants: dict[str, Any]) -> None:
     """One head of keys for both of the queries."""
     at = next(i for i, n in enumerate(nodes) if n.name == "k_t")
     nodes[at].output[0] = "k3"
@@ -139,7 +142,7 @@ def test_zeros_stand_behind_each_head() -> None:
 
 
 def test_quantized_operands_stay() -> None:
-    def quantize(nodes: list, constants: dict) -> None:
+    def quantize(nodes: list[Any], constants: dict[str, Any]) -> None:
         at = next(i for i, n in enumerate(nodes) if n.name == "scores")
         nodes[at].input[0] = "qd"
         constants |= {"qs": np.float32(0.1), "qz": np.int8(0)}

@@ -69,9 +69,12 @@ def _cached(w: Writer, past: ir.Value | None, x: ir.Value, scale_slot: int) -> t
         return whole, whole
     _, heads, _, size = dims(x) or (None,) * 4
     per_channel = str_attr(w.node, "k_quant_type" if scale_slot == _KEY_SCALE else "v_quant_type", "NONE") == "PER_CHANNEL"
-    if per_channel and not (isinstance(heads, int) and isinstance(size, int)):
-        raise Kept("the number of channels of its quantized cache is not static")
-    unit = w.reshape(scale, 1, heads, 1, size) if per_channel else w.reshape(scale, 1, 1, 1, 1)
+    channels = (1, 1, 1, 1)
+    if per_channel:
+        if not (isinstance(heads, int) and isinstance(size, int)):
+            raise Kept("the number of channels of its quantized cache is not static")
+        channels = (1, heads, 1, size)
+    unit = w.reshape(scale, *channels)
     rounded = w("Clip", w("Round", w("Div", x, unit)), -128.0, 127.0)
     codes = shaped(w("Cast", rounded, to=ir.DataType.INT8, name="codes"), x, *(dims(x) or ()))
     codes.type = ir.TensorType(ir.DataType.INT8)

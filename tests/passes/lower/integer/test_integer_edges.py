@@ -261,3 +261,17 @@ def test_what_has_no_integer_form_is_said_before_anything_is_measured() -> None:
     model = built(nodes, ("n", 4), weights(w=(8, 4)))
     with pytest.raises(ModelError, match=r"Cast 'bucket': it makes integers of numbers.*--target ort"):
         lowered(model, {"x": np.zeros((4, 4), np.float32)})  # Log(0) is infinite
+
+
+def test_a_computed_index_is_held_to_its_table() -> None:
+    nodes = [
+        node("Shape", ["x"], ["s"], name="sizes"),
+        node("Gather", ["s", "one"], ["length"], name="length"),
+        node("Sub", ["length", "unit"], ["last"], name="last"),
+        node("Gather", ["table", "last"], ["row"], name="position"),
+        node("Add", ["x", "row"], ["z"], name="placed"),
+        node("MatMul", ["z", "w"], ["y"], name="fc"),
+    ]
+    constants = weights(table=(40, 8), w=(8, 4)) | {"one": np.array([1]), "unit": np.array(1)}
+    model = built(nodes, ("n", "t", 8), constants)
+    proven(model, {"x": normal(32, 6, 8)}, 28)
