@@ -84,7 +84,7 @@ class Target(Platform):
         if scheme.weight is None:
             return Placement()
         placed = self.placement(model, Request(self, scheme, selection, choices))
-        miss_unplaced(placed, model.graph, self.name)
+        miss_unplaced(placed, model.graph, self)
         return placed
 
     def placement(self, model: Model, request: Request) -> Placement:
