@@ -27,5 +27,5 @@ def miss_unplaced(out: Placement, graph: ir.Graph, target: Platform) -> None:
 
 def _recurrent(node: ir.Node, target: Platform) -> str:
     if is_op(node, "LSTM") and target.dynamic_lstm:
-        return "a recurrent layer stays in float; insert-qdq{lstm=dynamic} as the last pass has it in 8 bit, ranges of run time"
+        return "a recurrent layer: float, unless insert-qdq{lstm=dynamic} as the last pass has it in 8 bit, ranges of run time"
     return f"a recurrent layer: {target.name} has no low-precision kernel for {node.op_type}, so it stays in float"

@@ -26,7 +26,7 @@ def missed(model: ModelProto, folder: Path, target: str = "rtx", scheme: str = "
 def test_recurrent_layers(op: str, gates: int, target: str, tmp_path: Path) -> None:
     reason = f"a recurrent layer: {target} has no low-precision kernel for {op}, so it stays in float"
     if (target, op) == ("ort", "LSTM"):
-        reason = "a recurrent layer stays in float; insert-qdq{lstm=dynamic} as the last pass has it in 8 bit, ranges of run time"
+        reason = "a recurrent layer: float, unless insert-qdq{lstm=dynamic} as the last pass has it in 8 bit, ranges of run time"
     assert (op, reason) in missed(recurrent(op, gates), tmp_path, target)
 
 
