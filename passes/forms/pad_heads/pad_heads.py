@@ -21,18 +21,19 @@ from qcompile.structure.scores import Scores, Values, find_scores, find_values
 
 @dataclass(frozen=True)
 class Block:
-    """One attention: the walk around its softmax, and its projections where they are known."""
+    """One attention: the walk around its softmax, its projections where they are known, and the size that would fuse."""
 
     softmax: ir.Node
     scores: Scores[ir.Node]
     values: Values[ir.Node]
     projected: Attention | None
+    size: int
 
     @property
-    def sizes(self) -> tuple[int | None, int | None]:
+    def sizes(self) -> tuple[int, int]:
         """Channels of a head of q and of v."""
-        q, v = static_shape(self.scores.matmul.inputs[0]), static_shape(self.values.matmul.outputs[0])
-        return (q[-1] if q else None), (v[-1 if self.values.slot else -2] if v else None)
+        q, v = static_shape(self.scores.matmul.inputs[0]) or (), static_shape(self.values.matmul.outputs[0]) or ()
+        return q[-1] or 0, v[-1 if self.values.slot else -2] or 0
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,12 @@ class PadHeads(SitePass[Block]):
     kind = Kind.EQUIVALENT
     needs = Stage.CANONICAL
     after = ("split-qkv",)
-    nothing = "no attention"
+    nothing = "no attention that padded heads would make one kernel"
 
     def sites(self, model: Model, ctx: PassContext) -> Matches[Block]:
-        """Every softmax between two products."""
+        """Every attention of which the target says so."""
         known = {a.softmax: a for a in find_attentions(model.graph)}
-        return Matches(tuple(b for n in model.graph if is_op(n, "Softmax") and (b := _block(n, known.get(n))) is not None))
+        return Matches(tuple(b for n in model.graph if is_op(n, "Softmax") and (b := _block(n, known.get(n), ctx)) is not None))
 
     def node(self, site: Block) -> ir.Node:
         """Q K^T stands for the block."""
@@ -67,14 +68,9 @@ class PadHeads(SitePass[Block]):
 
     def rewrite(self, model: Model, site: Block, ctx: PassContext, changes: Changes) -> Applied | Missed:
         """Pad the weights, or the operands."""
-        q, v = site.sizes
-        if q is None or v is None:
-            return Missed("the size of its heads is not known")
+        (q, v), size = site.sizes, site.size
         if any(_dequantized(x) for x in (*site.scores.matmul.inputs, *site.values.matmul.inputs)):
             return Missed("its operands are quantized already")
-        size = ctx.target.padded_head(ctx.scheme, site.scores, site.values)
-        if size is None:
-            return Missed(f"heads of {q}: padding makes no fused kernel of it, or it needs none")
         added = None if site.projected is None else pad_weights(model.graph, site.projected, size, changes)
         was = f"{q}" if q == v else f"{q} (q, k) and {v} (v)"
         if added is not None:
@@ -95,6 +91,9 @@ def _dequantized(value: ir.Value | None) -> bool:
     return _dequantized(producer.inputs[0])
 
 
-def _block(softmax: ir.Node, projected: Attention | None) -> Block | None:
+def _block(softmax: ir.Node, projected: Attention | None, ctx: PassContext) -> Block | None:
     scores, values = find_scores(softmax), find_values(softmax)
-    return Block(softmax, scores, values, projected) if isinstance(scores, Scores) and values is not None else None
+    if not isinstance(scores, Scores) or values is None:
+        return None
+    size = ctx.target.padded_head(ctx.scheme, scores, values)
+    return None if size is None else Block(softmax, scores, values, projected, size)
