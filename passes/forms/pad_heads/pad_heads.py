@@ -50,7 +50,6 @@ class PadHeads(SitePass[Block]):
     name = "pad-heads"
     kind = Kind.EQUIVALENT
     needs = Stage.CANONICAL
-    after = ("split-qkv",)
     nothing = "no attention that padded heads would make one kernel"
 
     def sites(self, model: Model, ctx: PassContext) -> Matches[Block]:
