@@ -90,7 +90,7 @@ DETECTORS = {
     "nudenet_yolov8n": Detector(yolov8, 0.2, ("*cv[23].[012].2/Conv", "*dfl/conv/Conv"), 400),
     "doclaynet_yolov8n": Detector(yolov8, 0.3, ("*cv[23].[012].2/Conv", "*dfl/conv/Conv"), 40),
     "ddddocr_det": Detector(yolox, 0.1, tuple(f"Conv_{i}" for i in (254, 261, 262, 275, 282, 283, 296, 303, 304)), 100),
-    "centerface": Detector(centerface, 0.35, ("Conv_117", "Conv_119", "Conv_120", "Conv_121"), shape=(1, 3, 224, 224)),
+    "centerface": Detector(centerface, 0.35, ("Conv_117", "Conv_119", "Conv_120", "Conv_121"), 400, (1, 3, 224, 224)),
     "layout_cdla": Detector(picodet, 0.4, ("p2o.Conv.74", "p2o.Conv.83", "p2o.Conv.92", "p2o.Conv.101"), 40),
 }
 
