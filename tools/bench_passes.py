@@ -56,7 +56,7 @@ PIPELINES: dict[str, str] = {
     "equalize": "equalize",
     "split-shortcut": "split-shortcut",
     "bias-correct": "bias-correct",
-    "default": "smooth{search},bias-correct",
+    "default": "smooth{search},split-shortcut{gain=6},bias-correct",
     "center+default": "center,smooth{search},bias-correct",
     "rotate+default": "rotate{r4=block},smooth{search},bias-correct",
     "cnn": "equalize,bias-correct",

@@ -102,7 +102,7 @@ class Annotate(Pass):
         """Scales that are all found at run time need no statistics."""
         if _dynamic(point.spec) or point.bounds is not None or point.follows is not None:
             return []
-        return readers.asks(point, self._method(point, ctx)).probes
+        return readers.probes(point, self._method(point, ctx))
 
     def _unfilled(self, points: Sequence[Point], ctx: PassContext, readers: Readers) -> dict[ir.Node, str]:
         """Nodes with a tensor that held no value in any sample (an expert that got no token, an empty memory), and those that

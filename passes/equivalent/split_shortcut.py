@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qcompile.calib.observe import MinMax, MinMaxStat, Probe
+from qcompile.calib.observe import MinMax, MinMaxStat, Moments, MomentsStat, Probe
 from qcompile.calib.observe.change import Changes
 from qcompile.ir.edit import add_constant, erase, erase_dead, new_node, replace_value
 from qcompile.ir.model import Model
@@ -20,9 +20,12 @@ from qcompile.ir.optable import ops_with
 from qcompile.ir.shapes import dims, rank
 from qcompile.pipeline.base import Kind, PassContext
 from qcompile.pipeline.site import Applied, Missed, SitePass
+from qcompile.quant.qtype import QType
+from qcompile.quant.spec import Scheme
 from qcompile.structure import Matches, Norm, find_activations, find_norms
 from qcompile.structure.core import data_uses, label, once
 
+F64 = NDArray[np.float64]
 _PASSES_CHANNELS = ops_with("activation") | ops_with("copies") | {"Clip", "Sigmoid", "Tanh"}
 _MAX_DEPTH = 12
 
@@ -58,15 +61,16 @@ class SplitShortcut(SitePass[Shortcut]):
     Where float operators stand in between, their output is cut by a Split.  A grouped convolution is cut at group borders
     only, its outputs joined.
     Exact in float on every target, at the cost of a second kernel and an Add.
-    Skipped where the parts' largest magnitudes are within `ratio` of each other: two kernels and an Add would buy nothing.
+    Skipped where the layer's output would gain less than `gain`.  Its error is predicted from the calibration data: a step of a
+    scale is its largest value over 2^(b-1), rounded values err by step^2 / 12, and meet the weights' (the inputs') squares.
     """
 
     name = "split-shortcut"
     kind = Kind.EQUIVALENT
-    ratio: Annotated[float, "least ratio of the parts' ranges that is worth a split"] = 1.5
+    gain: Annotated[float, "least gain of the layer's output that is worth a second kernel and an Add, in dB"] = 1.0
 
     def __post_init__(self) -> None:
-        self.check_range("ratio", 1.0, 1e6)
+        self.check_range("gain", 0.0, 200.0)
 
     def sites(self, model: Model, ctx: PassContext) -> Matches[Shortcut]:
         """Layers behind channel Concats."""
@@ -77,20 +81,19 @@ class SplitShortcut(SitePass[Shortcut]):
         return site.node
 
     def asks(self, site: Shortcut, ctx: PassContext) -> Iterable[Probe[Any]]:
-        """Per-channel extremes of what is split."""
-        return (_probe(site),)
+        """Per-channel extremes and energies of what is split."""
+        return _probes(site)
 
     def rewrite(self, model: Model, site: Shortcut, ctx: PassContext, changes: Changes) -> Applied | Missed:
         """Split the layer if its parts differ."""
         if reason := _refusal(site):
             return Missed(reason)
-        tops = _tops(site, ctx)
-        unlike = max(tops) / max(min(tops), 1e-30) if tops else np.inf
-        if tops and (unlike < self.ratio or not max(tops)):
-            return Missed("the joined parts have like ranges", {"ratio": round(float(unlike), 2)})
+        gain = _gain_db(site, ctx)
+        if gain is not None and gain < self.gain:
+            return Missed("scales of their own would gain the joined parts too little", {"gain_db": round(gain, 2)})
         split(model.graph, site)
         sizes = " + ".join(map(str, site.sizes))
-        return Applied(f"split into branches of {sizes} channels", {"ratio": round(float(min(unlike, 1e6)), 2)})
+        return Applied(f"split into branches of {sizes} channels", {} if gain is None else {"gain_db": round(gain, 2)})
 
     def finish(self, model: Model) -> None:
         """Drop the Concats that nothing reads any more."""
@@ -185,17 +188,51 @@ def _refusal(site: Shortcut) -> str | None:
     return None
 
 
-def _probe(site: Shortcut) -> Probe[MinMaxStat]:
-    return MinMax(1 if is_op(site.node, "Conv") else -1).of(site.input)
+def _probes(site: Shortcut) -> tuple[Probe[MinMaxStat], Probe[MomentsStat]]:
+    axis = 1 if is_op(site.node, "Conv") else -1
+    return MinMax(axis).of(site.input), Moments(axis).of(site.input)
 
 
-def _tops(site: Shortcut, ctx: PassContext) -> list[float]:
-    """The largest magnitude of each part on calibration data; empty when it was not measured."""
-    stat = ctx.told.get(_probe(site))
-    if stat is None or stat.lo.shape != (sum(site.sizes),):
-        return []
-    top = np.maximum(-stat.lo, stat.hi)
-    return [float(part.max()) for part in np.split(top, np.cumsum(site.sizes)[:-1])]
+def _gain_db(site: Shortcut, ctx: PassContext) -> float | None:
+    """By how much the predicted error of the output would fall; None where the channels were not measured."""
+    extremes, sums = _probes(site)
+    ends, moments = ctx.told.get(extremes), ctx.told.get(sums)
+    if ends is None or moments is None or ends.lo.shape != (sum(site.sizes),) or not moments.count:
+        return None
+    tops, energy = np.maximum(-ends.lo, ends.hi), moments.sumsq / moments.count
+    joint, apart = (_error(site, sizes, tops, energy, ctx.scheme) for sizes in ((sum(site.sizes),), site.sizes))
+    return 10 * float(np.log10((joint + 1e-300) / (apart + 1e-300)))
+
+
+def _error(site: Shortcut, sizes: Sequence[int], tops: F64, energy: F64, scheme: Scheme) -> float:
+    """Squared error of an output with one scale for each run of `sizes` channels; small floats err by their own size anywhere."""
+    weight, ends = _by_input(site.node), np.cumsum(sizes)[:-1]
+    rounded = [_step(scheme.activation, top.max()) ** 2 * np.square(w).sum() for top, w in _parts_of((tops, weight), ends)]
+    if _grouped(site.node):  # its outputs have scales of their own in any case
+        return float(sum(rounded))
+    parts = _parts_of((energy, weight), ends)
+    return float(
+        sum(rounded) + sum((_step(scheme.weight, np.abs(w).max((0, 2))) ** 2).sum() * w.shape[2] * e.sum() for e, w in parts)
+    )
+
+
+def _parts_of(arrays: tuple[F64, F64], ends: NDArray[np.intp]) -> list[tuple[F64, F64]]:
+    return list(zip(*(np.split(a, ends) for a in arrays), strict=True))
+
+
+def _step(qtype: QType | None, top: Any) -> F64:
+    return np.asarray(top, np.float64) / 2.0 ** (qtype.bits - 1) if qtype is not None and qtype.family == "int" else np.zeros(())
+
+
+def _by_input(node: ir.Node) -> F64:
+    """The weight [C, outputs that read the channel, taps]."""
+    weight = const_array(node.inputs[1])
+    assert weight is not None
+    wide, groups = weight.astype(np.float64), int_attr(node, "group", 1) if is_op(node, "Conv") else 1
+    if not is_op(node, "Conv"):
+        return (wide.T if int_attr(node, "transB", 0) else wide)[:, :, None]
+    each = wide.reshape(groups, len(wide) // groups, wide.shape[1], -1).swapaxes(1, 2)
+    return each.reshape(-1, *each.shape[2:])
 
 
 def split(graph: ir.Graph, site: Shortcut) -> None:

@@ -18,7 +18,8 @@ class Point:
 
     `carried`: measured per channel and by sampled rows, which follow the folds of earlier passes.
     `bounds`: a range that is known without measuring.  `follows`: takes over the decision of another use of the tensor.
-    `seen`: the function of every element through which alone the tensor is seen.
+    `seen`: the function of every element through which alone the tensor is seen.  `joined`: a wider tensor that holds this one;
+    its range serves both unless it is much too wide.
     """
 
     node: ir.Node
@@ -29,6 +30,7 @@ class Point:
     bounds: tuple[float, float] | None = None
     follows: Point | None = None
     seen: Function | None = None
+    joined: ir.Value | None = None
 
     @property
     def measured(self) -> ir.Value:

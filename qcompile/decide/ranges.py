@@ -27,6 +27,7 @@ Range = tuple[F64, F64]
 PERCENTILES = (99.9, 99.99, 99.999)
 SEARCH_ROWS = 128
 _PERCENTILE = 99.99
+_TOO_WIDE = 2**0.5  # half a bit
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,12 @@ class Readers:
                 readers.weights.setdefault(point.measured, []).append(weight)
         return readers
 
-    def asks(self, point: Point, method: str) -> Asked:
+    def probes(self, point: Point, method: str) -> list[Probe[Any]]:
         """What `choose` reads."""
+        wider = _as_joined(point)
+        return self._asks(point, method).probes + ([] if wider is None else self._asks(wider, method).probes)
+
+    def _asks(self, point: Point, method: str) -> Asked:
         value = point.measured
         if point.carried or (input_folded(point.node) and point.slot >= 0):
             return Asked(*Foldable.of(value).probes)
@@ -108,12 +113,33 @@ class Readers:
         return Asked(Histogram().of(value), Rows(SEARCH_ROWS).of(value) if sampled else None)
 
     def choose(self, point: Point, method: str, told: Told) -> Chosen:
-        """The range of a point's tensor."""
-        asked = self.asks(point, method)
+        """The range of a point's tensor, or the one that it shares."""
+        own, wider = self._chosen(point, method, told), _as_joined(point)
+        if wider is None:
+            return own
+        shared, name = self._chosen(wider, method, told), wider.measured.name
+        times = _span(shared, point.spec) / max(_span(own, point.spec), 1e-30)
+        if point.spec.qtype.family == "int" and times > _TOO_WIDE:
+            return replace(own, method=f"{own.method}; that of {name} is {times:.1f} times as wide")
+        return replace(shared, method=f"{shared.method} of {name}, so that one scale serves both")
+
+    def _chosen(self, point: Point, method: str, told: Told) -> Chosen:
+        asked = self._asks(point, method)
         key = (asked, point.spec, method)
         if key not in self.found:
             self.found[key] = choose(method, point.spec, asked.seen(told), self.weights.get(point.measured, ()), point.seen)
         return self.found[key]
+
+
+def _as_joined(point: Point) -> Point | None:
+    """The point over the range of the wider tensor."""
+    return None if point.joined is None else replace(point, like=point.joined, joined=None, carried=False)
+
+
+def _span(found: Chosen, spec: QuantSpec) -> float:
+    """What one code is a share of."""
+    lo, hi = min(0.0, float(np.min(found.lo))), max(0.0, float(np.max(found.hi)))
+    return 2 * max(-lo, hi) if spec.symmetric else hi - lo
 
 
 def choose(

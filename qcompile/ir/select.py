@@ -48,6 +48,10 @@ class Selection:
         """Why one of `nodes` is left alone, or None."""
         return next((reason for node in nodes if (reason := self.excluded(node))), None)
 
+    def without(self, names: Iterable[str]) -> Selection:
+        """The same with the nodes of these names left alone too."""
+        return replace(self, keep_float=(*self.keep_float, *(f"re:^{re.escape(name)}$" for name in names)))
+
     def excluded(self, node: ir.Node) -> str | None:
         """Why `node` is left alone, or None; --keep-float wins over --quantize, that over --only."""
         kept = self._chosen_by(self.keep_float, node)

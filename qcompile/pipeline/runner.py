@@ -96,10 +96,11 @@ class Runner:
                 before = current.clone() if moved else before
                 yield Starts(format_pass(p), i, len(passes))
                 verifier.meets(p, current, reports)
-                report, result = yield from self._one(p, current, passes[i + 1 :], replace(ctx, remarks=Remarks(p.name)), before)
+                seen = replace(ctx, remarks=Remarks(p.name))
+                report, result = yield from self._one(p, current, passes[i + 1 :], seen, before)
                 self._gate(report, user[i] if user else True)
                 reports.append(report)
-                verifier.saw(p, result, before, current, reports)
+                verifier.saw(p, result, before, current, reports, _again(p, before, seen))
                 moved = result.modified
                 if moved:
                     collect()
@@ -172,6 +173,22 @@ class Runner:
         if self.strict and by_user and not report.modified:
             reasons = "; ".join(dict.fromkeys(r.reason for r in report.remarks)) or "no site matched"
             raise GateError(f"--strict: pass {report.spec!r} changed nothing ({reasons}); remove it, or drop --strict")
+
+
+def _again(p: Pass, before: Model, ctx: PassContext) -> Callable[[Sequence[str]], Model | None]:
+    """The pass run once more from the same statistics, with the nodes of some names left alone; None if it asks for others."""
+
+    def run(names: Sequence[str]) -> Model | None:
+        model = before.clone()
+        told = replace(ctx, remarks=Remarks(p.name), selection=ctx.selection.without(names))
+        told.told = ctx.told
+        try:
+            next(p.rounds(model, told))
+        except StopIteration:
+            return model
+        return None
+
+    return run
 
 
 def _working(p: Pass, model: Model, ctx: PassContext) -> Generator[Needs, Any, PassResult]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,6 +18,7 @@ from qcompile.ir.quantizers import is_quantized
 from qcompile.pipeline.base import EQUIVALENT_TOLERANCE, Comparator, Comparison, Kind, Pass, PassResult
 from qcompile.report import PassReport, listed
 
+Again = Callable[[Sequence[str]], Model | None]
 NOISE_FACTOR = 8  # two forms of one function round independently, and the noise is measured once
 _SITES = 3
 _NOTHING_SMOOTH = "not verified: every output jumps or differs from run to run"
@@ -68,8 +71,16 @@ class Verifier:
         if not p.is_form():
             self._settle(model, reports)
 
-    def saw(self, p: Pass, result: PassResult, before: Model, after: Model, reports: list[PassReport]) -> None:
-        """`p` has run, between `before` and `after`; its report is the last of `reports`."""
+    def saw(
+        self,
+        p: Pass,
+        result: PassResult,
+        before: Model,
+        after: Model,
+        reports: list[PassReport],
+        again: Again,
+    ) -> None:
+        """`p` has run, between `before` and `after`; its report is the last of `reports`.  `again` runs it, nodes left alone."""
         modified, exact = result.modified, result.tolerance <= EQUIVALENT_TOLERANCE
         self.widest = max(self.widest, result.tolerance)
         if self.comparator is None:
@@ -88,7 +99,7 @@ class Verifier:
             reports[-1] = reports[-1] if p.imports else replace(reports[-1], verified=_ON_PURPOSE)
         elif modified and p.kind in (Kind.EQUIVALENT, Kind.LOWER) and self.mode == "each":
             self._settle(before, reports)
-            self._verify(p, before, after, reports, result.tolerance)
+            self._verify(p, before, after, reports, result.tolerance, again)
         elif modified and (p.kind is not Kind.ANNOTATE or p.imports):
             self.step, self.fresh = None, False
 
@@ -106,14 +117,15 @@ class Verifier:
                 self._hold("the whole pipeline", passes[-1], distance, self.source, reports[-1], self.widest)
             reports[-1] = self._with_inside(_measured(reports[-1], "compared at the end", distance), there)
 
-    def _verify(self, p: Pass, before: Model, after: Model, reports: list[PassReport], tolerance: float) -> None:
+    def _verify(self, p: Pass, before: Model, after: Model, reports: list[PassReport], tolerance: float, again: Again) -> None:
         assert self.comparator is not None
         equivalent = p.kind is Kind.EQUIVALENT
         expected = self._known(before) if equivalent else self._reference()
         self.step, self.fresh = self._outputs(after) if equivalent else self.comparator.outputs(after), False
         distance = self.comparator.compare(expected, self.step)
         if p.kind is Kind.EQUIVALENT:
-            self._hold(f"pass {reports[-1].spec!r}", p, distance, before, reports[-1], tolerance)
+            site = None if self._holds(distance, tolerance) else self._first_site(reports[-1], expected, again, tolerance)
+            self._hold(f"pass {reports[-1].spec!r}", p, distance, before, reports[-1], tolerance, site)
         reports[-1] = self._with_inside(_measured(reports[-1], _verdict(p.kind), distance), self.step)
 
     def _take_inside(self, after: Model, reports: list[PassReport]) -> None:
@@ -162,6 +174,23 @@ class Verifier:
                 high, distance = middle, there
         return forms[low], distance
 
+    def _first_site(self, report: PassReport, expected: Any, again: Again, floor: float) -> str | None:
+        """The first site whose rewrite moves the outputs, by bisection; None where leaving sites alone changes nothing."""
+        comparator, sites = self.comparator, _worked_at(report)
+        assert comparator is not None
+
+        def stands(count: int) -> bool:
+            made = again(sites[count:])
+            return made is not None and self._holds(comparator.compare(expected, self._outputs(made)), floor)
+
+        if not sites or not stands(0):
+            return None
+        low, high = 0, len(sites)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if stands(middle) else (low, middle)
+        return sites[low]
+
     def _known(self, before: Model) -> Any:
         """The outputs in front of a pass, which are mostly those behind the one before."""
         assert self.comparator is not None
@@ -175,14 +204,16 @@ class Verifier:
             self.reference = self.comparator.outputs(self.source)
         return self.reference
 
-    def _hold(self, what: str, p: Pass, distance: Comparison, before: Model, report: PassReport, floor: float) -> None:
+    def _hold(
+        self, what: str, p: Pass, distance: Comparison, before: Model, report: PassReport, floor: float, site: str | None = None
+    ) -> None:
         if self._holds(distance, floor):
             return
         name, error = max(distance.errors.items(), key=lambda item: item[1] / self._bound(item[0], floor))
         size = f"{error:.2g} of their size (output {name!r}), more than {self._bound(name, floor):.1g}"
-        failure = VerifyError(f"{what} moved the outputs by {size}{_sites(report)}")
+        failure = VerifyError(f"{what} moved the outputs by {size}{_sites(report, site)}")
         told = self.failed(p, before, failure)
-        raise VerifyError(f"{failure}; {_way_on(p, self.mode)}{told}")
+        raise VerifyError(f"{failure}; {_way_on(p, self.mode, site)}{told}")
 
     def _holds(self, distance: Comparison, floor: float = EQUIVALENT_TOLERANCE) -> bool:
         errors = distance.errors.items()
@@ -199,14 +230,20 @@ class Verifier:
         return max(floor, NOISE_FACTOR * self.noise.get(name, 0.0))
 
 
-def _sites(report: PassReport) -> str:
-    """Where the pass worked, in words."""
-    nodes = list(dict.fromkeys(r.node for r in report.remarks if r.kind == "applied" and r.node))
-    return f" (it worked at {listed(nodes, _SITES)})" if nodes else ""
+def _worked_at(report: PassReport) -> list[str]:
+    return list(dict.fromkeys(r.node for r in report.remarks if r.kind == "applied" and r.node))
 
 
-def _way_on(p: Pass, mode: str) -> str:
-    out = "name the passes without it and add --exact" if p.is_form() else "leave it out of --passes"
+def _sites(report: PassReport, site: str | None) -> str:
+    """Where the pass worked, in words; with the site at which the outputs moved, if it is known."""
+    nodes = _worked_at(report)
+    first = f"; the first site at which they move is {site!r}" if site is not None else ""
+    return f" (it worked at {listed(nodes, _SITES)}{first})" if nodes else ""
+
+
+def _way_on(p: Pass, mode: str, site: str | None) -> str:
+    out = f"leave the site alone with --keep-float {shlex.quote(glob.escape(site))}, or " if site is not None else ""
+    out += "name the passes without it and add --exact" if p.is_form() else "leave it out of --passes"
     return f"{out}, or --verify {'off compares nothing' if mode == 'end' else 'end compares only the finished model'}"
 
 

@@ -54,7 +54,7 @@ class Target(Platform):
     def default(self, scheme: Scheme) -> str:
         """The pipeline that runs when no --passes is given."""
         integers = scheme.activation is not None and scheme.activation.family == "int"
-        return "smooth{search},bias-correct" if integers else ""
+        return "smooth{search},split-shortcut{gain=6},bias-correct" if integers else ""
 
     def forms(self, scheme: Scheme) -> tuple[str, ...]:
         """The form passes that a graph needs before anything is decided, beyond `canonicalize`; their order is the registry's.

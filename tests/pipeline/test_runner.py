@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from onnx import helper
 
 from qcompile.calib.observe import AbsMax, MinMax, MinMaxStat, Probe, Stat
 from qcompile.errors import GateError, ModelError, VerifyError
@@ -133,6 +134,48 @@ def test_a_pass_that_moves_the_outputs_is_stopped(error: float) -> None:
         VerifyError, match=r"pass 'fake' moved the outputs by .* more than 5e-06; leave it out of --passes, or --verify end"
     ):
         run([Fake()], Runner(comparator=FixedComparator(error)))
+
+
+class Kinds(FixedComparator):
+    """Two models are one where their operators are."""
+
+    def compare(self, reference: Model, candidate: Model) -> Comparison:
+        error = float([n.op_type for n in reference.graph] != [n.op_type for n in candidate.graph])
+        return Comparison(error, 40.0, 9, {"y": error})
+
+
+def chain(length: int) -> Model:
+    """x -> Relu n[0] -> ... -> Relu n[length - 1] -> y."""
+    nodes = [helper.make_node("Relu", [f"t{i}"], [f"t{i + 1}"], name=f"n[{i}]") for i in range(length)]
+    ends = [helper.make_tensor_value_info(name, 1, ["N", 4]) for name in ("t0", f"t{length}")]
+    graph = helper.make_graph(nodes, "chain", ends[:1], ends[1:])
+    return Model.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]))
+
+
+@pytest.mark.parametrize("worst", [0, 3, 6])
+def test_the_first_site_that_moves_the_outputs_is_named(worst: int) -> None:
+    def act(model: Model, ctx: PassContext) -> bool:
+        for i, n in enumerate(n for n in model.graph if ctx.selection.excluded(n) is None):
+            ctx.remarks.applied(str(n.name), f"rewritten as number {i}")
+            n.op_type = "Abs" if str(n.name) in (f"n[{worst}]", "n[6]") else n.op_type
+        return True
+
+    with pytest.raises(VerifyError, match="moved the outputs") as error:
+        run([Fake(act=act)], Runner(comparator=Kinds()), chain(7))
+    assert f"the first site at which they move is 'n[{worst}]'" in str(error.value)
+    assert f"leave the site alone with --keep-float 'n[[]{worst}]', or leave it out of --passes" in str(error.value)
+
+
+def test_no_site_is_named_where_leaving_all_alone_does_not_help() -> None:
+    def act(model: Model, ctx: PassContext) -> bool:
+        for n in model.graph:
+            ctx.remarks.applied(str(n.name), "rewritten")
+            n.op_type = "Abs"
+        return True
+
+    with pytest.raises(VerifyError, match="moved the outputs") as error:
+        run([Fake(act=act)], Runner(comparator=Kinds()), chain(3))
+    assert "first site" not in str(error.value) and "--keep-float" not in str(error.value)
 
 
 def test_rounding_is_no_breach() -> None:

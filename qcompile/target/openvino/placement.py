@@ -18,7 +18,7 @@ from qcompile.ir.ops import is_compute, is_const, is_op, weight_slot
 from qcompile.quant.qtype import INT8
 from qcompile.quant.spec import QuantSpec
 from qcompile.structure.scores import Scores, find_scores, find_values
-from qcompile.target.heads import final_heads
+from qcompile.target.sensitive import sensitive
 from qcompile.target.specs import activation_spec, unfit_for_cpu, weight_spec
 from qcompile.target.target import Request
 
@@ -35,12 +35,12 @@ class _State:
     request: Request
     out: Placement
     spec: QuantSpec
-    heads: frozenset[ir.Node]
+    kept: dict[ir.Node, str]
 
 
 def place(model: Model, request: Request) -> Placement:
     """Sites for the CPU plugin, in node order."""
-    state = _State(request, Placement(), activation_spec(request), final_heads(model.graph))
+    state = _State(request, Placement(), activation_spec(request), sensitive(model.graph))
     for node in model.graph:
         if is_compute(node) and (slot := weight_slot(node)) is not None:
             _layer(state, node, slot)
@@ -56,8 +56,8 @@ def place(model: Model, request: Request) -> Placement:
 def _layer(state: _State, node: ir.Node, slot: int) -> None:
     selection = state.request.selection
     reason = selection.excluded(node) or kept_float(node) or unfit_for_cpu(node, slot, "deconvolutions stay in float")
-    if not reason and node in state.heads and selection.forced(node) is None:
-        reason = f"a head: nothing follows to hide its rounding, and it is a small part of the work (--quantize {node.name})"
+    if not reason and node in state.kept and selection.forced(node) is None:
+        reason = f"{state.kept[node]} (--quantize {node.name})"
     if reason:
         state.out.miss(node, reason)
         return

@@ -18,12 +18,11 @@ from qcompile.ir.notes import kept_float
 from qcompile.ir.ops import const_array, const_value, ints_attr, is_compute, is_data_movement, is_op, static_shape, weight_slot
 from qcompile.quant.spec import QuantSpec
 from qcompile.structure.response import response
-from qcompile.target.heads import final_heads
+from qcompile.target.sensitive import HEAD, sensitive
 from qcompile.target.specs import activation_spec, unfit_for_cpu, weight_spec
 from qcompile.target.target import Request
 
 _GEMM_SHARE = 0.5
-_HEAD = "a head: nothing follows to hide its rounding, and it is a small part of the work"
 _HEAD_SHARE = 0.125  # of all weights: a head that is more of the work stays quantized
 
 
@@ -34,15 +33,15 @@ class _Ort:
     request: Request
     out: Placement
     spec: QuantSpec
-    heads: frozenset[ir.Node]
+    kept: dict[ir.Node, str]
     conv_values: set[str] = field(default_factory=set[str])
 
 
 def place(model: Model, request: Request) -> Placement:
     """Sites for the CPU provider, in node order."""
     assert request.scheme.activation is not None
-    heads = _small_heads(model.graph) if request.native else frozenset[ir.Node]()
-    state = _Ort(request, Placement(), activation_spec(request), heads)
+    kept = _kept(model.graph) if request.native else dict[ir.Node, str]()
+    state = _Ort(request, Placement(), activation_spec(request), kept)
     with_gemms = _gemm_share(model.graph) > _GEMM_SHARE
     for node in model.graph:
         if is_op(node, "Add"):
@@ -65,7 +64,7 @@ def _compute(state: _Ort, node: ir.Node, with_gemms: bool) -> None:
         or unfit_for_cpu(node, slot, "the CPU provider has no integer deconvolution")
     )
     if not reason and state.request.selection.forced(node) is None:
-        reason = _HEAD if node in state.heads else _refusal(node, with_gemms)
+        reason = state.kept.get(node) or _refusal(node, with_gemms)
     if reason:
         state.out.miss(node, reason)
         return
@@ -103,11 +102,13 @@ def _is_flat(node: ir.Node) -> bool:
     return is_op(node, "Gemm") or (is_op(node, "MatMul") and data is not None and data.shape is not None and len(data.shape) < 3)
 
 
-def _small_heads(graph: ir.Graph) -> frozenset[ir.Node]:
-    """The convolutions at the end, if they hold few of the weights."""
-    heads = frozenset(n for n in final_heads(graph) if is_op(n, "Conv"))
+def _kept(graph: ir.Graph) -> dict[ir.Node, str]:
+    """Sensitive layers; of the heads the convolutions, if they hold few of the weights."""
+    found = sensitive(graph)
+    heads = frozenset(n for n, reason in found.items() if reason == HEAD and is_op(n, "Conv"))
     sizes = {n: v.size for n in graph if (s := weight_slot(n)) is not None and (v := const_value(n.inputs[s])) is not None}
-    return heads if sum(sizes.get(n, 0) for n in heads) <= _HEAD_SHARE * sum(sizes.values()) else frozenset()
+    few = sum(sizes.get(n, 0) for n in heads) <= _HEAD_SHARE * sum(sizes.values())
+    return {n: reason for n, reason in found.items() if reason != HEAD or (few and n in heads)}
 
 
 def _is_head(node: ir.Node) -> bool:

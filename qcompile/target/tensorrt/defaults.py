@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx_ir as ir
 
 from qcompile.ir.ops import int_attr, is_op, static_shape
@@ -12,7 +14,7 @@ _CHANNELS = {"int": 4, "float": 16}  # an fp8 convolution of a picture has no ke
 _SMALLEST = 16
 
 
-def default_refusal(node: ir.Node, slot: int, request: Request, heads: frozenset[ir.Node]) -> str | None:
+def default_refusal(node: ir.Node, slot: int, request: Request, kept: Mapping[ir.Node, str]) -> str | None:
     """Why a weighted layer stays in float by default, or None."""
     if is_op(node, "ConvTranspose"):
         return "TensorRT has no low-precision deconvolution kernel"
@@ -23,7 +25,7 @@ def default_refusal(node: ir.Node, slot: int, request: Request, heads: frozenset
         return None
     if is_op(node, "Conv") and (reason := _few_channels(node, shape[1], request)):
         return reason
-    return "a head: nothing follows to hide its rounding, and it is a small part of the work" if node in heads else None
+    return kept.get(node)
 
 
 def _few_channels(conv: ir.Node, per_group: int, request: Request) -> str | None:

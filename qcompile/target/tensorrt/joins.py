@@ -36,7 +36,8 @@ def share_residuals(out: Placement, graph: ir.Graph, request: Request) -> None:
 
 
 def share_concat_ranges(out: Placement, graph: ir.Graph) -> None:
-    """A tensor that is quantized for a reader of its own and, concatenated, for another takes the range of the Concat."""
+    """A tensor that is quantized for a reader of its own and, concatenated, for another takes the range of the Concat if that is
+    about as wide: then the codes are joined.  Else it is joined in float and has codes of its own."""
     read = _activations(out)
     wider: dict[ir.Value, ir.Value] = {}
     for concat in graph:
@@ -45,8 +46,7 @@ def share_concat_ranges(out: Placement, graph: ir.Graph) -> None:
         for value in concat.inputs:
             if value is not None and value in read:
                 wider[value] = concat.outputs[0]
-                out.note(concat, f"{value.name} takes the range of {concat.outputs[0].name}, so that one scale serves both")
-    out.points[:] = [replace(s, like=wider[s.value], carried=False) if s.value in wider else s for s in out.points]
+    out.points[:] = [replace(s, joined=wider[s.value]) if s.value in wider else s for s in out.points]
 
 
 def _activations(out: Placement, *op_types: str) -> dict[ir.Value, Point]:

@@ -5,6 +5,7 @@ What the default leaves in float and --quantize may ask for is in `defaults`; re
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import onnx_ir as ir
@@ -15,7 +16,7 @@ from qcompile.ir.notes import kept_float
 from qcompile.ir.ops import activation_channel_axis, const_value, is_compute, is_data_movement, is_op, static_shape, weight_slot
 from qcompile.quant.spec import PerBlock
 from qcompile.structure.scores import Scores, Values, find_scores, find_values
-from qcompile.target.heads import final_heads
+from qcompile.target.sensitive import sensitive
 from qcompile.target.specs import activation_spec, weight_spec
 from qcompile.target.target import Request
 from qcompile.target.tensorrt.blocks import in_blocks, scaled_blocks
@@ -31,11 +32,11 @@ _BLOCKS = (128, 64, 32, 16)
 
 def place(model: Model, request: Request) -> Placement:
     """Sites for TensorRT (inputs only: no Q on outputs, biases, norms or scores)."""
-    out, heads = Placement(), final_heads(model.graph)
+    out, kept = Placement(), sensitive(model.graph)
     for node in model.graph:
         slot = weight_slot(node) if is_compute(node) else None
         if slot is not None:
-            _weighted(out, node, slot, request, heads)
+            _weighted(out, node, slot, request, kept)
     if request.scheme.activation is not None:
         for softmax in model.graph:
             if is_op(softmax, "Softmax"):
@@ -47,9 +48,9 @@ def place(model: Model, request: Request) -> Placement:
     return out
 
 
-def _weighted(out: Placement, node: ir.Node, slot: int, request: Request, heads: frozenset[ir.Node]) -> None:
+def _weighted(out: Placement, node: ir.Node, slot: int, request: Request, kept: Mapping[ir.Node, str]) -> None:
     reason = request.selection.excluded(node) or kept_float(node) or _impossible(node, slot, request)
-    reason = reason or _unasked(node, slot, request, heads)
+    reason = reason or _unasked(node, slot, request, kept)
     if reason:
         out.miss(node, reason)
         return
@@ -77,10 +78,10 @@ def _block(node: ir.Node, slot: int, granularity: PerBlock) -> int | None:
     return next((b for b in _BLOCKS if b <= granularity.size and length % b == 0), None)
 
 
-def _unasked(node: ir.Node, slot: int, request: Request, heads: frozenset[ir.Node]) -> str | None:
+def _unasked(node: ir.Node, slot: int, request: Request, kept: Mapping[ir.Node, str]) -> str | None:
     if request.selection.forced(node) is not None:
         return None
-    reason = default_refusal(node, slot, request, heads)
+    reason = default_refusal(node, slot, request, kept)
     return None if reason is None else f"{reason} (--quantize {node.name} overrides)"
 
 

@@ -70,7 +70,22 @@ def test_like_ranges_are_left_alone() -> None:
     model = joined(factor=1.0, sizes=(6, 6))
     after, remarks = split(model)
     assert after.digest() == split(model, "canonicalize")[0].digest()
-    assert [(r.kind, r.node, r.reason) for r in remarks] == [("missed", "conv", "the joined parts have like ranges")]
+    assert [(r.kind, r.node, r.reason) for r in remarks] == [
+        ("missed", "conv", "scales of their own would gain the joined parts too little")
+    ]
+
+
+def test_the_predicted_gain_decides() -> None:
+    """Boxes beside scores are worth a second layer in the default; parts twice as large as others are not."""
+    for factor, done in ((2.0, False), (100.0, True)):
+        _, remarks = split(joined(factor=factor), "split-shortcut{gain=6}")
+        (told,) = [r for r in remarks if r.node == "conv"]
+        assert (told.kind == "applied") == done and (told.numbers["gain_db"] >= 6) == done
+
+
+def test_small_floats_gain_nothing() -> None:
+    _, remarks = split(joined(factor=100.0), scheme="fp8")
+    assert [(r.kind, r.numbers["gain_db"]) for r in remarks] == [("missed", 0.0)]
 
 
 def test_groups_over_the_border_are_refused() -> None:

@@ -287,11 +287,11 @@ def test_a_shared_residual_has_one_quantizer_node() -> None:
     assert producer is not None and producer.op_type == "DequantizeLinear"
 
 
-def concatenated() -> Model:
-    """Conv a -> Relu -> {Conv b, Concat with b's output} -> Conv joined -> Conv last; b is 8 times larger than a."""
+def concatenated(gain: float) -> Model:
+    """Conv a -> Relu -> {Conv b, Concat with b's output} -> Conv joined -> Conv last; `gain` says how large b is."""
     constants = {
         "w0": random(16, 16, 1, 1),
-        "w1": 8 * random(16, 16, 1, 1),
+        "w1": np.float32(gain) * random(16, 16, 1, 1),
         "w2": random(16, 32, 1, 1),
         "w3": random(16, 16, 1, 1),
     }
@@ -307,11 +307,20 @@ def concatenated() -> Model:
     return built(nodes, ["N", 16, 8, 8], constants)
 
 
-def test_concatenated_tensors_share_a_scale() -> None:
-    found, report = decided(concatenated(), (4, 16, 8, 8))
+@pytest.mark.parametrize(("gain", "scheme"), [(0.2, "w8a8"), (8, "fp8")])
+def test_concatenated_tensors_share_a_scale(gain: float, scheme: str) -> None:
+    found, report = decided(concatenated(gain), (4, 16, 8, 8), scheme=scheme)
     inner, outer = found["b", 0].qparams, found["joined", 0].qparams
     assert inner is not None and outer is not None and float(inner.scale) == float(outer.scale)
-    assert any(r.node == "join" and r.kind == "note" and "one scale serves both" in r.reason for r in report.remarks)
+    assert any(r.node == "b" and "of j, so that one scale serves both" in str(r.numbers["range"]) for r in report.remarks)
+
+
+def test_a_small_tensor_keeps_its_scale_in_front_of_a_concat() -> None:
+    """Under the scale of a Concat eight times as wide it would have 16 codes of 127."""
+    found, report = decided(concatenated(8), (4, 16, 8, 8))
+    inner, outer = found["b", 0].qparams, found["joined", 0].qparams
+    assert inner is not None and outer is not None and float(outer.scale) > 4 * float(inner.scale)
+    assert any(r.node == "b" and "that of j is" in str(r.numbers.get("range")) for r in report.remarks)
 
 
 def test_one_quantizer_for_each_tensor() -> None:
