@@ -70,7 +70,7 @@ class OrtComparator:
         return answers
 
     def _outputs(self, model: Model) -> Answers:
-        if _in_parts(model):
+        if runs_in_parts(model):
             runs = run_in_parts(runnable(computed(model)), self.feeds, PART_BYTES, threads=self.threads)
             return Answers(runs, tallies(model))
         return self._run(model, exact=True)
@@ -93,7 +93,7 @@ class OrtComparator:
         a few steps of the coarsest type that the model computes in.  A large model is not run again.
         """
         steps = ROUNDINGS * coarsest_step(model.graph)
-        moved = {} if _in_parts(model) else self._moved(model, answers)
+        moved = {} if runs_in_parts(model) else self._moved(model, answers)
         return {t.name: max(steps, moved.get(t.name, 0.0)) for t in answers.tallies}
 
     def _moved(self, model: Model, answers: Answers) -> dict[str, float]:
@@ -109,7 +109,8 @@ class OrtComparator:
         return Answers(found, tallies(model))
 
 
-def _in_parts(model: Model) -> bool:
+def runs_in_parts(model: Model) -> bool:
+    """Whether a session of the whole model would take too much memory or, opened, time that is not linear in its nodes."""
     return is_large(model.graph) or len(model.graph) > 2 * BLOCK_NODES
 
 

@@ -144,8 +144,8 @@ def _common_folder(tensors: Iterable[ir.ExternalTensor]) -> Path:
 def run_in_parts(model: Model, feeds: Sequence[Arrays], limit: int, **options: Any) -> list[list[NDArray[Any]]]:
     """All outputs of `model` for every feed, from parts that read at most `limit` bytes of weights, one after the other.
 
-    ONNX Runtime may dequantize the weights of a whole graph before it multiplies with the first: parts bound what that
-    takes.  The values are those of one exact session, bit for bit.  Raises as `open_model`.
+    Without feeds, the parts are only opened.  ONNX Runtime may dequantize the weights of a whole graph before it multiplies with
+    the first: parts bound what that takes.  The values are those of one exact session, bit for bit.  Raises as `open_model`.
     """
     source = typed(model)
     names = [str(v.name) for v in source.graph.outputs]
@@ -159,7 +159,7 @@ def run_in_parts(model: Model, feeds: Sequence[Arrays], limit: int, **options: A
         for arrays in known:
             found = run(session, {n: arrays[n] for n in inputs}, outputs)
             arrays |= dict(zip(outputs, found, strict=True))
-        _forget(known, {*names, *feeds[0], *(n for later in blocks[i + 1 :] for n in later.takes)})
+        _forget(known, {*names, *(feeds[0] if feeds else ()), *(n for later in blocks[i + 1 :] for n in later.takes)})
     return [[arrays[n] for n in names] for arrays in known]
 
 

@@ -57,12 +57,17 @@ def per_channel_activation(c: Context) -> Hits:
 def wrong_weight_axis(c: Context) -> Hits:
     """A weight's scales run along another axis than the output channels."""
     for site in c.sites:
-        rule, weight = c.target.op_rule(site.node.op_type), site.weight
-        if rule is None or weight is None or not weight.per_axis or weight.rank is None or weight.axis_here is None:
-            continue
-        wanted = output_axis(site, weight.slot, weight.rank, rule)
-        if weight.axis_here != wanted:
-            yield site.node.name, f"the weight's scales run along axis {weight.axis_here}, output channels are axis {wanted}"
+        if (axes := misplaced_scales(c, site)) is not None:
+            yield site.node.name, "the weight's scales run along axis {}, output channels are axis {}".format(*axes)
+
+
+def misplaced_scales(c: Context, site: Site) -> tuple[int, int] | None:
+    """The axis that a weight's scales run along and the one of the output channels, where these differ."""
+    rule, weight = c.target.op_rule(site.node.op_type), site.weight
+    if rule is None or weight is None or not weight.per_axis or weight.rank is None or weight.axis_here is None:
+        return None
+    wanted = output_axis(site, weight.slot, weight.rank, rule)
+    return None if weight.axis_here == wanted else (weight.axis_here, wanted)
 
 
 def output_axis(site: Site, slot: int, rank: int, rule: OpRule) -> int:

@@ -109,6 +109,19 @@ def test_a_default_session_that_fails_is_an_error_where_the_float_model_runs(tmp
     assert len(both.warnings) == 1 and "the float one neither" in both.warnings[0]
 
 
+@pytest.mark.parametrize("feeds", [[], [{"x": np.ones((1, 4), np.float32)}]])
+def test_many_nodes_are_opened_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, feeds: list[Any]) -> None:
+    good, bad = foreign(tmp_path / "a.onnx"), foreign(tmp_path / "b.onnx", known=False)
+    monkeypatch.setattr("qcompile.execute.compare.BLOCK_NODES", 0)
+    monkeypatch.setattr("qcompile.verbs.compile.trial.open_model", None)
+    made = trial(good, good)
+    made.feeds = feeds
+    made.loads()
+    made.take(bad, None)
+    with pytest.raises(GateError, match=r"does not run the model that was made.*Odd"):
+        made.loads()
+
+
 def test_rules_stop_what_the_float_model_does_not_break(tmp_path: Path) -> None:
     good, bad = foreign(tmp_path / "a.onnx"), foreign(tmp_path / "b.onnx", known=False)
     with pytest.raises(GateError, match="QC-TRT-015"):

@@ -11,7 +11,7 @@ from onnx import NodeProto, TensorProto
 from qcompile.ir.optable import ops_with
 from qcompile.target.attention import AttentionBlock, attention_blocks, scores_of
 from qcompile.target.findings import Context, Hits, Operand, Site, scale_of
-from qcompile.target.rules_common import wrong_weight_axis
+from qcompile.target.rules_common import misplaced_scales
 from qcompile.target.tensorrt.fusion import dequantized
 from qcompile.target.view import DEQUANTIZE_OPS, QUANTIZE_OPS, attribute
 
@@ -127,7 +127,7 @@ def _fused(c: Context, site: Site) -> bool:
     bad_scale = any(
         (o.per_axis and not _along_rows(site, o)) or (o.one_scale and site.node.op_type == "Conv") for o in site.activations
     )
-    return not bad_scale and site.node.name not in (name for name, _ in wrong_weight_axis(c))
+    return not bad_scale and misplaced_scales(c, site) is None
 
 
 def _float_deconvolution(site: Site, kinds: set[str | None]) -> bool:

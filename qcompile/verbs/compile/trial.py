@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from qcompile.backend import openvino, parser
 from qcompile.backend.process import plugins
 from qcompile.errors import BuildError, GateError, QcompileError
-from qcompile.execute.compare import Answers, OrtComparator
-from qcompile.execute.opening import open_model
+from qcompile.execute.compare import PART_BYTES, Answers, OrtComparator, runs_in_parts
+from qcompile.execute.emulate.runnable import runnable
+from qcompile.execute.opening import open_model, run_in_parts
 from qcompile.execute.session import make_session, run
 from qcompile.ir.model import Model
 from qcompile.ir.reader import read_proto
@@ -150,7 +151,10 @@ class FileTrial:
         return False
 
     def _exactly(self, model: Model) -> None:
-        """A large model's weights are not run through again: it was compared part by part."""
+        """A large model's weights are not run through again: it was compared part by part.  Many nodes open in parts."""
+        if runs_in_parts(model) and not self.large:
+            run_in_parts(runnable(model), self._fed()[:1], PART_BYTES, threads=self.threads)
+            return
         session = open_model(model, exact=True, threads=self.threads)
         if self.feeds and not self.large:
             run(session, self._fed()[0])
