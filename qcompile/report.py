@@ -61,10 +61,12 @@ class Remarks:
 
 @dataclass(frozen=True)
 class OutputPart:
-    """A part of an output that joins unlike quantities: where it lies, or the tensor that it is, and its SQNR in dB."""
+    """A part of an output that joins unlike quantities: where it lies, or the tensor that it is, its SQNR in dB, and the root of
+    the mean squared error in its own unit."""
 
     name: str
     sqnr_db: float
+    rms_error: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -280,21 +280,23 @@ def jobs() -> dict[str, Callable[[], Job]]:
 
 
 def export(job: Job, path: Path, runs: int) -> None:
-    """Write the model and its data; random weights, the same every time."""
+    """Write the model and its data; random weights, the same every time.  Sizes that cannot be dynamic are fixed."""
     rng = torch.Generator().manual_seed(1)
     data = [job.inputs(rng) for _ in range(runs)]
     shapes = {"inputs": job.dynamic and {n: {a: torch.export.Dim(d) for a, d in job.dynamic.get(n, {}).items()} for n in data[0]}}
-    program = torch.onnx.export(
-        job.net.eval(),
-        (),
-        kwargs=data[0],
-        dynamo=True,
-        verbose=False,
-        input_names=list(data[0]),
-        dynamic_shapes=shapes if job.dynamic else None,
-    )
+    try:
+        program = _exported(job.net.eval(), data[0], shapes if job.dynamic else None)
+    except torch.onnx.errors.OnnxExporterError:
+        if not job.dynamic:
+            raise
+        program = _exported(job.net, data[0], None)
     program.save(path, external_data=False)
     np.savez(path.with_suffix(".data.npz"), **{n: np.stack([r[n].numpy() for r in data]) for n in data[0]})
+
+
+def _exported(net: nn.Module, inputs: Tensors, shapes: dict[str, Any] | None) -> Any:
+    named = {"input_names": list(inputs), "dynamic_shapes": shapes}
+    return torch.onnx.export(net, (), kwargs=inputs, dynamo=True, verbose=False, **named)
 
 
 def main() -> None:

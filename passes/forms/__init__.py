@@ -2,6 +2,6 @@
 
 ORDER = (
     "canonicalize", "unify-qdq", "fold-pad", "fold-bn", "fold-dims", "space-to-depth", "gelu-order", "opset", "fuse-norm",
-    "split-qkv", "bias-rank",
+    "split-qkv", "pad-heads", "bias-rank",
 )  # fmt: skip
 """The order in which the planner inserts those that a target wants."""

@@ -21,6 +21,7 @@ from qcompile.backend.profile import Profile
 from qcompile.backend.tensorrt import plan_profiles, run_worker
 from qcompile.errors import BuildError
 from qcompile.ir.model import EXTERNAL_BYTES
+from qcompile.ir.select import exactly
 from qcompile.report import Note, listed
 from qcompile.target.check import check
 from qcompile.target.findings import Finding
@@ -74,7 +75,7 @@ class Bisection:
             return f"no cause found in {self.builds} builds; look at `qcompile check`"
         found = "; ".join(_sentence(c) for c in self.culprits)
         fixes = dict.fromkeys(c.rule.fix for c in self.culprits if c.rule is not None)
-        keep = " ".join(f"--keep-float '{n}'" for n in self.nodes[:NAMED]) + (" ..." if len(self.nodes) > NAMED else "")
+        keep = " ".join(f"--keep-float '{exactly(n)}'" for n in self.nodes[:NAMED]) + (" ..." if len(self.nodes) > NAMED else "")
         proof = "with these in float the rest builds" if self.rest_builds else f"there may be more after {self.builds} builds"
         return f"broken by the Q/DQ of {found}; {', '.join((*fixes, f'or compile with {keep} ({proof})'))}"
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, ValueInfoProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from qcompile.ir.infer import infer_proto
 from qcompile.ir.optable import ops_with
 
 Shape = Sequence[int]
@@ -76,7 +77,7 @@ def _untyped(value: ValueInfoProto) -> onnx.TypeProto:
 
 
 def _infer(skeleton: ModelProto) -> dict[str, list[int]]:
-    graph = onnx.shape_inference.infer_shapes(skeleton, data_prop=True).graph
+    graph = infer_proto(skeleton).graph
     values = (*graph.value_info, *graph.input, *graph.output)
     shaped = {v.name: dims_of(v) for v in values if v.type.tensor_type.HasField("shape")}
     return {name: dims for name, dims in shaped.items() if all(d > 0 for d in dims)}

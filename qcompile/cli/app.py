@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 
 from qcompile._version import __version__
-from qcompile.errors import QcompileError, UsageError
+from qcompile.errors import InputError, QcompileError, UsageError
 from qcompile.report import escaped
 
 DEBUG = "QCOMPILE_DEBUG"
@@ -108,6 +108,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except QcompileError as e:
         return _fail(str(e), e.exit_code)
+    except MemoryError as e:
+        what = " ".join(str(e).split()) or "no memory is left"
+        return _fail(f"out of memory ({what}); give --mem-limit, fewer --samples or a smaller --batch", InputError.exit_code)
     except Exception as e:
         return _internal(e)
 

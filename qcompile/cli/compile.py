@@ -75,8 +75,7 @@ def show_result(result: Result) -> None:
     _show_missed(result)
     print_text("", f"output       {result.output}")
     print_text(f"size         {megabytes(result.output_bytes)} ({result.given} {megabytes(result.source_bytes)})")
-    figure = f"{number(result.sqnr_db, unit=' dB')} against {result.reference}, {_measured_on(result)}"
-    print_text(f"SQNR         {figure}{worst(result.outputs)}")
+    print_text(f"SQNR         {_figure(result)}{worst(result.outputs)}")
     show_outputs(result.outputs)
     if result.float_db is not None:
         print_text(f"             {number(result.float_db, unit=' dB')} against the float model inside it")
@@ -89,9 +88,16 @@ def show_result(result: Result) -> None:
         show_engine(result.engine)
 
 
+def _figure(result: Result) -> str:
+    """The figure, against what, and of which samples; that there is none where nothing was compared."""
+    if not result.measured_on:
+        return "not measured" + (" (--verify off)" if result.options.verify == "off" else "")
+    return f"{number(result.sqnr_db, unit=' dB')} against {result.reference}, {_measured_on(result)}"
+
+
 def _measured_on(result: Result) -> str:
     """Whose figure it is."""
-    if result.held_back or not result.measured_on:
+    if result.held_back:
         return f"on {result.measured_on} samples no pass saw"
     return f"on {result.measured_on} of the samples it was fitted to (too few to hold some back: give more)"
 

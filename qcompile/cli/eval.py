@@ -13,11 +13,12 @@ from qcompile.cli.output import answer, number, percent, print_table, print_text
 from qcompile.cli.progress import reporter
 from qcompile.verbs.evaluate.conformance import Conformance, OracleRun
 from qcompile.verbs.evaluate.layers import LayerError
-from qcompile.verbs.evaluate.outputs import Evaluation
+from qcompile.verbs.evaluate.outputs import Evaluation, Measure, Score
 from qcompile.verbs.evaluate.run import EvalOptions, Evaluated, run
 from qcompile.verbs.options import made
 
 WORST_LAYERS = 12
+_WRITTEN = {"top1": "top-1", "top5": "top-5", "mae": "MAE", "rmse": "RMSE", "r2": "R2", "mse": "MSE", "auc": "AUC"}
 
 
 @click.command("eval", cls=Command)
@@ -50,11 +51,14 @@ def show_evaluation(found: Evaluation) -> None:
     """Both models on the data, their distance, and the worst layers."""
     ref, new = found.reference, found.candidate
     rows = [("path", str(ref.path), str(new.path)), ("size", f"{ref.size_mb:.2f} MB", f"{new.size_mb:.2f} MB")]
-    rows += [_metric_row(name, value, new.metrics[name]) for name, value in ref.metrics.items()]
     print_table(["", "reference", "candidate"], rows)
     if found.simulated:
         print_text("ONNX Runtime cannot fuse the candidate's Q/DQ pairs: it was simulated, pair by pair")
-    print_text("", f"samples      {found.samples}", f"agreement    {percent(found.agreement)}")
+    for measure in found.tasks:
+        _show_measure(measure)
+    print_text("", f"samples      {found.samples}")
+    if not any(s.name == "agreement" for measure in found.tasks for s in measure.scores):
+        print_text(f"agreement    {percent(found.agreement)}")
     print_text(f"SQNR         {number(found.sqnr_db, unit=' dB')}{worst(found.outputs)}")
     show_outputs(found.outputs)
     print_text(f"KL           {number(found.kl, '.3g')}")
@@ -63,10 +67,29 @@ def show_evaluation(found: Evaluation) -> None:
         _show_layers(found.per_layer)
 
 
-def _metric_row(name: str, reference: float, candidate: float) -> tuple[str, str, str]:
-    if name == "top1":
-        return "top-1", percent(reference), percent(candidate)
-    return name, number(reference, ".4g"), number(candidate, ".4g")
+def _show_measure(found: Measure) -> None:
+    """A task's or a metric's figures of both models, the difference, and how sure it is."""
+    print_text("", f"{found.title} ({found.why})")
+    rows = [_score_row(s) for s in found.scores]
+    print_table(["", "reference", "candidate", "difference", "95 % interval", "samples"], rows, right=(1, 2, 3, 4, 5))
+
+
+def _score_row(s: Score) -> tuple[str, ...]:
+    form, unit, scale = (".1f", " %", 100.0) if s.share else (".4g", "", 1.0)
+    shown = [number(None if v is None else scale * v, form, unit) for v in (s.reference, s.candidate)]
+    signed = "+.2f" if s.share else "+.2g"
+    difference, low, high = (None if v is None else scale * v for v in (s.difference, s.low, s.high))
+    ends = signed if s.difference is not None else form
+    between = "" if low is None else f"{number(low, ends)} .. {number(high, ends)}"
+    name = _WRITTEN.get(s.name, s.name)
+    return (
+        name,
+        "" if s.reference is None else shown[0],
+        shown[1],
+        "" if difference is None else number(difference, signed),
+        between,
+        str(s.n),
+    )
 
 
 def show_conformance(found: Conformance) -> None:

@@ -27,6 +27,7 @@ class Distance:
     dot: float = 0.0
     largest_error: float = 0.0
     largest: float = 0.0
+    entries: int = 0
 
     def add(self, reference: ArrayLike, candidate: ArrayLike) -> None:
         """Take a batch of both; any shape, the same for both.
@@ -36,6 +37,7 @@ class Distance:
         """
         r, c = _pair(reference, candidate)
         difference = c - r
+        self.entries += r.size
         self.signal += float(r @ r)
         self.noise += float(difference @ difference)
         self.power += float(c @ c)
@@ -47,6 +49,11 @@ class Distance:
     def sqnr_db(self) -> float:
         """10 log10(sum r^2 / sum (c - r)^2) in dB, within +-200; 200 when nothing differs."""
         return decibel(self.signal, self.noise)
+
+    @property
+    def rms_error(self) -> float:
+        """The root of the mean of (c - r)^2."""
+        return float(np.sqrt(self.noise / max(self.entries, 1)))
 
     @property
     def cosine(self) -> float:
@@ -87,58 +94,6 @@ class LogitTally:
         return max(self.kl_sum / max(self.rows, 1), 0.0)
 
 
-@dataclass
-class LabelTally:
-    """Top-1 and negative log likelihood of logits [..., C] under integer labels [...]."""
-
-    rows: int = 0
-    correct: int = 0
-    nll_sum: float = 0.0
-
-    def add(self, logits: ArrayLike, labels: ArrayLike) -> None:
-        """Take a batch.
-
-        Raises:
-            ValueError: the labels' shape is not that of the logits without their last axis.
-        """
-        z = np.asarray(logits)
-        if z.shape[:-1] != np.shape(labels):
-            raise ValueError(f"labels of shape {np.shape(labels)} do not fit logits of shape {z.shape}")
-        y, rows = np.asarray(labels).reshape(-1).astype(np.int64), _rows(z)
-        self.rows += len(y)
-        self.correct += int((rows.argmax(-1) == y).sum())
-        self.nll_sum -= float(log_probabilities(rows)[np.arange(len(y)), y].sum())
-
-    @property
-    def top1(self) -> float:
-        """Share of rows whose largest entry is the label, in [0, 1]."""
-        return self.correct / max(self.rows, 1)
-
-    @property
-    def nll(self) -> float:
-        """Mean negative log likelihood of a label, in nats."""
-        return self.nll_sum / max(self.rows, 1)
-
-
-@dataclass
-class ErrorTally:
-    """Mean squared error against real-valued targets of the output's shape."""
-
-    count: int = 0
-    squares: float = 0.0
-
-    def add(self, output: ArrayLike, target: ArrayLike) -> None:
-        """Take a batch of both."""
-        o, t = _pair(output, target)
-        self.count += o.size
-        self.squares += float((o - t) @ (o - t))
-
-    @property
-    def mse(self) -> float:
-        """Mean squared error."""
-        return self.squares / max(self.count, 1)
-
-
 def sqnr_db(reference: ArrayLike, candidate: ArrayLike) -> float:
     """Signal to quantization noise ratio in dB (see `Distance.sqnr_db`)."""
     return _distance(reference, candidate).sqnr_db
@@ -162,20 +117,6 @@ def kl(reference: ArrayLike, candidate: ArrayLike) -> float:
 def agreement(reference: ArrayLike, candidate: ArrayLike) -> float:
     """Share of rows of two arrays of logits [..., C] with the same largest class."""
     return _logits(reference, candidate).agreement
-
-
-def top1(logits: ArrayLike, labels: ArrayLike) -> float:
-    """Share of rows of logits [..., C] whose largest entry is the label [...]."""
-    tally = LabelTally()
-    tally.add(logits, labels)
-    return tally.top1
-
-
-def nll(logits: ArrayLike, labels: ArrayLike) -> float:
-    """Mean negative log likelihood of the labels [...] under logits [..., C], in nats."""
-    tally = LabelTally()
-    tally.add(logits, labels)
-    return tally.nll
 
 
 def decibel(signal: float, noise: float) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import onnx
 import onnx_ir as ir
@@ -15,6 +15,7 @@ from qcompile.ir.schemas import complete_types
 from qcompile.ir.tensors import elsewhere
 
 _SHAPES = 1000  # bytes: longer constants are no shapes, and their values say nothing
+_FOLLOWED = 1 << 22
 
 
 def infer_shapes(model: Model) -> None:
@@ -27,9 +28,18 @@ def infer_shapes(model: Model) -> None:
     with elsewhere(values, "weights"):
         proto = ir.to_proto(model.ir)
     with contextlib.suppress(Exception):  # of as many classes as there are causes
-        _take_over(model.graph, onnx.shape_inference.infer_shapes(proto, data_prop=True).graph)
+        _take_over(model.graph, infer_proto(proto).graph)
     for graph in model.ir.graphs():
         complete_types(graph, model.ir.opset_imports)
+
+
+def infer_proto(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """By onnx's inference, shapes that are computed followed too; raises whatever it does.
+
+    It holds every element of what it follows, some 100 bytes each: not where one axis of an input alone would fill the memory.
+    """
+    sizes = [d.dim_value for v in proto.graph.input for d in v.type.tensor_type.shape.dim]
+    return onnx.shape_inference.infer_shapes(proto, data_prop=max(sizes, default=0) <= _FOLLOWED)
 
 
 def forget_declared(model: Model) -> None:
@@ -62,6 +72,28 @@ def restore_declared(model: Model, source: Model) -> list[str]:
 
 def _shown(shape: ir.Shape) -> str:
     return f"[{', '.join(str(d) if isinstance(d, int) or d.value is not None else '?' for d in shape)}]"
+
+
+def drop_false_names(model: Model, shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> list[str]:
+    """Take the name off sizes of inputs that share one and differ in the data: an engine would hold them to be equal.
+
+    `shapes`: `min` and `max` of each input's shape.  Returns a line for every such name.
+    """
+    seen = dict[str, set[tuple[int, int]]]()
+    for value in model.graph.inputs:
+        bounds = shapes.get(str(value.name))
+        if value.shape is not None and bounds is not None and len(value.shape) == len(bounds["min"]):
+            for size, bound in zip(value.shape, zip(bounds["min"], bounds["max"], strict=True), strict=True):
+                seen.setdefault(_name(size), set()).add(bound)
+    false = {name for name, bounds in seen.items() if name and len(bounds) > 1}
+    for value in (*model.graph.inputs, *(v for node in model.graph for v in node.outputs)) if false else ():
+        if value.shape is not None:
+            value.shape = ir.Shape([None if _name(size) in false else size for size in value.shape])
+    return [f"sizes of inputs are named {name!r} and differ in the data: the name was dropped" for name in sorted(false)]
+
+
+def _name(size: int | ir.SymbolicDim) -> str:
+    return "" if isinstance(size, int) else size.value or ""
 
 
 def _agree(a: ir.Shape, b: ir.Shape) -> bool:

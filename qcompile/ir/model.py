@@ -14,7 +14,7 @@ from onnx_ir.passes.common import NameFixPass
 
 from qcompile.errors import ModelError
 from qcompile.ir.accept import state_types
-from qcompile.ir.atomic import Check, atomic_file, beside, write_atomic
+from qcompile.ir.atomic import Check, atomic_file, beside, place, remove_stale, write_atomic
 from qcompile.ir.masks import is_mask
 from qcompile.ir.notes import spell, spelled
 from qcompile.ir.reader import as_ir, read_ir
@@ -229,8 +229,10 @@ def _input_info(value: ir.Value) -> InputInfo:
 
 def _save_external(model: Model, path: Path, check: Check | None) -> Path:
     """External data under its content's name first, the .onnx last."""
+    path = place(path)
+    remove_stale(path)
     staging = beside(path)
-    data = f".{path.name}.{os.getpid()}.data"
+    data = f"{staging.name}.data"
     try:
         copy = model.clone()
         spell(copy.ir)

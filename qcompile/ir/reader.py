@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
-from onnx.external_data_helper import load_external_data_for_model
 from onnx_ir.external_data import set_base_dir
 
 from qcompile.errors import ModelError
 from qcompile.ir.accept import in_order, spell_out
 from qcompile.ir.mapped import MappedTensor, map_file
 from qcompile.ir.skim import Found, skim
+from qcompile.ir.sound import require_sound
+from qcompile.ir.tensors import map_tensors
 
 MAPPED_FILE = 1 << 26  # from here on a file's weights are mapped: a smaller one is read
 SKIMMED_FILE = 1 << 20  # from here on a protobuf parser's copies of weights are saved
@@ -32,9 +36,26 @@ def read_proto(path: str | Path, *, weights: bool = True) -> ModelProto:
     """
     path = Path(path)
     proto = _checked(_parsed(path), path)
-    if weights:
-        load_external_data_for_model(proto, str(path.parent))
+    for tensor in _tensors(proto) if weights else ():
+        if tensor.data_location == TensorProto.EXTERNAL:
+            _read_in(tensor, path.parent)
     return proto
+
+
+def _read_in(tensor: TensorProto, folder: Path) -> None:
+    file, start, length = _where(tensor, folder)
+    with file.open("rb") as stream:
+        stream.seek(start)
+        data = stream.read(length)
+    tensor.ClearField("external_data")
+    tensor.data_location = TensorProto.DEFAULT
+    tensor.raw_data = data
+
+
+def _where(tensor: TensorProto, folder: Path) -> tuple[Path, int, int]:
+    """File, first byte and number of bytes of a checked tensor."""
+    info = {e.key: e.value for e in tensor.external_data}
+    return folder / info["location"], int(info.get("offset") or 0), int(info.get("length") or 0) or _bytes(tensor)
 
 
 def read_ir(path: str | Path) -> ir.Model:
@@ -74,7 +95,23 @@ def as_ir(proto: ModelProto, path: Path) -> ir.Model:
         raise ModelError(f"{path} cannot be read: {_root(e)}; does onnx.checker accept it? Export the model again") from e
     in_order(model.graph, path)
     set_base_dir(model.graph, path.parent)
+    map_tensors(model, _followed)
     return model
+
+
+def _followed(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """onnx_ir reads no data through links: those that `_check_external` let pass are mapped here."""
+    if not isinstance(tensor, ir.ExternalTensor):
+        return tensor
+    file = Path(tensor.path)
+    if file.stat().st_nlink == 1 and not file.is_symlink():
+        return tensor
+    shape, start, data = tensor.shape.numpy(), tensor.offset or 0, map_file(file)
+    if tensor.dtype.bitwidth < 8:  # packed
+        raw = data[start : start + int(tensor.nbytes)]
+        return ir.from_proto(TensorProto(name=tensor.name, data_type=int(tensor.dtype), dims=shape, raw_data=raw))
+    array = np.frombuffer(data, tensor.dtype.numpy(), math.prod(shape), start).reshape(shape)
+    return MappedTensor(array, tensor.dtype, shape=ir.Shape(shape), name=str(tensor.name), doc_string=tensor.doc_string)
 
 
 def _root(error: BaseException) -> str:
@@ -157,18 +194,21 @@ def _unreadable(path: Path, error: Exception) -> ModelError:
 def _checked(proto: ModelProto, path: Path) -> ModelProto:
     if not proto.opset_import:
         raise ModelError(f"{path} is not an ONNX model (it names no operator set); export the model again")
-    root = path.parent.resolve()
+    roots = (path.parent.resolve(), path.resolve().parent)  # where the path leads to through links of the user's own
     for tensor in _tensors(proto):
         if tensor.data_location == TensorProto.EXTERNAL:
-            _check_external(tensor, path, root)
+            _check_external(tensor, path, roots)
+    require_sound(proto, _tensors(proto), path)
     return proto
 
 
-def _check_external(tensor: TensorProto, path: Path, root: Path) -> None:
+def _check_external(tensor: TensorProto, path: Path, roots: tuple[Path, Path]) -> None:
+    """By its name the data lies in the model's folder, and behind links there or beside the file that the path leads to."""
     info = {e.key: e.value for e in tensor.external_data}
     location = info.get("location", "")
-    file = root / location
-    if not file.resolve().is_relative_to(root) or Path(location).is_absolute():
+    file = roots[0] / location
+    named = Path(os.path.normpath(file)).is_relative_to(roots[0]) and not Path(location).is_absolute()
+    if not named or not any(file.resolve().is_relative_to(root) for root in roots):
         what = f"{path}: tensor {tensor.name!r} points outside the model's folder ({location})"
         raise ModelError(f"{what} and is not read; put its file beside the model")
     if not file.is_file():

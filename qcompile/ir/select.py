@@ -127,6 +127,12 @@ def matches(pattern: str, name: str) -> bool:
     return fnmatch.fnmatchcase(name, pattern) or pattern == name
 
 
+def exactly(name: str) -> str:
+    """The selector that chooses the nodes of this name and no others: to be shown, and typed again."""
+    text = re.sub(r"([*?[])", r"[\1]", name)
+    return f"[{text[0]}]{text[1:]}" if text.startswith(("re:", "op:", "region:")) else text
+
+
 def _require_regex(text: str, regex: str) -> None:
     try:
         re.compile(regex)

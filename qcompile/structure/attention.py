@@ -160,8 +160,7 @@ def _over_last_axis(softmax: ir.Node) -> bool:
 
 def follow_values(layout: Layout, values: Values[ir.Node]) -> tuple[Linear, NDArray[np.int64]] | str:
     """From V (laid out as `layout` in front of P V) to the output projection: (linear, columns [its in_channels]), or why not."""
-    product = values.matmul.outputs[0]
-    traced = trace(product, _product_layout(layout, values), scaling=True)
+    _, traced = trace_values(layout, values)
     if traced.outputs:
         return "the attention output is a graph output"
     if traced.lost:
@@ -177,6 +176,12 @@ def follow_values(layout: Layout, values: Values[ir.Node]) -> tuple[Linear, NDAr
     if columns is None or len(columns) != linear.in_channels:
         return f"the channels in front of {label(end.node)} cannot be followed"
     return linear, columns
+
+
+def trace_values(layout: Layout, values: Values[ir.Node]) -> tuple[Layout, Trace]:
+    """The layout of P V, and where its channels go, for V laid out as `layout` in front of it."""
+    behind = _product_layout(layout, values)
+    return behind, trace(values.matmul.outputs[0], behind, scaling=True)
 
 
 def _product_layout(layout: Layout, values: Values[ir.Node]) -> Layout:

@@ -62,6 +62,7 @@ class Platform:
     `one_quantizer`: two unequal quantizers of one tensor cannot run; `mixed_widths`: layers may differ in width (--bits);
     `tables`: companded codes can be simulated; `fuses_elementwise`: one more Mul behind an activation costs no time;
     `lacks`: operators that it has in no form;
+    `dynamic_lstm`: it has an LSTM in 8 bit that is quantized at run time;
     `joins_thirds`: a packed q/k/v projection that cannot be taken apart is computed in three parts and joined again.
     """
 
@@ -89,6 +90,7 @@ class Platform:
     tables: bool = False
     fuses_elementwise: bool = False
     joins_thirds: bool = False
+    dynamic_lstm: bool = False
     lacks: frozenset[str] = frozenset()
 
     def require(self, scheme: Scheme) -> None:

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING
 from qcompile.target.platform import Platform
 
 if TYPE_CHECKING:  # a command that only lists targets imports no graphs
+    import onnx_ir as ir
+
     from qcompile.decide.placement import Placement
     from qcompile.ir.model import Model
     from qcompile.ir.select import Selection
     from qcompile.oracle.ranges import Proof
     from qcompile.quant.spec import Scheme
+    from qcompile.structure.scores import Scores, Values
     from qcompile.target.attention import AttentionBlock
     from qcompile.target.findings import Rule
     from qcompile.target.trial import Trial
@@ -81,7 +84,7 @@ class Target(Platform):
         if scheme.weight is None:
             return Placement()
         placed = self.placement(model, Request(self, scheme, selection, choices))
-        miss_unplaced(placed, model.graph, self.name)
+        miss_unplaced(placed, model.graph, self)
         return placed
 
     def placement(self, model: Model, request: Request) -> Placement:
@@ -109,6 +112,10 @@ class Target(Platform):
     ) -> tuple[str, ...]:
         """Why an attention block became several kernels, as far as it is known; shapes of tensors at both ends of a profile."""
         return ()
+
+    def padded_head(self, scheme: Scheme, scores: Scores[ir.Node], values: Values[ir.Node]) -> int | None:
+        """The head size with which an attention is one kernel, where it is none with its own; None if there is no such size."""
+        return None
 
     def proof(self, view: GraphView) -> Proof | None:
         """Proven bounds of every integer in a model that computes with nothing else; None where there is nothing to prove."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from qcompile.report import listed
 from qcompile.target.target import Target
 
 _NAMED = 4
+_LONGEST_NAME = 255
 
 
 def require_selectors(selectors: Mapping[str, Sequence[str]]) -> None:
@@ -69,20 +71,33 @@ def require_operators(model: Model, target: Target) -> None:
 
 
 def require_place(out: Path | None, what: str, taken: Sequence[Path]) -> None:
-    """Guard for files that are written beside the output.
+    """Guard for files that are written, the output among them.
 
     Raises:
-        UsageError: `out` is a folder, lies in a missing folder, or would overwrite one of `taken`.
+        UsageError: `out` is a folder, a device or a pipe, lies in a missing folder, has too long a name, or would overwrite one
+            of `taken`.
     """
     if out is None:
         return
-    if out.is_dir():
-        raise UsageError(f"{what} {out} is a folder; name a file")
-    if not out.parent.is_dir():
-        raise UsageError(f"the folder of {what} {out} does not exist; create it first, or choose another place")
-    clash = next((t for t in taken if out.resolve() == t.resolve()), None)
+    try:
+        if out.is_dir():
+            raise UsageError(f"{what} {out} is a folder; name a file")
+        if out.exists() and not out.is_file():
+            raise UsageError(f"{what} {out} is a device or a pipe, which would be replaced; name a file")
+        if not out.parent.is_dir():
+            raise UsageError(f"the folder of {what} {out} does not exist; create it first, or choose another place")
+    except OSError as e:
+        raise UsageError(f"{what} cannot be {str(out)[:80]!r}: {e.strerror or e}; choose another name") from e
+    if len(os.fsencode(out.name)) > _LONGEST_NAME:
+        raise UsageError(f"the name of {what} is longer than {_LONGEST_NAME} bytes ({out.name[:40]}...); choose a shorter one")
+    clash = next((t for t in taken if same_file(out, t)), None)
     if clash is not None:
         raise UsageError(f"{what} {out} would overwrite {clash.name}; choose another name")
+
+
+def same_file(a: Path, b: Path) -> bool:
+    """Whether both name one file, through links and other hard links too."""
+    return a.resolve() == b.resolve() or (a.exists() and b.exists() and os.path.samefile(a, b))
 
 
 def unmatched(model: Model, selectors: Mapping[str, Sequence[str]]) -> list[str]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import shlex
 import tomllib
 import types
 import typing
@@ -162,7 +163,7 @@ def made(cls: type[T], given: Mapping[str, Any], model: Path | None = None, keys
     missing = [o.name for o in known.values() if o.required and o.name not in given]
     if missing:
         raise UsageError(f"the option {missing[0]!r} must be given")
-    found = {} if model is None else {n: v for n, v in _sidecar(model, keys or cls).items() if n in known}
+    found = {} if model is None else {n: v for n, v in _sidecar(model, keys or cls, given).items() if n in known}
     return cls(**{name: known[name].check(value) for name, value in {**found, **given}.items()})
 
 
@@ -193,8 +194,11 @@ def to_json(options: Any) -> dict[str, Any]:
     return {n: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for n, v in values.items()}
 
 
-def _sidecar(model: Path, keys: type) -> dict[str, Any]:
-    """What `MODEL.qcompile.toml` holds: keys as on the command line or as fields, texts that are paths from there."""
+def _sidecar(model: Path, keys: type, typed: Collection[str]) -> dict[str, Any]:
+    """What `MODEL.qcompile.toml` holds: keys as on the command line or as fields, texts that are paths from there.
+
+    A model's folder is data: what names code is refused unless that option is among those `typed`.
+    """
     file = model.with_name(f"{model.stem}.qcompile.toml")
     if not file.is_file():
         return {}
@@ -208,8 +212,16 @@ def _sidecar(model: Path, keys: type) -> dict[str, Any]:
         option = known.get(key.replace("_", "-"))
         if option is None:
             raise UsageError(f"{file} has an unknown key {key!r}{near(key, known)} (it may hold: {', '.join(sorted(known))})")
+        if option.name not in typed:
+            _require_no_code(file, option, value)
         values[option.name] = _placed(file, option, value)
     return values
+
+
+def _require_no_code(file: Path, option: Option, value: Any) -> None:
+    if isinstance(value, str) and re.search(r"\.py:", value):
+        what = f"{file} names Python code ({option.name} = {value!r}), which runs only where it is typed"
+        raise UsageError(f"{what}; if you trust it, add {shlex.join([option.flag, value])}")
 
 
 def _placed(file: Path, option: Option, value: Any) -> Any:

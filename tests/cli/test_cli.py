@@ -49,6 +49,13 @@ def int8(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ---- compile ------------------------------------------------------------------------------------------------------
 
 
+def test_what_was_not_compared_has_no_figure(tmp_path: Path, capsys: Capture) -> None:
+    words = ("--target", "trt", "--samples", 16, "--verify", "off", "-o", tmp_path / "out.onnx")
+    code, text, err = call(capsys, CNN, *words)
+    assert code == 0, err
+    assert "SQNR         not measured (--verify off)\n" in text
+
+
 @pytest.mark.parametrize("words", [(), ("compile",)], ids=["default command", "named"])
 def test_a_model_is_compiled_with_the_data_beside_it(words: tuple[str, ...], tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "out.onnx"

@@ -30,6 +30,21 @@ def test_nothing_heavy_is_loaded(code: str) -> None:
     assert done.stderr.strip() == "[]"
 
 
+def test_an_interrupt_while_modules_are_imported_is_one_line() -> None:
+    program = """
+import sys
+class Stops:
+    def find_spec(self, name, *rest):
+        if name == "qcompile.cli.app":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Stops())
+from qcompile.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "error: interrupted; nothing was written\n")
+
+
 def test_importing_changes_no_environment() -> None:
     program = "import os; before = dict(os.environ); import qcompile; assert dict(os.environ) == before"
     subprocess.run([sys.executable, "-c", program], check=True)

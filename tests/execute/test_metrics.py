@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qcompile.execute import metrics
-from qcompile.execute.metrics import MAX_SQNR_DB, ChannelTally, Distance, LabelTally, LogitTally
+from qcompile.execute.metrics import MAX_SQNR_DB, ChannelTally, Distance, LogitTally
 
 RNG = np.random.default_rng(0)
 
@@ -32,8 +32,6 @@ def test_cosine_and_relative_error() -> None:
 def test_shapes_must_agree() -> None:
     with pytest.raises(ValueError, match="cannot be compared"):
         metrics.sqnr_db(np.zeros((2, 3)), np.zeros((3, 2)))
-    with pytest.raises(ValueError, match="do not fit"):
-        metrics.top1(np.zeros((2, 3)), np.zeros(3))
 
 
 def test_kl_against_the_formula_and_of_large_logits() -> None:
@@ -43,30 +41,25 @@ def test_kl_against_the_formula_and_of_large_logits() -> None:
     assert metrics.kl(p[None], q[None]) == pytest.approx(expected), "rows that are probabilities are used as they are"
 
 
-def test_agreement_top1_and_nll_of_token_logits() -> None:
+def test_agreement_of_token_logits() -> None:
     a = np.zeros((2, 2, 3))
     a[..., 1] = 50.0
     b = a.copy()
     b[0, 0] = [90.0, 0.0, 0.0]
     assert metrics.agreement(a, b) == 0.75
-    assert metrics.top1(b, np.ones((2, 2), np.uint8)) == 0.75
-    assert metrics.nll(a, np.ones((2, 2), int)) == pytest.approx(0.0, abs=1e-12)
-    assert metrics.nll(np.zeros((4, 8)), np.zeros(4, int)) == pytest.approx(np.log(8))
 
 
 @given(st.integers(1, 19))
 def test_tallies_do_not_depend_on_the_batches(cut: int) -> None:
-    r, y = RNG.standard_normal((20, 6)), RNG.integers(0, 6, 20)
+    r = RNG.standard_normal((20, 6))
     c = r + 0.1 * RNG.standard_normal(r.shape)
-    distance, logits, labels = Distance(), LogitTally(), LabelTally()
+    distance, logits = Distance(), LogitTally()
     for part in (slice(0, cut), slice(cut, None)):
         distance.add(r[part], c[part])
         logits.add(r[part], c[part])
-        labels.add(c[part], y[part])
     assert distance.sqnr_db == pytest.approx(metrics.sqnr_db(r, c))
     assert distance.cosine == pytest.approx(metrics.cosine(r, c))
     assert (logits.kl, logits.agreement) == pytest.approx((metrics.kl(r, c), metrics.agreement(r, c)))
-    assert (labels.top1, labels.nll) == pytest.approx((metrics.top1(c, y), metrics.nll(c, y)))
 
 
 @pytest.mark.parametrize("shape", [(10, 7, 6), (10, 6, 5, 5)])

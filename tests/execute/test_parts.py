@@ -35,9 +35,20 @@ def test_a_concat_in_front_of_an_output_is_seen(body: str, axis: int) -> None:
     assert joins(graph(body)) == [Join(axis, (("a", BOXES), ("b", SCORES)))]
 
 
-@pytest.mark.parametrize("body", ["y = Relu(boxes)", "a = Concat<axis = 1>(boxes, scores) y = Softmax(a)", "y = Identity(boxes)"])
+@pytest.mark.parametrize("body", ["y = Relu(boxes)", "y = Identity(boxes)"])
 def test_nothing_else_is(body: str) -> None:
     assert joins(graph(body)) == [None]
+
+
+def test_the_shares_of_a_softmax_are_alike() -> None:
+    assert joins(graph("a = Concat<axis = 1>(boxes, scores) b = Softmax<axis = 1>(a) y = Identity(b)")) == [Join(1, ())]
+    sure = np.tile([[0.9999, 0.0001]], (8, 1))
+    less = sure + np.array([-0.001, 0.001])
+    tally, cut = PartTally(Join(-1, ())), PartTally()
+    tally.add(sure, less)
+    cut.add(sure, less)
+    assert tally.parts(60.0) == ()
+    assert cut.parts(60.0)[0].sqnr_db < 0
 
 
 def detections(noise: float, axis: int = 1) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -85,3 +96,12 @@ def test_a_model_knows_its_joins() -> None:
     tally.add(*detections(0.3))
     (found,) = figures([tally])
     assert found.worst_db == found.parts[0].sqnr_db < 10 < (found.sqnr_db or 0)
+
+
+@pytest.mark.parametrize(("shape", "dark", "parts"), [((2, 1, 8, 8), 3, 0), ((2, 8, 8, 1), 1, 0), ((2, 4, 8, 8), 1, 2)])
+def test_a_dark_border_of_a_map_is_no_part_and_a_small_channel_is(shape: tuple[int, ...], dark: int, parts: int) -> None:
+    x = np.ones(shape)
+    x[tuple([slice(None)] * dark + [0])] = 1e-4
+    tally = PartTally()
+    tally.add(x, x + 1e-3)
+    assert len(tally.parts(60.0)) == parts

@@ -10,7 +10,7 @@ from onnx import TensorProto as T
 from onnx import helper, numpy_helper
 from onnx_ir.passes.common import ShapeInferencePass
 
-from qcompile.ir.infer import infer_shapes
+from qcompile.ir.infer import drop_false_names, infer_shapes
 from qcompile.ir.model import Model
 from tests.structure import exports
 
@@ -78,3 +78,23 @@ def test_the_reader_of_a_plugins_output_tells_its_type() -> None:
     found = {str(v.name): v for n in model.graph for v in n.outputs}
     assert found["a"].dtype == found["m"].dtype == ir.DataType.FLOAT
     assert found["b"].type is None  # one of two integer types
+
+
+def test_a_name_that_the_data_contradicts_is_dropped() -> None:
+    values = [
+        helper.make_tensor_value_info("x", T.FLOAT, ["N", 3, "?", "?"]),
+        helper.make_tensor_value_info("m", T.FLOAT, ["N", 4]),
+    ]
+    outs = [
+        helper.make_tensor_value_info("y", T.FLOAT, ["N", 3, "?", "?"]),
+        helper.make_tensor_value_info("z", T.FLOAT, ["N", 4]),
+    ]
+    nodes = [helper.make_node("Abs", ["x"], ["y"]), helper.make_node("Abs", ["m"], ["z"])]
+    model = Model.from_proto(helper.make_model(helper.make_graph(nodes, "g", values, outs)))
+    batch = {"m": {"min": [1, 4], "max": [8, 4]}}
+    assert not drop_false_names(model, batch | {"x": {"min": [1, 3, 48, 48], "max": [8, 3, 96, 96]}})
+    (line,) = drop_false_names(model, batch | {"x": {"min": [1, 3, 48, 192], "max": [8, 3, 48, 192]}})
+    assert "'?'" in line
+    graph = model.to_proto().graph
+    dims = [[d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in (*graph.input, *graph.output)]
+    assert dims == [["N", 3, 0, 0], ["N", 4], ["N", 3, 0, 0], ["N", 4]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qcompile.errors import UsageError
-from qcompile.ir.select import ORIGIN, require_selector, selected, with_width
+from qcompile.ir.select import ORIGIN, exactly, require_selector, selected, with_width
 from qcompile.quant.qtype import INT8, simulated_int
 from tests.passes.models import block, stem
 
@@ -37,6 +37,15 @@ FIRST_HALF = {"conv1", "bn1", "relu1", "pad1", "conv2"}
 def test_what_a_selector_chooses(text: str, expected: set[str]) -> None:
     require_selector(text)
     assert {str(n.name) for n in selected(text, stem().graph)} == expected
+
+
+@pytest.mark.parametrize("name", ["layers[0]/fc", "a*b", "what?", "re:(", "op:Conv", "region:a..b", "plain"])
+def test_the_selector_of_a_name_chooses_that_name_alone(name: str) -> None:
+    graph = stem().graph
+    first, second, *_ = graph
+    first.name, second.name = name, name.translate(str.maketrans("*?[]", "xy0z")) + "1"
+    require_selector(exactly(name))
+    assert selected(exactly(name), graph) == {first}
 
 
 def test_a_region_takes_every_path_between_its_ends() -> None:

@@ -94,7 +94,7 @@ def test_passes_of_another_version_are_passed_over() -> None:
 
 def test_the_lowering_stands_in_its_order_whoever_wrote_its_parts() -> None:
     assert names(plan("fp16", "trt"))[-2:] == ["insert-qdq", "fp16"]
-    assert names(plan("fp16", "trt", "fp16")) == ["canonicalize", "opset", "fuse-norm", "fp16"]
+    assert names(plan("fp16", "trt", "fp16")) == ["canonicalize", "opset", "fuse-norm", "pad-heads", "fp16"]
 
 
 @pytest.mark.parametrize("late", [n for n in EQUIVALENT if n != "canonicalize"])

@@ -25,6 +25,8 @@ def missed(model: ModelProto, folder: Path, target: str = "rtx", scheme: str = "
 @pytest.mark.parametrize(("op", "gates"), [("LSTM", 4), ("GRU", 3), ("RNN", 1)])
 def test_recurrent_layers(op: str, gates: int, target: str, tmp_path: Path) -> None:
     reason = f"a recurrent layer: {target} has no low-precision kernel for {op}, so it stays in float"
+    if (target, op) == ("ort", "LSTM"):
+        reason = "a recurrent layer: float, unless insert-qdq{lstm=dynamic} as the last pass has it in 8 bit, ranges of run time"
     assert (op, reason) in missed(recurrent(op, gates), tmp_path, target)
 
 

@@ -15,27 +15,62 @@ import bench_detect
 import bench_models
 import zoo
 
-GOOD = {"rc": 0, "loads": True, "said_db": 31.0, "own_db": 31.2, "fast_db": 20.0, "static_db": 30.0}
+from qcompile.calib.data.dataset import Dataset
+from qcompile.calib.data.readers import ArrayReader
+
+GOOD = {"target": "rtx", "rc": 0, "loads": True, "printed_db": 31.3, "said_db": 31.0, "own_db": 31.2, "fast_db": 20.0}
 
 
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
         ({}, []),
-        ({"said_db": 20.1}, []),  # true of a default session
-        ({"said_db": 25.0}, ["false figure"]),
+        ({"said_db": 20.1}, ["eval differs"]),
+        ({"target": "ort", "said_db": 20.1, "printed_db": 20.1}, []),  # true of a default session
+        ({"printed_db": 25.0}, ["false figure"]),
+        ({"printed_db": None}, []),  # measured on other runs
+        ({"printed_db": 107.0, "own_db": 66.0, "said_db": 61.0}, []),
         ({"said_db": None}, ["no figure"]),
-        ({"own_db": 29.0, "said_db": 29.0}, ["below quantize_static"]),
+        ({"static_db": 32.0}, ["below quantize_static"]),
         ({"static_db": "fails: ValueError"}, []),
         ({"loads": False}, ["does not load"]),
         ({"built": "no"}, ["no engine"]),
         ({"built": "float too"}, []),
         ({"built": "yes"}, ["no audit"]),
         ({"rc": 3}, ["exit 3"]),
+        ({"rc": 3, "message": "error: nothing in the model can be quantized to w8a8"}, []),
     ],
 )
 def test_faults(change: dict[str, Any], expected: list[str]) -> None:
     assert bench_models.faults(GOOD | change) == expected
+
+
+@pytest.mark.parametrize(
+    ("declared", "made", "real", "same"),
+    [
+        ([1, "N"], [1, "N"], (1, 4), True),
+        ([1, "N"], [1, 4], (1, 4), False),
+        ([1, "N"], ["d0", "N"], (1, 4), False),
+        ([None, "N"], ["d0", "N"], (1, 4), True),
+        (["N", 4], ["d0", 4], (1, 4), False),
+        (["?", "?"], [None, None], (1, 4), True),
+        ([], ["d0", 2], (1, 2), True),  # a wrong declaration was dropped
+        ([3, 2], ["d0", 2], (1, 2), True),
+        ([3, 2], ["d0", 5], (1, 2), False),
+    ],
+)
+def test_the_interface_holds_shapes(declared: list[Any], made: list[Any], real: tuple[int, ...], same: bool) -> None:
+    source, other = [("y", "tensor(float)", declared)], [("y", "tensor(float)", made)]
+    assert (bench_models.differing(source, other, [real]) == "") == same
+    assert bench_models.differing(source, [("z", "tensor(float)", declared)], [real])
+
+
+def test_the_judging_runs_are_those_that_the_product_holds_back() -> None:
+    runs = [{"x": np.full((1, 2), i, np.float32)} for i in range(24)]
+    fitted, held = bench_models.split(runs)
+    x = np.concatenate([r["x"] for r in runs])
+    data = Dataset(ArrayReader({"x": x}, {"x": x.dtype}, {}), tuple(range(24)), ("x",), "here").fitted(len(fitted))
+    assert [int(r["x"][0, 0]) for r in held] == list(data.held) and len(data) == 16
 
 
 def test_the_worst_output_counts() -> None:

@@ -10,9 +10,14 @@ import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 
+from qcompile.cli import main
 from qcompile.errors import DataError, ModelError
 from qcompile.execute import metrics
+from qcompile.report import SILENT
 from qcompile.verbs.evaluate.outputs import evaluate
+from qcompile.verbs.evaluate.run import EvalOptions
+from qcompile.verbs.evaluate.run import run as evaluated
+from qcompile.verbs.options import options_of
 from tests.verbs import evaluation_graphs as graphs
 
 KEYS = {
@@ -26,6 +31,7 @@ KEYS = {
     "agreement",
     "kl",
     "outputs",
+    "tasks",
 }
 
 
@@ -66,8 +72,9 @@ def test_metrics_are_those_of_the_whole_data(tmp_path: Path, reference: Path) ->
     assert result["sqnr_db"] == pytest.approx(metrics.sqnr_db(r, c), rel=1e-3)
     assert result["kl"] == pytest.approx(metrics.kl(r, c), rel=1e-3)
     assert result["agreement"] == metrics.agreement(r, c)
-    assert result["reference"]["top1"] == metrics.top1(r, labels)
-    assert result["candidate"]["nll"] == pytest.approx(metrics.nll(c, labels), rel=1e-4)
+    assert result["reference"]["top1"] == (r.argmax(-1) == labels).mean()
+    nll = -metrics.log_probabilities(c.astype(np.float64))[np.arange(37), labels].mean()
+    assert result["candidate"]["nll"] == pytest.approx(nll, rel=1e-4)
     assert seen == [(16, 37), (32, 37), (37, 37)]
 
 
@@ -75,6 +82,60 @@ def test_real_valued_labels_give_the_squared_error(tmp_path: Path, reference: Pa
     labels = np.zeros((20, graphs.CLASSES), np.float32)
     result = evaluate(reference, reference, graphs.dataset(tmp_path / "d.npz", reference, labels=labels)).to_json()
     assert result["reference"]["mse"] > 0 and "top1" not in result["reference"]
+
+
+@pytest.mark.parametrize(
+    ("arrays", "pairs"), [({"score": np.arange(10.0)}, 10), ({"pairs": [[0, 3], [1, 2]], "scores": [1, 2]}, 2)]
+)
+def test_pairs_and_their_scores_are_ranked(tmp_path: Path, reference: Path, arrays: dict[str, Any], pairs: int) -> None:
+    np.savez(tmp_path / "d.npz", x=np.random.default_rng(1).standard_normal((20, graphs.DIM)).astype(np.float32), **arrays)
+    options = EvalOptions(data=str(tmp_path / "d.npz"))
+    found = evaluated(reference, graphs.coarse_model(tmp_path / "c.onnx"), options, SILENT).to_json()
+    spearman = found["tasks"][0]["scores"][0]
+    assert (spearman["name"], spearman["n"]) == ("spearman", pairs) and abs(spearman["difference"]) < 1
+    assert found["reference"]["spearman"] == spearman["reference"]
+    few = evaluated(reference, reference, EvalOptions(data=str(tmp_path / "d.npz"), samples=4), SILENT).to_json()
+    assert few["samples"] == 4 and few["tasks"][0]["scores"][0]["n"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"pairs": [[0, 3]]}, "no scores"),
+        ({"pairs": [[0, 20]], "scores": [1]}, "0..20 of 20"),
+        ({"pairs": [0, 1], "scores": [1]}, "P, 2"),
+    ],
+)
+def test_unusable_pairs_are_an_error(tmp_path: Path, reference: Path, arrays: dict[str, Any], message: str) -> None:
+    np.savez(tmp_path / "d.npz", x=np.zeros((20, graphs.DIM), np.float32), **arrays)
+    with pytest.raises(DataError, match=message):
+        evaluated(reference, reference, EvalOptions(data=str(tmp_path / "d.npz")), SILENT)
+
+
+def test_a_metric_of_the_user_and_a_chosen_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reference = graphs.float_model(tmp_path / "float.onnx", more=("hidden",))
+    file = tmp_path / "mine.py"
+    file.write_text("def size(outputs, labels):\n    return {n: abs(a).sum(1) for n, a in outputs.items()}\n", encoding="utf-8")
+    np.savez(tmp_path / "d.npz", x=np.ones((20, graphs.DIM), np.float32), labels=np.zeros(20, np.int64))
+    words = ["eval", str(reference), str(reference), "--data", str(tmp_path / "d.npz"), "--on", "hidden", "--metric"]
+    assert main([*words, f"{file}:size", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [t["title"] for t in found["tasks"]] == ["classification by output 'hidden'", f"metric {file}:size"]
+    assert [s["name"] for s in found["tasks"][1]["scores"]] == ["logits", "hidden"] and found["tasks"][1]["scores"][0]["low"] == 0
+    assert main([*words, f"{file}:size", "--task", "none"]) == 0
+    assert "hidden" in capsys.readouterr().out
+    assert main([*words, str(file)]) == 2 and "FILE.py:FUNCTION" in capsys.readouterr().err
+    assert main([*words, f"{file}:other"]) == 3 and "no function 'other'" in capsys.readouterr().err
+
+
+def test_labels_that_fit_nothing_are_a_note(tmp_path: Path, reference: Path) -> None:
+    np.savez(tmp_path / "d.npz", x=np.zeros((20, graphs.DIM), np.float32), labels=np.zeros((20, 3)))
+    found = evaluated(reference, reference, EvalOptions(data=str(tmp_path / "d.npz")), SILENT)
+    assert any("fit no output" in note for note in found.notes)
+
+
+def test_a_metric_is_no_option_of_a_file_beside_the_model() -> None:
+    assert next(o for o in options_of(EvalOptions) if o.name == "metric").written.once
 
 
 def test_labels_outside_the_classes_are_an_error(tmp_path: Path, reference: Path) -> None:

@@ -96,6 +96,17 @@ def test_what_belongs_to_one_command_is_not_taken_from_a_file(key: str, tmp_path
         made(Options, {}, sidecar(tmp_path, f'{key} = "x"\n'))
 
 
+@pytest.mark.parametrize(
+    ("text", "typed"),
+    [('calib = "x.py:feed"', "--calib x.py:feed"), ('passes = "repq,x.py:change"', "--passes repq,x.py:change")],
+)  # fmt: skip
+def test_code_runs_only_where_it_is_typed(text: str, typed: str, tmp_path: Path) -> None:
+    model = sidecar(tmp_path, text)
+    with pytest.raises(UsageError, match=f"runs only where it is typed; if you trust it, add {typed}"):
+        made(Options, {}, model)
+    assert made(Options, {"calib": "random", "passes": "repq"}, model).calib == "random"
+
+
 def test_words_say_the_same_again() -> None:
     options = Options(target="ort", samples=8, keep_float=("a", "b"), exact=True, seed=3)
     said = words(options, [f.name for f in dataclasses.fields(options)])

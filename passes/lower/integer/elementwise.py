@@ -16,11 +16,10 @@ from qcompile.ir.ops import const_array, float_attr, is_op, str_attr
 from qcompile.passes.lower.integer.context import Scene, clamp_bounds, narrowed
 from qcompile.passes.lower.integer.emit import INT8, INT16, INT32, INT64, UNBOUNDED, Fixed, Format
 from qcompile.passes.lower.integer.linear import INT32_LIMIT, with_constant
-from qcompile.passes.lower.integer.requant import clamped, clip, codes, rounded_sum
+from qcompile.passes.lower.integer.requant import ANY_INT64, clamped, clip, codes, rounded_sum
 from qcompile.target.integer.plan import Step, constant_operand, entry, is_bias
 
 _Array = NDArray[np.float64]
-_ANY_INT64 = 2.0**63
 _COARSEST = 0.25
 
 
@@ -122,7 +121,7 @@ def from_int(scene: Scene, step: Step) -> Fixed:
     wide = em.cast(source, INT64)
     fmt = scene.stored_format(step.output)
     low, high = math.ceil((fmt.lo - fmt.zero) * fmt.scale - 1e-3), math.floor((fmt.hi - fmt.zero) * fmt.scale + 1e-3)
-    clipped = clip(em, wide, low, high, _ANY_INT64)
+    clipped = clip(em, wide, low, high, ANY_INT64)
     em.ctx.remarks.note(em.at, f"integers cast to numbers are saturated to {low}..{high}, twice what calibration saw")
     return Fixed(em.cast(clipped, INT32), np.asarray(1.0), low, high)
 
@@ -132,6 +131,14 @@ def where(scene: Scene, step: Step) -> Fixed:
     fmt, em = scene.stored_format(step.output), scene.em
     sides = [_side(scene, v, fmt) for v in step.node.inputs[1:3]]
     return Fixed(em.emit("Where", [step.node.inputs[0], *sides], fmt.dtype), np.asarray(fmt.scale), fmt.lo, fmt.hi, fmt.zero)
+
+
+def extreme(scene: Scene, step: Step) -> Fixed:
+    """Max or Min of tensors: all as codes of the output's format, which have the order of the numbers."""
+    fmt, em, op = scene.stored_format(step.output), scene.em, step.node.op_type
+    sides = [_side(scene, v, fmt) for v in step.node.inputs]
+    value = em.emit(op, [em.cast(side, INT32) for side in sides], INT32)
+    return Fixed(em.cast(value, fmt.dtype), np.asarray(fmt.scale), fmt.lo, fmt.hi, fmt.zero)
 
 
 def _side(scene: Scene, value: ir.Value | None, fmt: Format) -> ir.Value:

@@ -10,7 +10,6 @@ import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from qcompile.decide.decisions import clear_decisions
-from qcompile.errors import ModelError
 from qcompile.ir.edit import erase_dead, sort
 from qcompile.ir.model import Model
 from qcompile.passes.lower.integer import divide as divides
@@ -25,14 +24,14 @@ from qcompile.passes.lower.integer.cost import note_cost
 from qcompile.passes.lower.integer.emit import Emitter, Fixed
 from qcompile.passes.lower.integer.fused import ROUNDING, fused
 from qcompile.pipeline.base import Kind, Pass, PassContext, PassResult, Stage
-from qcompile.target.integer.plan import Plan, Step, is_float, plan
+from qcompile.target.integer.plan import Step, is_float, plan
 
 _IR_VERSION = 10
-_NAMED = 8
 _LOWER: dict[str, Callable[[Scene, Step], Fixed]] = {
     "linear": linear.linear, "product": linear.product, "add": elementwise.add, "offset": elementwise.offset,
     "scale": elementwise.scale, "multiply": elementwise.multiply, "clamp": elementwise.clamp, "table": elementwise.table,
-    "from-int": elementwise.from_int, "where": elementwise.where, "move": moves.move, "concat": moves.concat,
+    "from-int": elementwise.from_int, "where": elementwise.where, "extreme": elementwise.extreme,
+    "move": moves.move, "concat": moves.concat,
     "maxpool": moves.max_pool, "avgpool": moves.average_pool, "sum": moves.reduce_sum, "norm": norms.norm,
     "lookup": lookups.lookup, "softmax": softmaxes.softmax, "root": divides.root, "divide": divides.divide,
 }  # fmt: skip
@@ -68,7 +67,8 @@ class Integer(Pass):
             return PassResult(False)
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model.ir)
         found = plan(model.graph)
-        _require_all(found, ctx)
+        steps = (s.node for s in found.steps if s.family not in ("keep", "border"))
+        found.require((node, reason) for node in steps if (reason := ctx.selection.excluded(node)))
         note_cost(found, ctx)
         scene = Scene(Emitter(model.graph, ctx), found)
         quantize_inputs(scene)
@@ -80,17 +80,6 @@ class Integer(Pass):
         model.metadata.update({"qcompile.rounding": rounding, "qcompile.integer": self.profile})
         ctx.remarks.note("", "integer form complete", nodes=len(model.graph))
         return PassResult(True)
-
-
-def _require_all(found: Plan, ctx: PassContext) -> None:
-    refused = [(s.node, s.reason) for s in found.refused]
-    refused += [
-        (s.node, reason) for s in found.steps if s.family not in ("keep", "border") and (reason := ctx.selection.excluded(s.node))
-    ]
-    if refused:
-        named = "; ".join(f"{node.op_type} {node.name!r}: {reason}" for node, reason in refused[:_NAMED])
-        more = f"; and {len(refused) - _NAMED} more" if len(refused) > _NAMED else ""
-        raise ModelError(f"the model has no integer-only form: {named}{more}; change these nodes, or compile for --target ort")
 
 
 def _lower(scene: Scene, step: Step, profile: str) -> None:

@@ -12,7 +12,7 @@ from qcompile.errors import ModelError
 from qcompile.ir.ops import const_array, input_at, int_attr, is_const, is_op, static_shape
 from qcompile.passes.lower.integer.context import Scene
 from qcompile.passes.lower.integer.emit import INT8, INT16, INT32, INT64, Fixed
-from qcompile.passes.lower.integer.requant import clamped, codes
+from qcompile.passes.lower.integer.requant import ANY_INT64, clamped, clip, codes
 from qcompile.target.integer.plan import Step
 from qcompile.target.integer.refusals import reduced_axes
 
@@ -29,6 +29,8 @@ def move(scene: Scene, step: Step) -> Fixed:
     inputs: list[ir.Value | None] = [source.value, *node.inputs[1:]]
     if is_op(node, "Pad"):
         inputs = _pad_inputs(scene, node, source)
+    if is_op(node, "Gather"):
+        inputs[1] = _within(scene, node)
     attributes = {k: a.value for k, a in node.attributes.items()}
     first = em.emit(node.op_type, inputs, source.value.dtype or INT32, attributes, outputs=len(node.outputs))
     made = first.producer()
@@ -50,6 +52,15 @@ def _movable(scene: Scene, node: ir.Node) -> Fixed:
     return codes(scene.em, value, scene.stored_format(value))
 
 
+def _within(scene: Scene, node: ir.Node) -> ir.Value | None:
+    """The index, held to the table where it is computed: the float model does not run beyond it either, and the proof asks."""
+    index, shape = node.inputs[1], static_shape(node.inputs[0])
+    length = None if shape is None else shape[int_attr(node, "axis", 0)]
+    if index is None or length is None or is_const(index) or index.producer() is None:
+        return index
+    return clip(scene.em, scene.em.cast(index, INT64), -length, length - 1, ANY_INT64)
+
+
 def _pad_inputs(scene: Scene, node: ir.Node, source: Fixed) -> list[ir.Value | None]:
     given = const_array(input_at(node, 2)) if input_at(node, 2) is not None else None
     real = 0.0 if given is None or given.size == 0 else float(given.reshape(-1)[0])
@@ -68,10 +79,16 @@ def concat(scene: Scene, step: Step) -> Fixed:
 
 
 def max_pool(scene: Scene, step: Step) -> Fixed:
-    """The largest code is the code of the largest: the format passes through."""
-    x = codes(scene.em, step.node.inputs[0], scene.input_format(step.node, 0))
-    attributes = {k: step.node.attributes[k].value for k in _POOL_ATTRIBUTES if k in step.node.attributes}
-    return replace(x, value=scene.em.emit("MaxPool", [x.value], INT8, attributes))
+    """The largest code is the code of the largest (and the least that of the least): the format passes through."""
+    node, em = step.node, scene.em
+    x = codes(em, node.inputs[0], scene.input_format(node, 0))
+    if is_op(node, "MaxPool"):
+        attributes = {k: node.attributes[k].value for k in _POOL_ATTRIBUTES if k in node.attributes}
+        return replace(x, value=em.emit("MaxPool", [x.value], INT8, attributes))
+    shape, keep = static_shape(node.inputs[0]), 1 if is_op(node, "GlobalMaxPool") else int_attr(node, "keepdims", 1)
+    axes = reduced_axes(node, len(shape or ()))
+    op = "ReduceMin" if is_op(node, "ReduceMin") else "ReduceMax"
+    return replace(x, value=em.emit(op, [x.value, em.const(np.asarray(axes), INT64)], INT8, {"keepdims": keep}))
 
 
 def average_pool(scene: Scene, step: Step) -> Fixed:

@@ -15,6 +15,7 @@ from qcompile.passes.lower.integer.emit import BOOL, INT8, INT32, INT64, UINT64,
 from qcompile.quant.dyadic import common_dyadic, rounding
 
 BIAS = 1 << 62
+ANY_INT64 = 2.0**63
 _COMPARABLE = 1 << 31
 
 

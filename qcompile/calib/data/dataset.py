@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from qcompile.calib.data.readers import Arrays, Reader
 from qcompile.errors import DataError
 from qcompile.execute.session import SAMPLES
+from qcompile.execute.task.embeddings import Pairs
 from qcompile.ir.model import InputInfo
 
 HELD_BACK = 8
@@ -28,7 +29,7 @@ class Dataset:
     `names` are the arrays of a batch; `labels` [N] or None; `source` says where the data came from;
     `random` marks made-up data.  `alone`: a sample is all inputs of a run, whose first axes need not be samples; or the model
     takes no two at a time.  `masks` are the inputs that may hold infinities.  `held` are samples of `reader` that are none of
-    these: nothing is fitted to them, and figures are measured on them.
+    these: nothing is fitted to them, and figures are measured on them.  `pairs`: samples that somebody compared.
     """
 
     reader: Reader
@@ -40,6 +41,7 @@ class Dataset:
     alone: bool = False
     masks: frozenset[str] = frozenset()
     held: tuple[int, ...] = ()
+    pairs: Pairs | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -79,6 +81,14 @@ class Dataset:
         first = self.take(n)
         held = set(first.index)
         return first, replace(self, index=tuple(i for i in self.index if i not in held))
+
+    def take_pairs(self, n: int) -> Dataset:
+        """The samples of n // 2 of the pairs (one at least), spread evenly over their order."""
+        assert self.pairs is not None
+        wanted = max(1, n // 2)
+        rows = self.pairs.rows
+        chosen = rows[(np.arange(wanted) * len(rows)) // wanted] if wanted < len(rows) else rows
+        return replace(self, index=tuple(int(i) for i in np.unique(chosen)))
 
     def fitted(self, n: int, run: int = 1) -> Dataset:
         """`take(n)` with up to eight other samples `held` back: of those that are left over, else an eighth of 16 or more.

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from qcompile.calib.data.mapped import forget
+from qcompile.calib.data.archive import forget
 from qcompile.calib.data.preprocess import Preprocess, prepare, prepare_array
 from qcompile.errors import DataError
 
@@ -109,7 +109,7 @@ class ImageReader:
         try:
             with Image.open(file) as picture:
                 return prepare(picture, self.preprocess, self.dtype)
-        except OSError as e:
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
             raise DataError(f"cannot read the picture {file}: {e}; remove it or replace it") from e
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qcompile.calib.data.mapped import forget
+from qcompile.calib.data.archive import forget
 from qcompile.calib.data.readers import Arrays, digest_of
 from qcompile.errors import DataError
 from qcompile.ir.model import InputInfo

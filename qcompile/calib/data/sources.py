@@ -5,7 +5,11 @@ from __future__ import annotations
 import csv
 import difflib
 import itertools
+import lzma
+import os
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,18 +18,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qcompile.calib.data.dataset import Dataset, fixed_batch
-from qcompile.calib.data.mapped import mapped_array
+from qcompile.calib.data.archive import read_array
+from qcompile.calib.data.dataset import Dataset
+from qcompile.calib.data.made_up import RANDOM_SAMPLES, random_data
+from qcompile.calib.data.pairs import PAIRS, pairs_of
 from qcompile.calib.data.preprocess import Preprocess, bind, holds_pictures, load_preprocess
 from qcompile.calib.data.readers import ArrayReader, Arrays, FeedReader, ImageReader
 from qcompile.calib.data.runs import (
-    LENGTH,
     RunReader,
     are_samples,
     as_runs,
     first_axes,
     is_run,
-    made_up_shapes,
     ranked,
     with_unread,
 )
@@ -35,7 +39,11 @@ from qcompile.ir.model import InputInfo
 
 PICTURES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"})
 GENERATOR_SAMPLES = 512
-RANDOM_SAMPLES = 32
+_BROKEN = (
+    OSError, ValueError, KeyError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, struct.error, zlib.error,
+    lzma.LZMAError,
+)  # fmt: skip
+"""What reading a damaged archive raises."""
 
 
 def load_data(
@@ -72,7 +80,7 @@ def load_data(
 def open_source(spec: str, inputs: Sequence[InputInfo], preprocess: str | None, samples: int | None, seed: int) -> Dataset:
     """Open `spec` by its kind (see `load_data`); generators give at most `samples` (512 when not given)."""
     if spec == "random":
-        return _random(inputs, samples or RANDOM_SAMPLES, seed)
+        return random_data(inputs, samples or RANDOM_SAMPLES, seed)
     file, _, function = spec.rpartition(":")
     if file.endswith(".py") and function:
         return _generator(Path(file), function, inputs, samples or GENERATOR_SAMPLES)
@@ -90,8 +98,10 @@ def open_source(spec: str, inputs: Sequence[InputInfo], preprocess: str | None, 
 
 
 def _npz(path: Path, inputs: Sequence[InputInfo], preprocess: str | None) -> Dataset:
-    arrays = _load_npz(path, inputs)
-    return _array_dataset(arrays, inputs, preprocess, str(path))
+    arrays = _load_npz(path, inputs, PAIRS)
+    held = {n: arrays.pop(n) for n in PAIRS if n in arrays and n not in {i.name for i in inputs}}
+    data = _array_dataset(arrays, inputs, preprocess, str(path))
+    return replace(data, pairs=pairs_of(held, len(data), str(path)))
 
 
 def _folder(path: Path, inputs: Sequence[InputInfo], preprocess: str | None) -> Dataset:
@@ -105,8 +115,8 @@ def _folder(path: Path, inputs: Sequence[InputInfo], preprocess: str | None) -> 
     return _picture_dataset(path, pictures, inputs, preprocess)
 
 
-def _load_npz(path: Path, inputs: Sequence[InputInfo]) -> Arrays:
-    """The arrays that the model needs, and `labels`; other arrays are not read."""
+def _load_npz(path: Path, inputs: Sequence[InputInfo], also: Sequence[str] = ()) -> Arrays:
+    """The arrays that the model needs, `labels`, and those of `also`; other arrays are not read."""
     try:
         # Opened here, because numpy leaves a broken archive's file to the garbage collector.
         with path.open("rb") as file:
@@ -114,18 +124,13 @@ def _load_npz(path: Path, inputs: Sequence[InputInfo]) -> Arrays:
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise DataError(f"{path} is one array, not a .npz; save it with numpy.savez(file, {inputs[0].name}=array)")
             _require_names(archive.files, inputs, str(path))
-            wanted = {i.name for i in inputs} | {"labels"}
-            return {n: _member(path, archive, n) for n in archive.files if n in wanted}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as e:
+            wanted = {i.name for i in inputs} | {"labels", *also}
+            return {n: read_array(path, n) for n in archive.files if n in wanted}
+    except _BROKEN as e:
         if "Object arrays" in str(e):
             what = f"{path} holds Python objects, which are code and are not read"
             raise DataError(f"{what}; store numbers as numbers, texts as array.astype(str)") from e
         raise DataError(f"{path} is not a readable .npz ({e}); make one with numpy.savez") from e
-
-
-def _member(path: Path, archive: np.lib.npyio.NpzFile, name: str) -> NDArray[Any]:
-    mapped = mapped_array(path, name)
-    return archive[name] if mapped is None else mapped
 
 
 def _require_names(there: Sequence[str], inputs: Sequence[InputInfo], source: str) -> None:
@@ -157,8 +162,7 @@ def _archives(folder: Path, files: Sequence[Path], inputs: Sequence[InputInfo], 
 
 
 def _whole_runs(parts: Sequence[Arrays], inputs: Sequence[InputInfo]) -> bool:
-    full = [with_unread(inputs, p) for p in parts]
-    return any(is_run(ranked(inputs, p), p) for p in full)
+    return any(is_run(ranked(inputs, p), p) for p in (with_unread(inputs, part) for part in parts))
 
 
 def _varied(folder: Path, parts: Sequence[Arrays], inputs: Sequence[InputInfo]) -> Dataset:
@@ -270,10 +274,18 @@ def _with_labels(folder: Path, files: Sequence[Path]) -> tuple[Sequence[Path], N
         labels = {folder / r["file"]: int(r[column]) for r in rows}
     except (TypeError, ValueError) as e:
         raise DataError(f"{table}: a {column} is not a whole number ({e}); correct that line") from e
+    outside = next((r["file"] for r in rows if not _inside(folder, r["file"])), None)
+    if outside is not None:
+        raise DataError(f"{table} names {outside}, which lies outside of {folder}; name files of that folder")
     absent = [p for p in labels if not p.is_file()]
     if absent:
         raise DataError(f"{table} names {absent[0].name}, which is not in {folder}; remove that line or add the file")
     return list(labels), np.array(list(labels.values()), np.int64)
+
+
+def _inside(folder: Path, name: str) -> bool:
+    """By its text: links in the folder are the user's own."""
+    return os.path.normpath(folder / name).startswith(os.path.normpath(folder) + os.sep)
 
 
 def _polygraphy(path: Path, inputs: Sequence[InputInfo]) -> Dataset:
@@ -371,28 +383,3 @@ def _split(feed: Arrays, inputs: Sequence[InputInfo], source: str) -> list[Array
 
 def _with_batch_axis(array: NDArray[Any], info: InputInfo) -> NDArray[Any]:
     return array[None] if info.ranked and array.ndim == len(info.shape) - 1 else array
-
-
-def _random(inputs: Sequence[InputInfo], samples: int, seed: int) -> Dataset:
-    """Standard normal floats and 0/1 integers (masks: 1); dynamic axes other than the batch get 32."""
-    unknown = [i.name for i in inputs if not i.ranked]
-    if unknown:
-        raise DataError(f"input {unknown[0]!r} has no shape in the file, so that no data can be made up; give real data")
-    samples, alone = max(samples, fixed_batch(inputs) or 1), len(first_axes(inputs)) > 1 or not all(i.shape for i in inputs)
-    shapes = (
-        made_up_shapes(inputs) if alone else {i.name: [d if isinstance(d, int) else LENGTH for d in i.shape[1:]] for i in inputs}
-    )
-    rng, dtypes = np.random.default_rng(seed), {i.name: i.dtype for i in inputs}
-    arrays = {i.name: _random_array(i, (samples, *shapes[i.name]), rng) for i in inputs}
-    reader = RunReader(arrays, dtypes) if alone else ArrayReader(arrays, dtypes, {})
-    return Dataset(reader, tuple(range(samples)), tuple(arrays), "random", random=True, alone=alone)
-
-
-def _random_array(info: InputInfo, shape: tuple[int, ...], rng: np.random.Generator) -> NDArray[Any]:
-    if info.dtype.kind in "fV":
-        return rng.standard_normal(shape, np.float32).astype(info.dtype)
-    if info.dtype.kind == "O":
-        return np.full(shape, "", object)
-    if "mask" in info.name:
-        return np.ones(shape, info.dtype)
-    return rng.integers(0, 2, shape).astype(info.dtype)

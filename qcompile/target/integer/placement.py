@@ -23,14 +23,16 @@ _NARROW_INPUTS = {"linear": (0,), "product": (0, 1), "maxpool": (0,), "avgpool":
 
 
 def place(model: Model, request: Request) -> Placement:
-    """Sites for every step; what has no integer form is named with its reason."""
+    """Sites for every step.
+
+    Raises:
+        ModelError: something has no integer form; nothing is calibrated for nothing.
+    """
     out, found = Placement(), plan(model.graph)
+    found.require()
     for value in entrances(model.graph):
         _graph_input(out, found, value)
     for step in found.steps:
-        if step.family == "refused":
-            out.miss(step.node, step.reason)
-            continue
         _inputs(out, step, request.selection.scheme_of(step.node, request.scheme))
         for value in step.node.outputs:
             _output(out, found, step, value)

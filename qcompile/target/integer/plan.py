@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 
+from qcompile.errors import ModelError
 from qcompile.ir.ops import const_array, const_scalar, input_at, is_const, is_op, static_shape, weight_slot
 from qcompile.ir.optable import ops_with
 from qcompile.structure.activation import find_activations
@@ -20,14 +21,16 @@ from qcompile.target.integer.rules import KEPT
 
 Family = Literal[
     "keep", "linear", "product", "add", "offset", "scale", "multiply", "clamp", "table", "norm", "softmax",
-    "maxpool", "avgpool", "sum", "root", "divide", "move", "concat", "where", "from-int", "lookup", "border", "refused",
+    "maxpool", "avgpool", "sum", "root", "divide", "move", "concat", "where", "extreme", "from-int", "lookup", "border",
+    "refused",
 ]  # fmt: skip
 _SELECTS = frozenset({"Slice", "Split", "Gather", "Pad"})
 _MOVES = ops_with("reshapes") | _SELECTS | {"Expand", "Resize", "Tile", "Transpose"}
 _TABLES = ops_with("unary") - {"Relu"}
 _ACTIVATION_CLAMPS = ("relu", "relu6", "prelu")
-_ROUNDING = frozenset({"add", "offset", "table", "lookup", "norm", "softmax", "concat", "where", "divide"})
+_ROUNDING = frozenset({"add", "offset", "table", "lookup", "norm", "softmax", "concat", "where", "extreme", "divide"})
 _EXACT = frozenset({"linear", "product", "sum", "multiply", "avgpool"})
+_NAMED = 8
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.BFLOAT16)
 
 
@@ -67,6 +70,15 @@ class Plan:
     def refused(self) -> list[Step]:
         """What has no integer form."""
         return [s for s in self.steps if s.family == "refused"]
+
+    def require(self, excluded: Iterable[tuple[ir.Node, str]] = ()) -> None:
+        """Raises ModelError: something has no integer form, or is `excluded` with a reason."""
+        refused = [*((s.node, s.reason) for s in self.refused), *excluded]
+        if not refused:
+            return
+        named = "; ".join(f"{node.op_type} {node.name!r}: {reason}" for node, reason in refused[:_NAMED])
+        more = f"; and {len(refused) - _NAMED} more" if len(refused) > _NAMED else ""
+        raise ModelError(f"the model has no integer-only form: {named}{more}; change these nodes, or compile for --target ort")
 
 
 def plan(graph: ir.Graph) -> Plan:
@@ -139,7 +151,8 @@ def _others(node: ir.Node) -> Family | None:
     names: dict[str, Family] = {
         "Relu": "clamp", "Clip": "clamp", "Softmax": "softmax", "MaxPool": "maxpool", "AveragePool": "avgpool",
         "GlobalAveragePool": "sum", "ReduceMean": "sum", "ReduceSum": "sum", "Concat": "concat", "Where": "where",
-        "Cast": "from-int",
+        "Cast": "from-int", "Max": "extreme", "Min": "extreme",
+        "GlobalMaxPool": "maxpool", "ReduceMax": "maxpool", "ReduceMin": "maxpool",
     }  # fmt: skip
     if node.op_type in _MOVES:
         return "move"
@@ -292,7 +305,7 @@ def must_store(found: Plan, step: Step, value: ir.Value) -> bool:
         return True
     if _leaves_model(value) and step.family in ("multiply", "sum"):
         return True
-    return any(n in found.of and found.of[n].family in ("move", "concat", "where") for n, _ in data_uses(value))
+    return any(n in found.of and found.of[n].family in ("move", "concat", "where", "extreme") for n, _ in data_uses(value))
 
 
 def is_bias(found: Plan, node: ir.Node) -> bool:

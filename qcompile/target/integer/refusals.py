@@ -69,14 +69,14 @@ def _reduce(node: ir.Node) -> str | None:
     axes = None if shape is None else reduced_axes(node, len(shape))
     if shape is None or axes is None:
         return "its axes, or the rank of its input, are not known before run time"
-    if not is_op(node, "ReduceSum") and not all(shape[a] for a in axes):
+    if is_op(node, "ReduceMean", "GlobalAveragePool") and not all(shape[a] for a in axes):
         return "it averages over an axis of unknown length"
     return None
 
 
 def reduced_axes(node: ir.Node, rank: int) -> tuple[int, ...] | None:
-    """Non-negative axes of a mean or sum; None if they are computed."""
-    if is_op(node, "GlobalAveragePool"):
+    """Non-negative axes of a mean, sum or extreme; None if they are computed."""
+    if is_op(node, "GlobalAveragePool", "GlobalMaxPool"):
         return tuple(range(2, rank))
     given = input_at(node, 1)
     axes = const_ints(given) if given is not None else ints_attr(node, "axes") or tuple(range(rank))
@@ -93,7 +93,19 @@ def _resize(node: ir.Node) -> str | None:
     return None if mode == "nearest" else f"{mode} interpolation computes in float; only nearest copies codes"
 
 
+def _cast(node: ir.Node) -> str | None:
+    if node.outputs[0].dtype is None or node.outputs[0].dtype.is_floating_point() or not _of_floats(node):
+        return None
+    return "it makes integers of numbers computed in float; with shapes known (export without dynamic axes) many such are folded"
+
+
+def _of_floats(node: ir.Node) -> bool:
+    value = node.inputs[0]
+    return value is not None and value.dtype is not None and value.dtype.is_floating_point()
+
+
 _CHECKS: dict[str, Callable[[ir.Node], str | None]] = {
     "MatMul": _linear, "Gemm": _linear, "Conv": _linear, "Clip": _clip, "AveragePool": _average, "MaxPool": _maxpool,
-    "ReduceMean": _reduce, "ReduceSum": _reduce, "GlobalAveragePool": _reduce, "Pad": _pad, "Resize": _resize,
+    "ReduceMean": _reduce, "ReduceSum": _reduce, "GlobalAveragePool": _reduce, "GlobalMaxPool": _reduce,
+    "ReduceMax": _reduce, "ReduceMin": _reduce, "Cast": _cast, "Pad": _pad, "Resize": _resize,
 }  # fmt: skip

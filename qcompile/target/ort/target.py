@@ -63,5 +63,6 @@ TARGETS = (
         activations=(UINT8, INT8),
         weights=(INT8, UINT8, INT4),
         tables=True,
+        dynamic_lstm=True,
     ),
 )

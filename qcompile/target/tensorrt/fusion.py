@@ -11,7 +11,8 @@ from qcompile.target.attention import AttentionBlock
 from qcompile.target.view import DEQUANTIZE_OPS, MOVEMENT_OPS, QUANTIZE_OPS, GraphView
 
 Shapes = Mapping[str, Sequence[int]]
-_INT8_HEADS = (16, 32, 64)
+HEADS = {"int8": (16, 32, 64)}
+"""Head sizes that a type of codes has kernels for, where they are few."""
 _INT8_KEYS = 512
 _FP8_KEYS = 32
 _SMALLEST_HEAD, _LARGEST_HEAD = 9, 256
@@ -63,7 +64,7 @@ def _float(b: BlockFacts) -> Iterator[str]:
 
 def _int8(b: BlockFacts) -> Iterator[str]:
     other = "; in float16 it would be one kernel (--keep-float its MatMul)" if not [*_float(b)] and not b.softcap else ""
-    if b.head is not None and b.head not in _INT8_HEADS:
+    if b.head is not None and b.head not in HEADS["int8"]:
         yield f"its head size is {b.head}: INT8 kernels have 16, 32 and 64{other}"
     if b.keys[1] is not None and b.keys[1] > _INT8_KEYS:
         yield f"it has up to {b.keys[1]} keys: INT8 kernels end at {_INT8_KEYS}{other}"

@@ -5,6 +5,8 @@ What the default leaves in float and --quantize may ask for is in `defaults`; re
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import onnx_ir as ir
 
 from qcompile.decide.placement import Placement
@@ -19,6 +21,7 @@ from qcompile.target.target import Request
 from qcompile.target.tensorrt.blocks import in_blocks, scaled_blocks
 from qcompile.target.tensorrt.branches import range_branches
 from qcompile.target.tensorrt.defaults import attention_refusal, default_refusal
+from qcompile.target.tensorrt.facts import facts_of
 from qcompile.target.tensorrt.fusion import BlockFacts, obstacles, only_in_float
 from qcompile.target.tensorrt.joins import share_concat_ranges, share_residuals
 
@@ -151,23 +154,8 @@ def _quantize_output(out: Placement, pv: ir.Node, request: Request) -> None:
 
 def _facts(out: Placement, scores: Scores[ir.Node], values: Values[ir.Node], request: Request) -> BlockFacts:
     """What is known of a quantized block before it is built."""
-    made = _sizes(scores.matmul.outputs[0])
-    return BlockFacts(
-        activation_spec(request).qtype.name,
-        head=_sizes(scores.matmul.inputs[0])[1],
-        value_head=_sizes(values.matmul.outputs[0])[1],
-        queries=made[0],
-        keys=(made[1], made[1]),
-        softcap=any(is_op(n, "Tanh") for n in scores.between),
-        guard=any(is_op(n, "Where") and is_op(n.inputs[0].producer(), "IsNaN") for n in values.changed if n.inputs[0]),
-        output=_quantized_behind(out, values.matmul.outputs[0]),
-    )
-
-
-def _sizes(value: ir.Value | None) -> tuple[int | None, int | None]:
-    """The last two axes, None where unknown."""
-    shape = static_shape(value) or ()
-    return (shape[-2], shape[-1]) if len(shape) >= 2 else (None, None)
+    facts = facts_of(activation_spec(request).qtype.name, scores, values)
+    return replace(facts, output=_quantized_behind(out, values.matmul.outputs[0]))
 
 
 def _quantized_behind(out: Placement, value: ir.Value) -> bool:

@@ -12,9 +12,12 @@ from qcompile.target.platform import Engine
 from qcompile.target.target import Request, Target
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from qcompile.decide.placement import Placement
     from qcompile.ir.model import Model
     from qcompile.quant.spec import Scheme
+    from qcompile.structure.scores import Scores, Values
     from qcompile.target.attention import AttentionBlock
     from qcompile.target.findings import Rule
     from qcompile.target.view import GraphView
@@ -63,6 +66,16 @@ class TensorRT(Target):
         from qcompile.target.tensorrt.fusion import unfused
 
         return unfused(view, block, smallest, largest)
+
+    def forms(self, scheme: Scheme) -> tuple[str, ...]:
+        """Attention kernels come in a few head sizes."""
+        return (*super().forms(scheme), "pad-heads")
+
+    def padded_head(self, scheme: Scheme, scores: Scores[ir.Node], values: Values[ir.Node]) -> int | None:
+        """The next size that has a kernel, where nothing else stands against it."""
+        from qcompile.target.tensorrt.facts import padded_head
+
+        return padded_head(self, scheme, scores, values)
 
     @property
     def rules(self) -> Sequence[Rule]:

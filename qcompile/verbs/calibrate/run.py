@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-import psutil
 
 from qcompile._version import __version__
 from qcompile.calib.data.checks import check_ranges, shapes
@@ -27,6 +25,7 @@ from qcompile.errors import DataError, UsageError, near
 from qcompile.execute.dask_executor import DaskExecutor
 from qcompile.execute.executor import Executor, ProcessExecutor
 from qcompile.execute.session import RUNTIME_VERSION
+from qcompile.ir.atomic import remove_stale
 from qcompile.ir.model import Model
 from qcompile.pipeline.base import Pass
 from qcompile.pipeline.runner import Ran, Runner, Starts, drive
@@ -227,7 +226,7 @@ def _feeds(data: Dataset, fixed: int | None) -> tuple[dict[str, Any], ...]:
 
 def _opened(output: Path, resume: bool, fresh: Statistics) -> Statistics:
     """What is at `output`, or `fresh`."""
-    _remove_stale(output)
+    remove_stale(output)
     if not output.exists():
         if resume:
             raise DataError(f"there is nothing to resume at {output}; leave --resume out to begin")
@@ -250,14 +249,6 @@ def _finished(statistics: Statistics) -> Statistics:
     whole = [s for s in statistics.sweeps if not s.missing(0, statistics.key.samples)]
     found = [w for s in whole for w in check_ranges(s.stats, about.get("index"))]
     return replace(statistics, about={**about, "warnings": [*about.get("data_warnings", ()), *dict.fromkeys(found)]})
-
-
-def _remove_stale(output: Path) -> None:
-    """Leftovers of a process that was killed while it wrote."""
-    for stale in output.parent.glob(f".{output.name}.*.tmp*"):
-        pid = stale.name.removeprefix(f".{output.name}.").partition(".")[0]
-        if pid.isdigit() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):
-            stale.unlink(missing_ok=True)
 
 
 def _probes(statistics: Statistics) -> int:

@@ -19,7 +19,7 @@ from qcompile.target.catalog import DEFAULT, TARGETS
 from qcompile.target.target import Target
 from qcompile.verbs.build import gpu_list, require_engine
 from qcompile.verbs.compile.options import Options, StatisticsOptions
-from qcompile.verbs.guards import require_batch, require_numbers, require_operators, require_place, require_selectors
+from qcompile.verbs.guards import require_batch, require_numbers, require_operators, require_place, require_selectors, same_file
 from qcompile.verbs.libraries import load_libraries
 from qcompile.verbs.options import checked, part
 
@@ -80,14 +80,11 @@ def prepare(path: str | Path, options: StatisticsOptions) -> Job:
 
 def _require_places(job: Job, source: Path) -> None:
     """Fail before the work on files that could not be written after it, and on an engine that cannot be built."""
-    options, output = job.options, job.output
-    if output.exists() and output.resolve() == source.resolve():
+    options, output, inputs = job.options, job.output, _files_read(job)
+    if same_file(output, source):
         raise UsageError(f"the output {output} is the input; choose another name with -o")
-    if output.is_dir():
-        raise UsageError(f"the output {output} is a folder; name a file with -o")
-    if not output.parent.is_dir():
-        raise UsageError(f"the folder of the output {output} does not exist; create it first, or choose another with -o")
-    taken, gpus = [source, output], gpu_list(options.gpu)
+    require_place(output, "the output", inputs)
+    taken, gpus = [source, output, *inputs], gpu_list(options.gpu)
     for out, what in ((options.engine, "the engine"), (options.report, "the report"), (options.remarks, "the remarks file")):
         require_place(out, what, taken)
         taken += [] if out is None else [out]
@@ -95,6 +92,12 @@ def _require_places(job: Job, source: Path) -> None:
         raise UsageError("--profile is of an engine; add --engine OUT")
     if options.engine is not None:
         _require_engine(job, options.engine, gpus)
+
+
+def _files_read(job: Job) -> list[Path]:
+    """Files of the user's beside the model that the job reads."""
+    named = [job.data_source, job.options.stats, job.options.preprocess]
+    return [p for p in (Path(n) for n in named if n is not None) if p.is_file()]
 
 
 def _require_engine(job: Job, engine: Path, gpus: tuple[str, ...]) -> None:

@@ -10,7 +10,9 @@ from dataclasses import replace
 from qcompile.calib.data.dataset import Dataset
 from qcompile.errors import QcompileError
 from qcompile.ir.model import Model
+from qcompile.ir.ops import int_attr, is_op
 from qcompile.ir.optable import ops_with
+from qcompile.ir.select import exactly
 from qcompile.report import OutputFigure
 from qcompile.verbs.compile.job import Job
 from qcompile.verbs.evaluate.layers import LayerError, layer_errors
@@ -82,6 +84,17 @@ def _way_on(job: Job, sites: Sequence[LayerError]) -> str:
     if not sites:
         return f"; see where with qcompile eval {shlex.quote(model)} {shlex.quote(str(job.output))} --data DATA --per-layer"
     named = ", ".join(f"{s.node} ({s.sqnr_db:.1f} dB)" for s in sites)
-    kept = (*job.options.keep_float, *(s.node for s in sites))
-    better = replace(job.options, target=job.target.name, scheme=job.scheme.name, keep_float=kept)
+    kept = (*job.options.keep_float, *(exactly(s.node) for s in sites))
+    passes = _with_equalize(job)
+    changed = {"keep_float": kept} if passes is None else {"passes": passes}
+    better = replace(job.options, target=job.target.name, scheme=job.scheme.name, **changed)
     return f"; most error enters at {named}; try: {shlex.join(['qcompile', model, *words(better, _NEXT)])}"
+
+
+def _with_equalize(job: Job) -> str | None:
+    """The pipeline with `equalize` in front, where that may help: one scale must fit all channels of a depthwise convolution."""
+    passes = job.target.default(job.scheme) if job.options.passes is None else job.options.passes
+    grouped = any(is_op(n, "Conv") and int_attr(n, "group", 1) > 1 for n in job.model.graph)
+    if not grouped or "equalize" in passes or job.scheme.activation is None or job.target.default(job.scheme) == "":
+        return None
+    return ",".join(filter(None, ("equalize", passes)))

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from qcompile._version import __version__
 from qcompile.decide.decisions import lines
 from qcompile.errors import GateError, InputError, ModelError, UsageError
 from qcompile.execute.session import seed_random_operators
-from qcompile.ir.atomic import write_atomic
-from qcompile.ir.infer import restore_declared
+from qcompile.ir.atomic import atomic_file
+from qcompile.ir.infer import drop_false_names, restore_declared
 from qcompile.ir.model import Model
 from qcompile.ir.quantizers import is_quantized
 from qcompile.ir.reader import file_bytes
@@ -161,7 +162,6 @@ def compile(path: str | Path, options: Options | None = None, *, progress: Progr
 def run(job: Job, progress: Progress) -> Result:
     """Run a prepared job: save its output, the reports, and the engine if it asks for one."""
     result, options = _compiled(job, progress), job.options
-    _write_reports(result, options.report, options.remarks)
     if options.engine is None:
         return result
     gpus, shapes = gpu_list(options.gpu), profiles_from(options.profiles)
@@ -193,6 +193,8 @@ def _compiled(job: Job, progress: Progress) -> Result:
     notes += warned(calibration.range_warnings if calibration is not None else (), progress.note)
     if not any(p.changes_function for p in job.plan.passes):
         notes += warned(restore_declared(model, job.model), progress.note)
+    if calibration is not None:
+        notes += warned(drop_false_names(model, calibration.shapes), progress.note)
     _describe(model, job, calibration, digest)
     _check_matched(job, reports, model)
     result = Result(
@@ -215,13 +217,20 @@ def _compiled(job: Job, progress: Progress) -> Result:
     feeds = [] if calibration is None else calibration.feeds(job) if comparator is None else comparator.feeds
     passes = job.target.default(job.scheme) if job.options.passes is None else job.options.passes
     trial = FileTrial(job.target, job.model, feeds, job.options.threads, passes, comparator, runner.reference)
-    tried: list[Result] = []
-    model.save(job.output, lambda file: tried.append(_tried(result, job, trial, file)))
+    done: list[Result] = []
+
+    def accept(file: Path) -> None:
+        tried = _tried(result, job, trial, file)
+        compared = None if calibration is None else calibration.compared
+        # what the kernels of this machine cost on top is said by the trial: a poor result is one of exact arithmetic
+        poor = warned(poor_result(job, model, result.outputs, compared), progress.note)
+        done.append(replace(tried, output_bytes=file_bytes(file), notes=(*tried.notes, *poor)))
+        _stage_reports(done[0], job.options, staged)
+
+    with ExitStack() as staged:
+        model.save(job.output, accept)
     warned(trial.warnings, progress.note)
-    compared = None if calibration is None else calibration.compared
-    exact = result.outputs  # what the kernels of this machine cost on top is said by the trial
-    poor = warned(poor_result(job, model, exact, compared), progress.note)
-    return replace(tried[0], output_bytes=file_bytes(job.output), notes=(*tried[0].notes, *poor))
+    return done[0]
 
 
 def _tried(result: Result, job: Job, trial: FileTrial, file: Path) -> Result:
@@ -314,10 +323,24 @@ def _reproduce(failure: Failure, job: Job) -> str:
     return f"\n  reproduce: {shlex.join(['qcompile', str(before), '--exact', *words(alone, REPRODUCED)])}"
 
 
-def _write_reports(result: Result, report: Path | None, remarks: Path | None) -> None:
-    """Write the JSON report and the remarks, if asked for."""
-    if report is not None:
-        write_atomic(report, json_text(result.to_json()) + "\n")
-    if remarks is not None:
-        document = {"schema_version": SCHEMA_VERSION, "remarks": [r.to_json() for r in result.remarks]}
-        write_atomic(remarks, json_text(document) + "\n")
+def _stage_reports(result: Result, options: Options, reports: ExitStack) -> None:
+    """Write the JSON report and the remarks, if asked for; they take their names when `reports` closes, behind the model.
+
+    Raises:
+        ModelError: one cannot be written.
+    """
+    remarks = {"schema_version": SCHEMA_VERSION, "remarks": [r.to_json() for r in result.remarks]}
+    for path, flag, document in (
+        (options.report, "--report", result.to_json()),
+        (options.remarks, "--remarks", remarks),
+    ):
+        if path is None:
+            continue
+        try:
+            file = reports.enter_context(atomic_file(path))
+            file.write(f"{json_text(document)}\n".encode())
+            file.flush()
+        except OSError as e:
+            raise ModelError(
+                f"cannot write {path}: {e.strerror or e}; nothing was written; choose another place with {flag}"
+            ) from e

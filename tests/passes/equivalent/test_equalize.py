@@ -96,9 +96,27 @@ def test_centring_needs_convolutions_without_padding() -> None:
 )
 def test_other_activations_are_refused(act: str, words: str) -> None:
     model = triple(act)
-    after, remarks = equalized(model)
+    after, remarks = equalized(model, "equalize{insert=false}")
     assert after.digest() == equalized(model, "canonicalize")[0].digest()
     assert words in next(r.reason for r in remarks if r.kind == "missed" and r.node == "expand")
+
+
+@pytest.mark.parametrize("act", ["Sigmoid", "HardSwish", "PRelu"])
+def test_a_mul_stands_in_front_of_a_depthwise_convolution_that_no_fold_reaches(act: str) -> None:
+    model = triple(act, pad=1)
+    before = equalized(model, "canonicalize")[0]
+    after, remarks = equalized(model)
+    assert [(r.node, r.kind) for r in remarks if r.kind == "applied"] == [("depthwise", "applied")] * (act != "Sigmoid")
+    assert op_types(after).count("Mul") - op_types(before).count("Mul") == (act != "Sigmoid")
+    assert relative_error(outputs(before, arrays(seed=1)), outputs(after, arrays(seed=1))) < 1e-6
+
+
+def test_the_mul_pays_in_decibels_and_only_the_depthwise_convolution_reads_it() -> None:
+    model, found = triple("HardSwish"), {}
+    for spec in ("", "equalize"):
+        after, _ = pipeline(spec, model, arrays(32), context("rtx"))
+        found[spec] = sqnr_db(outputs(model, arrays(32, 5))[0], outputs(after, arrays(32, 5))[0])
+    assert found["equalize"] > found[""] + 3, found
 
 
 def odd(form: str) -> Model:

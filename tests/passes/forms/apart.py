@@ -36,7 +36,8 @@ def single(
     shapes: Mapping[str, Sequence[int | str]] | None = None,
     **attributes: Any,
 ) -> Model:
-    """A model of one node `n`; the first axis of an input is dynamic where it has two samples; `int_...` are int32 outputs."""
+    """A model of one node `n`; the first axis of an input is dynamic where it has two samples; outputs `int_...` are int32,
+    `codes_...` int8."""
 
     def info(name: str, array: NDArray[Any]) -> Any:
         kind = helper.np_dtype_to_tensor_dtype(array.dtype)
@@ -45,7 +46,8 @@ def single(
 
     node = helper.make_node(op, inputs, outputs, name="n", domain=domain, **attributes)
     stored = [numpy_helper.from_array(np.asarray(a), n) for n, a in (constants or {}).items()]
-    made = [helper.make_tensor_value_info(o, T.INT32 if o.startswith("int_") else T.FLOAT, None) for o in outputs if o]
+    types = {"int": T.INT32, "codes": T.INT8}
+    made = [helper.make_tensor_value_info(o, types.get(o.partition("_")[0], T.FLOAT), None) for o in outputs if o]
     graph = helper.make_graph([node], "g", [info(n, a) for n, a in feeds.items()], made, stored)
     opsets = [helper.make_opsetid("", opset), helper.make_opsetid(OWN, 1)]
     return Model.from_proto(helper.make_model(graph, opset_imports=opsets, ir_version=10))

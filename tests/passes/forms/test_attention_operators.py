@@ -153,7 +153,14 @@ def test_attention_with_its_projections(inputs: str, feeds: Any, attributes: Any
 
 
 def grouped(
-    batch: int = 2, length: int = 5, past: int = 0, packed: bool = False, bias: bool = False, **attributes: Any
+    batch: int = 2,
+    length: int = 5,
+    past: int = 0,
+    packed: bool = False,
+    bias: bool = False,
+    sink: bool = False,
+    cache: str = "",
+    **attributes: Any,
 ) -> tuple[Any, dict[str, Any]]:
     heads, groups, size = 4, 2, 16
     feeds: dict[str, Any] = {"sl": np.full(batch, past + length - 1, np.int32)}
@@ -168,8 +175,19 @@ def grouped(
     if bias:
         feeds["a"] = random(1, 1, length, past + length)
         names += [*(("", "") if len(names) == 7 else ()), "", "a"]
+    if sink:
+        constants["sink"] = random(heads)
+        names += [*[""] * (11 - len(names)), "sink"]
     node = {"num_heads": heads, "kv_num_heads": groups, **attributes}
-    return single("GroupQueryAttention", names, ["y", "nk", "nv"], feeds, constants, **node), feeds
+    outputs = ["y", "codes_k", "codes_v"] if cache else ["y", "nk", "nv"]
+    if cache:
+        node = {"k_quant_type": cache, "v_quant_type": cache, "kv_cache_bit_width": 8, **node}
+        many = groups * size if cache == "PER_CHANNEL" else 1
+        constants |= {"ks": (0.01 + 0.02 * RNG.random(many)).astype(np.float32), "vs": np.full(many, 0.02, np.float32)}
+        names += [*[""] * (12 - len(names)), "ks", "vs"]
+        feeds |= {n: RNG.integers(-128, 128, (batch, groups, past, size)).astype(np.int8) for n in ("pk", "pv")}
+        names[3:5] = ["pk", "pv"]
+    return single("GroupQueryAttention", names, outputs, feeds, constants, **node), feeds
 
 
 @pytest.mark.parametrize(
@@ -185,6 +203,13 @@ def grouped(
         {"local_window_size": 3, "past": 9, "length": 1},
         {"softcap": 2.0, "bias": True},
         {"scale": 0.1, "bias": True},
+        {"sink": True},
+        {"sink": True, "past": 4, "length": 1, "local_window_size": 3},
+        {"sink": True, "bias": True, "softcap": 2.0},
+        {"smooth_softmax": 1},
+        {"cache": "PER_TENSOR", "past": 4, "length": 1},
+        {"cache": "PER_CHANNEL", "past": 4, "length": 1},
+        {"cache": "PER_TENSOR", "past": 4, "length": 1, "sink": True, "do_rotary": 1},
     ],
 )
 def test_group_query_attention(options: dict[str, Any]) -> None:
@@ -194,7 +219,8 @@ def test_group_query_attention(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (grouped(smooth_softmax=1)[0], "sinks"),
+        (grouped(cache="PER_TENSOR", past=4, length=1, kv_cache_bit_width=4)[0], "other codes than int8"),
+        (grouped(sliding_window_cache=1, local_window_size=3)[0], "forgets"),
         (single("MultiHeadAttention", ["q", "k", "v"], ["y"], QKV, num_heads=H, unidirectional=1), "unlike length"),
         (single("MultiHeadAttention", ["q", "kv"], ["y"], {"q": QKV["q"], "kv": random(2, 6, H, 2, 8)}, num_heads=H), "value"),
         (

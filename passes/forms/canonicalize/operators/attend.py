@@ -8,8 +8,8 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.ir.shapes import dims, rank
-from qcompile.passes.forms.canonicalize.operators.masks import Mask
-from qcompile.passes.forms.canonicalize.operators.writer import Kept, Writer
+from qcompile.passes.forms.canonicalize.operators.masks import Mask, sink_column
+from qcompile.passes.forms.canonicalize.operators.writer import Kept, Operand, Writer
 
 
 @dataclass(frozen=True)
@@ -78,20 +78,34 @@ def default_scale(size: int | None) -> float:
     return float(1.0 / np.sqrt(size))
 
 
-def attend(w: Writer, q: ir.Value, k: ir.Value, v: ir.Value, scale: float, mask: Mask, cap: float = 0.0) -> Attended:
-    """q, k, v are [batch, heads, tokens, size]; rows that see no key become 0 where the mask knows of any."""
+def attend(
+    w: Writer, q: ir.Value, k: ir.Value, v: ir.Value, scale: float, mask: Mask, cap: float = 0.0, sink: Operand = None
+) -> Attended:
+    """q, k, v are [batch, heads, tokens, size]; rows that see no key become 0 where the mask knows of any.
+
+    A `sink` [heads] is the score of one more key: its key and its value are zeros, so that it only takes its part of the sum.
+    """
     root = np.sqrt(abs(scale))
+    column = None if sink is None else sink_column(w, sink, k)
+    if column is not None:
+        k, v = (_one_more(w, x) for x in (k, v))
     keys = w("Transpose", k, perm=[0, 1, 3, 2], name="kt")
     raw = w("MatMul", w("Mul", q, root, name="q"), w("Mul", keys, root * np.sign(scale), name="k"), name="scores")
     capped = w("Mul", w("Tanh", w("Div", raw, cap)), cap, name="capped") if cap else raw
     rows = mask.rows(w)
     bias = mask.bias(w, rows)
+    bias = bias if column is None else mask.widened(w, bias, column)
     masked = capped if bias is None else w("Add", capped, bias, name="mask")
     p = w("Softmax", masked, axis=-1)
     y = w("MatMul", p, v, name="pv")
     if rows is not None:
         y = w("Where", rows, y, 0.0, name="kept")
     return Attended(y, (raw, capped), masked, p if rows is None else w("Where", rows, p, 0.0, name="shown"))
+
+
+def _one_more(w: Writer, x: ir.Value) -> ir.Value:
+    """Zeros for one more token."""
+    return w("Pad", x, np.array([0, 0, 0, 0, 0, 0, 1, 0], np.int64), name="sink")
 
 
 def known_rank(x: ir.Value, wanted: tuple[int, ...], what: str) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
+from qcompile.ir.shapes import rank
 from qcompile.passes.forms.canonicalize.operators.writer import Operand, Writer
 
 
@@ -43,6 +44,23 @@ class Mask:
         if rows is not None and self.added and total is not None:
             total = w("Where", rows, total, 0.0)
         return total
+
+    def widened(self, w: Writer, bias: ir.Value | None, column: ir.Value) -> ir.Value:
+        """`bias` with the `column` of one more key, which all rows see."""
+        if bias is None:
+            return column
+        axes = max([2, *(rank(v) or 4 for v in self.added)])
+        return w("Add", w("Pad", bias, np.array([0] * (2 * axes - 1) + [1], np.int64), name="wide"), column, name="bias_sink")
+
+
+def sink_column(w: Writer, sink: Operand, keys: ir.Value) -> ir.Value:
+    """[1, heads, 1, keys + 1]: `sink` [heads] in the last place, 0 before."""
+    each = np.asarray(sink).reshape(1, -1, 1, 1) if not isinstance(sink, ir.Value) else w.reshape(sink, 1, -1, 1, 1)
+    front, back = np.zeros(3, np.int64), np.zeros(4, np.int64)
+    length = w.size(keys, 2)
+    if isinstance(length, np.ndarray):
+        return w("Pad", each, np.concatenate([front, length, back]), name="sinks")
+    return w("Pad", each, w("Concat", front, length, back, axis=0), name="sinks")
 
 
 def _sum(w: Writer, terms: list[ir.Value]) -> ir.Value | None:

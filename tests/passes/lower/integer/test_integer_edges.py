@@ -221,3 +221,57 @@ def test_a_branch_that_reads_a_product_is_refused_by_name() -> None:
     nodes.insert(1, node("Cast", ["top"], ["yes"], name="yes", to=TensorProto.BOOL))
     with pytest.raises(ModelError, match="If 'choice': it holds a subgraph"):
         lowered(built(nodes, ("n", 3, 6), weights(w=(6, 5))), {"x": normal(16, 3, 6)})
+
+
+@pytest.mark.parametrize("op", ["Max", "Min"])
+@pytest.mark.parametrize("other", ["tensor", "number"])
+def test_the_larger_and_the_smaller_of_tensors(op: str, other: str) -> None:
+    nodes = [
+        node("MatMul", ["x", "w"], ["a"], name="first"),
+        node("MatMul", ["x", "v"], ["b"], name="second"),
+        node(op, ["a", "b" if other == "tensor" else "limit"], ["c"], name="extreme"),
+        node("Add", ["c", "b"], ["d"], name="sum"),
+        node("MatMul", ["d", "u"], ["y"], name="last"),
+    ]
+    model = built(nodes, ("n", 16), weights(w=(16, 8), v=(16, 8), u=(8, 4)) | {"limit": np.float32(0.25)})
+    made = proven(model, {"x": normal(32, 16)}, 28)
+    assert op in [n.op_type for n in made.graph]
+
+
+@pytest.mark.parametrize("op", ["GlobalMaxPool", "ReduceMax", "ReduceMin"])
+def test_extremes_over_axes_are_taken_of_codes(op: str) -> None:
+    more = {} if op == "GlobalMaxPool" else {"axes": [2, 3], "keepdims": 0}
+    nodes = [
+        node("Conv", ["x", "w"], ["a"], name="conv"),
+        node(op, ["a"], ["b"], name="pool", **more),
+        node("Flatten", ["b"], ["c"], name="flat"),
+        node("MatMul", ["c", "v"], ["y"], name="fc"),
+    ]
+    model = built(nodes, ("n", 3, 6, 6), weights(w=(8, 3, 3, 3), v=(8, 4)))
+    made = proven(model, {"x": normal(32, 3, 6, 6)}, 28)
+    assert ("ReduceMin" if op == "ReduceMin" else "ReduceMax") in [n.op_type for n in made.graph]
+
+
+def test_what_has_no_integer_form_is_said_before_anything_is_measured() -> None:
+    nodes = [
+        node("Log", ["x"], ["a"], name="log"),
+        node("Cast", ["a"], ["b"], name="bucket", to=TensorProto.INT64),
+        node("Gather", ["w", "b"], ["y"], name="embed"),
+    ]
+    model = built(nodes, ("n", 4), weights(w=(8, 4)))
+    with pytest.raises(ModelError, match=r"Cast 'bucket': it makes integers of numbers.*--target ort"):
+        lowered(model, {"x": np.zeros((4, 4), np.float32)})  # Log(0) is infinite
+
+
+def test_a_computed_index_is_held_to_its_table() -> None:
+    nodes = [
+        node("Shape", ["x"], ["s"], name="sizes"),
+        node("Gather", ["s", "one"], ["length"], name="length"),
+        node("Sub", ["length", "unit"], ["last"], name="last"),
+        node("Gather", ["table", "last"], ["row"], name="position"),
+        node("Add", ["x", "row"], ["z"], name="placed"),
+        node("MatMul", ["z", "w"], ["y"], name="fc"),
+    ]
+    constants = weights(table=(40, 8), w=(8, 4)) | {"one": np.array([1]), "unit": np.array(1)}
+    model = built(nodes, ("n", "t", 8), constants)
+    proven(model, {"x": normal(32, 6, 8)}, 28)
