@@ -16,6 +16,7 @@ from qcompile.decide.placement import Placement, Point
 from qcompile.decide.quantizer import Quantizer
 from qcompile.decide.ranges import Readers, automatic
 from qcompile.decide.storable import refuse_unstorable
+from qcompile.errors import DataError
 from qcompile.ir.model import Model
 from qcompile.ir.select import selected
 from qcompile.pipeline.base import Kind, Pass, PassContext, PassResult, Stage
@@ -64,12 +65,21 @@ class Annotate(Pass):
         return dict.fromkeys(p for s in points if not s.is_weight for p in self._probes(s, ctx, readers))
 
     def apply(self, model: Model, ctx: PassContext) -> PassResult:
-        """Write the decisions; earlier ones are replaced, but for imported ones."""
+        """Write the decisions; earlier ones are replaced, but for imported ones.
+
+        Raises:
+            DataError: a tensor holds no value in any sample, and the target keeps nothing in float.
+        """
         clear_decisions(model.graph, keep_imported=True)
         placement = self._place(model, ctx)
         todo = self._todo(model, placement, ctx)
         readers = Readers.of(todo.open)
         unfilled = self._unfilled(todo.open, ctx, readers)
+        if unfilled and _all_in_codes(ctx):
+            what = (
+                f"no calibration sample puts a value into {next(iter(unfilled.values()))!r}, and {ctx.target.name} keeps nothing"
+            )
+            raise DataError(f"{what} in float; give samples that fill it, or compile for --target ort")
         for point, quantizer in todo.shared:
             _share(point, quantizer, ctx)
         for point in (p for p in todo.open if p.node not in unfilled):
@@ -86,8 +96,7 @@ class Annotate(Pass):
         return PassResult(bool(decisions(model.graph)))
 
     def _todo(self, model: Model, placement: Placement, ctx: PassContext) -> Completion:
-        every = "insert-qdq" not in ctx.target.lowering(ctx.scheme)
-        return completion(model.graph, placement.points, every=every, one=ctx.target.one_quantizer)
+        return completion(model.graph, placement.points, every=_all_in_codes(ctx), one=ctx.target.one_quantizer)
 
     def _place(self, model: Model, ctx: PassContext) -> Placement:
         choices = Choices(self.attention, self.probabilities, self.residual)
@@ -156,6 +165,11 @@ def _follow(point: Point, leader: Point, ctx: PassContext) -> None:
     assert led is not None
     decide(point.node, point.slot, led)
     ctx.remarks.applied(str(point.node.name), f"residual {point.value.name} shares the quantizer of {leader.node.name}")
+
+
+def _all_in_codes(ctx: PassContext) -> bool:
+    """Whether the target has no float operators inside."""
+    return "insert-qdq" not in ctx.target.lowering(ctx.scheme)
 
 
 def _remark_idle(model: Model, placement: Placement, ctx: PassContext) -> None:

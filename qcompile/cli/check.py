@@ -63,6 +63,8 @@ def show_findings(checked: Checked) -> None:
     if checked.output is not None:
         _show_fixed(checked, rules)
     errors = len(checked.errors)
+    if not checked.quantized:
+        print_text(f"nothing in this model is quantized; to do it, type: qcompile MODEL --target {checked.target}")
     print_text(f"{errors} errors, {len(checked.findings) - errors} warnings for target {checked.target}")
 
 

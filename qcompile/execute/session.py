@@ -127,7 +127,7 @@ def make_session(
 
 def _advice(line: str) -> str:
     if "is not a registered function/op" not in line:
-        return "try: qcompile inspect"
+        return "data is measured there: see whether your file itself loads in ONNX Runtime, and export it again if not"
     return (
         "data can only be measured on a model that ONNX Runtime runs: give the operator's library with --ort-library PATH, export"
         " it as a local function of standard operators, or compile the parts in front of it and behind it"

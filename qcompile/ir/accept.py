@@ -100,6 +100,9 @@ def _same(a: TensorProto, b: TensorProto) -> bool:
 
 def _require_one_maker(graph: GraphProto, path: Path) -> None:
     makers: dict[str, str] = {}
+    inputs = [v.name for v in graph.input]
+    if twice := next((name for name in inputs if inputs.count(name) > 1), None):
+        raise ModelError(f"{path}: two inputs are named {twice!r}; rename one")
     given = {v.name for v in graph.input} | {t.name for t in graph.initializer}
     for index, node in enumerate(graph.node):
         for name in filter(None, node.output):

@@ -63,11 +63,15 @@ def restore_declared(model: Model, source: Model) -> list[str]:
             continue
         if value.shape is not None and not _agree(value.shape, shape):
             wrong.append(
-                f"output {value.name!r} is declared as {list(shape)} and is {list(value.shape)}: the declaration was dropped"
+                f"output {value.name!r} is declared as {_shown(shape)} and is {_shown(value.shape)}: the declaration was dropped"
             )
         else:
             value.shape = shape.copy()
     return wrong
+
+
+def _shown(shape: ir.Shape) -> str:
+    return f"[{', '.join(str(d) if isinstance(d, int) or d.value is not None else '?' for d in shape)}]"
 
 
 def drop_false_names(model: Model, shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> list[str]:

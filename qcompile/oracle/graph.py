@@ -107,7 +107,8 @@ def integer_graph(model: onnx.ModelProto, base_dir: str = "") -> IntegerGraph:
     quantizers, dequantizers = ([n for n in nodes if n.op_type == f"{q}Linear"] for q in ("Quantize", "Dequantize"))
     entries = [_border(n, constants, entered.get(n.input[0], n.input[0]), n.output[0], given) for n in quantizers]
     exits = [_border(n, constants, left.get(n.output[0], n.output[0]), n.input[0], made) for n in dequantizers]
-    _require_interface("input", given, [e.outer for e in entries], "QuantizeLinear")
+    read = {name for n in model.graph.node for name in n.input}
+    _require_interface("input", {n: t for n, t in given.items() if n in read}, [e.outer for e in entries], "QuantizeLinear")
     _require_interface("output", made, [e.outer for e in exits], "DequantizeLinear")
     borders = ("QuantizeLinear", "DequantizeLinear")
     ops = tuple(_op(n) for n in nodes if n.op_type not in borders and n.output[0] not in constants)

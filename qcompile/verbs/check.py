@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ __all__ = [
 ]  # fmt: skip
 
 INLINE_BYTES = 1_500_000_000  # a protobuf file ends at 2 GB
+_ON_CODES = re.compile("Quant|QLinear|^Q[A-Z]|Integer|NBits|Bnb4")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,8 @@ class Checked:
     fixed: tuple[Finding, ...] = ()
     output: Path | None = None
     proof: Proof | None = None
+    quantized: bool = True
+    """Whether any operator works on codes: of a float model most rules have nothing to say."""
 
     @property
     def errors(self) -> tuple[Finding, ...]:
@@ -65,10 +69,10 @@ class Checked:
         return tuple(TARGETS[self.target].rules)
 
     def to_json(self) -> dict[str, Any]:
-        """`schema_version, target, errors, warnings` of `rule, node, message, fix, fixable`; with a repair `fixed, output`;
-        of an integer-only model `proof_complete, assumptions, worst, proof` (see `qcompile.oracle.ranges.Proof`)."""
+        """`schema_version, target, quantized, errors, warnings` of `rule, node, message, fix, fixable`; with a repair `fixed,
+        output`; of an integer-only model `proof_complete, assumptions, worst, proof` (see `qcompile.oracle.ranges.Proof`)."""
         errors, warnings = ([_finding(f, self.target) for f in self.findings if f.severity == s] for s in ("error", "warning"))
-        document: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "target": self.target}
+        document: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "target": self.target, "quantized": self.quantized}
         document |= {"errors": errors, "warnings": warnings}
         if self.output is not None:
             document |= {"fixed": [_finding(f, self.target) for f in self.fixed], "output": str(self.output)}
@@ -108,7 +112,7 @@ def check_file(model: Path, target: str, gpus: Sequence[str] = ()) -> Checked:
     """
     view = GraphView.open(model)
     found = tuple(check(view, target, gpus))
-    return Checked(target, found, proof=TARGETS[target].proof(view))
+    return Checked(target, found, proof=TARGETS[target].proof(view), quantized=_quantized(view.model))
 
 
 def fix_file(model: Path, output: Path, target: str, gpus: Sequence[str] = ()) -> Checked:
@@ -123,7 +127,11 @@ def fix_file(model: Path, output: Path, target: str, gpus: Sequence[str] = ()) -
     check(model, target, gpus)  # says what is wrong with the file before its weights are read
     done = repair(read_proto(model), target, gpus)
     _save(done.model, output)
-    return Checked(target, tuple(done.remaining), tuple(done.fixed), output)
+    return Checked(target, tuple(done.remaining), tuple(done.fixed), output, quantized=_quantized(done.model))
+
+
+def _quantized(model: onnx.ModelProto) -> bool:
+    return any(_ON_CODES.search(n.op_type) for n in model.graph.node)
 
 
 def _save(model: onnx.ModelProto, output: Path) -> None:

@@ -252,6 +252,8 @@ def test_bench(int8: Path, capsys: Capture) -> None:
 def test_check(int8: Path, capsys: Capture) -> None:
     made = document(capsys, "check", int8)
     assert made["target"] == "ort" and not made["errors"], "the target is taken from the model"
+    assert made["quantized"] and not document(capsys, "check", CNN)["quantized"]
+    assert "nothing in this model is quantized; to do it, type: qcompile MODEL --target trt" in call(capsys, "check", CNN)[1]
     code, out, _ = call(capsys, "check", int8, "--target", "trt", "--json")
     errors = json.loads(out)["errors"]
     assert code == 1 and set(errors[0]) == {"rule", "node", "message", "fix", "fixable"}

@@ -7,6 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import numpy_helper, parser
 
+from qcompile.errors import InputError
 from qcompile.execute.compare import coarsest_step, comparator
 from qcompile.execute.figures import OutputTally, figures, worst_db
 from qcompile.execute.session import as_array
@@ -109,6 +110,25 @@ def test_the_noise_of_a_model_is_what_optimizations_move() -> None:
     model, compare = Model.from_proto(proto), comparator([{"x": RNG.normal(size=(4, 64)).astype(np.float32)}], 0)
     noise = compare.noise(model, compare.outputs(model))
     assert set(noise) == {"y", "h"} and all(0 <= n < 1e-3 for n in noise.values())
+
+
+def indexed(low: float = 0.0) -> Model:
+    """Rows of a table by indices that come as floats."""
+    text = f"""<ir_version: 9, opset_import: ["" : 17]> g (float[N] x) => (float[N,8] y)
+    <float[1] low = {{{low}}}> {{ i = Add(x, low) k = Cast <to = 7> (i) y = Gather(table, k) }}"""
+    proto = parser.parse_model(text)
+    proto.graph.initializer.append(numpy_helper.from_array(RNG.normal(size=(4, 8)).astype(np.float32), "table"))
+    return Model.from_proto(proto)
+
+
+def test_a_random_sample_that_the_model_refuses_is_a_real_one() -> None:
+    samples = [{"x": np.array([0, 3], np.float32)}]
+    compare = comparator(samples, 0)
+    compare.feeds[-1] = {"x": np.array([1.5, 9], np.float32)}
+    answers = compare.outputs(indexed())
+    assert len(answers.runs) == 2 and np.array_equal(answers.runs[0][0], answers.runs[1][0])
+    with pytest.raises(InputError, match="Gather"):
+        compare.outputs(indexed(low=9.0))  # a later model that fails, fails
 
 
 @pytest.mark.parametrize(("name", "number", "least"), [("float16", 10, 2.0**-10), ("bfloat16", 16, 2.0**-7), ("float", 1, 0.0)])

@@ -52,6 +52,12 @@ def two_weights() -> onnx.ModelProto:
     return graph([node("Add", ["x", "w"], ["y"])], weight(1), weight(2))
 
 
+def two_inputs() -> onnx.ModelProto:
+    proto = graph([node("Relu", ["x"], ["y"])])
+    proto.graph.input.append(value("x"))
+    return proto
+
+
 def circle() -> onnx.ModelProto:
     return graph([node("Add", ["x", "b"], ["a"]), node("Relu", ["a"], ["b"]), node("Relu", ["a"], ["y"])])
 
@@ -76,6 +82,7 @@ def map_input() -> onnx.ModelProto:
         (two_makers, r"the tensor 'a' is made by two nodes \(one and two\); rename one"),
         (remade_input, "one makes 'x', which is an input or a weight"),
         (two_weights, "two initializers are named 'w'; export"),
+        (two_inputs, "two inputs are named 'x'; rename one"),
         (circle, "its nodes read each other in a circle"),
         (map_input, "the input 'x' is a map, which qcompile has no data for; cut the model behind"),
     ],

@@ -18,6 +18,7 @@ from qcompile.errors import BackendError, BuildError, GateError
 from qcompile.ir import model as model_module
 from qcompile.ir.model import Model
 from qcompile.quant.spec import Scheme
+from qcompile.report import Comparison
 from qcompile.target.catalog import TARGETS
 from qcompile.target.target import Target
 from qcompile.target.trial import Trial
@@ -160,3 +161,16 @@ def test_integer_models_are_held_against_the_oracle(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("qcompile.verbs.compile.trial.decode", lambda graph, found: {"logits": np.zeros((2, 10))})
     with pytest.raises(GateError, match="integer arithmetic"):
         made.computes_exactly()
+
+
+@pytest.mark.parametrize(("unsaturated", "says"), [(44.0, "kernels saturate"), (30.0, "fused kernels are less exact")])
+def test_the_cause_is_saturation_where_most_of_the_error_goes_without_it(
+    unsaturated: float, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quantized source is compared with itself, so that exact arithmetic gives 200 dB and no kernel comes near."""
+    made = FileTrial(TARGETS["ort"], Model.from_proto(tiny.linear()), [], 1, expected=Comparison(0.0, 200.0, 8))
+    made.measured, made.file = Comparison(0.1, 29.0, 8), Path("q.onnx")
+    monkeypatch.setattr(made, "_deployed", lambda *_: [])
+    monkeypatch.setattr(made, "_compared", lambda _: Comparison(0.1, unsaturated, 8))
+    made._explain()  # pyright: ignore[reportPrivateUsage]
+    assert says in made.warnings[-1]

@@ -61,6 +61,7 @@ class Canonicalize(Pass):
             ctx.remarks.applied(name, "computed on codes; now Q/DQ around a float operator")
         model.ir.ir_version = max(model.ir.ir_version, _FREE_INITIALIZERS)
         declared = [v.shape for v in model.graph.outputs]
+        _spell_defaults(model)
         forget_declared(model)
         tolerance = self._typed(model, ctx)
         take_apart(model, ctx)
@@ -141,6 +142,13 @@ def _spell_splits(model: Model) -> None:
         for node in model.graph.all_nodes():
             if node.op_type == "Split" and not node.domain:
                 node.attributes.pop("num_outputs", None)
+
+
+def _spell_defaults(model: Model) -> None:
+    """onnx's inference takes an STFT that leaves `onesided` out for a two-sided one, which it is not."""
+    for node in model.graph.all_nodes():
+        if is_op(node, "STFT"):
+            node.attributes.setdefault("onesided", ir.AttrInt64("onesided", 1))
 
 
 def _simplify(graph: ir.Graph, node: ir.Node, ctx: PassContext) -> None:

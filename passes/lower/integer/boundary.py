@@ -9,9 +9,11 @@ from qcompile.ir.edit import add_constant, redirect, swap_output
 from qcompile.passes.lower.integer.context import Scene
 from qcompile.passes.lower.integer.emit import INT8, INT16, INT32, Fixed, Format
 from qcompile.passes.lower.integer.requant import clamped, codes
-from qcompile.target.integer.plan import entrances, exits, is_border, is_float
+from qcompile.target.integer.plan import entrances, exits, is_border, is_float, leaves
 
 _WIDEST = 1 << 30
+_SHAPE_ONLY = Format(1.0, 0, -128, 127)
+"""Of an input whose elements nothing reads."""
 
 
 def quantize_inputs(scene: Scene) -> None:
@@ -19,7 +21,8 @@ def quantize_inputs(scene: Scene) -> None:
     for value in list(entrances(scene.em.graph)):
         if is_float(value) and value.uses():
             scene.em.at = str(value.name)
-            scene.em.fixed[value] = _quantized(scene, value, scene.stored_format(value))
+            fmt = scene.stored_format(value) if any(leaves(scene.plan, value)) else _SHAPE_ONLY
+            scene.em.fixed[value] = _quantized(scene, value, fmt)
 
 
 def _quantized(scene: Scene, value: ir.Value, fmt: Format) -> Fixed:

@@ -93,7 +93,8 @@ def open_source(spec: str, inputs: Sequence[InputInfo], preprocess: str | None, 
         return _polygraphy(path, inputs)
     if path.suffix == ".npz":
         return _npz(path, inputs, preprocess)
-    raise DataError(f"{spec} is no known kind of data; give a .npz, a folder, file.py:function, polygraphy's .json or 'random'")
+    kinds = "a .npz (numpy.savez(file, NAME=array)), a folder, file.py:function, polygraphy's .json or 'random'"
+    raise DataError(f"{spec} is no known kind of data; give {kinds}")
 
 
 def _npz(path: Path, inputs: Sequence[InputInfo], preprocess: str | None) -> Dataset:
@@ -132,17 +133,17 @@ def _load_npz(path: Path, inputs: Sequence[InputInfo], also: Sequence[str] = ())
         raise DataError(f"{path} is not a readable .npz ({e}); make one with numpy.savez") from e
 
 
-def _require_names(there: Iterable[str], inputs: Sequence[InputInfo], source: str) -> None:
-    there = list(there)
+def _require_names(there: Sequence[str], inputs: Sequence[InputInfo], source: str) -> None:
     missing = [i.name for i in inputs if i.read and i.name not in there]
     if not missing:
         return
-    near = {m: difflib.get_close_matches(m, there, n=1) for m in missing}
-    hints = [f"{found[0]!r} is near {m!r}" for m, found in near.items() if found]
+    spare = [t for t in there if t not in {i.name for i in inputs} | {"labels"}]
+    only = spare if len(spare) == len(missing) == 1 else []
+    near = {m: difflib.get_close_matches(m, spare, n=1) or only for m in missing}
+    renames = [f"rename {found[0]!r} to {m!r}" for m, found in near.items() if found]
     raise DataError(
         f"{source} holds the arrays {sorted(there)} and the model needs {[i.name for i in inputs if i.read]}; "
-        f"missing: {', '.join(missing)}{' (' + ', '.join(hints) + ')' if hints else ''};"
-        f" {'rename the arrays' if hints else 'add what is missing'}"
+        f"missing: {', '.join(missing)}; {' and '.join(renames) or 'add what is missing'}"
     )
 
 
@@ -350,7 +351,7 @@ def _limited(feeds: Iterable[Arrays], inputs: Sequence[InputInfo], limit: int | 
 
 def _given(feed: Arrays, inputs: Sequence[InputInfo], source: str) -> Arrays:
     """The arrays that the model takes, in its element types; those without the batch axis get one."""
-    _require_names(feed, inputs, source)
+    _require_names(list(feed), inputs, source)
     named = with_unread(inputs, {n: np.asarray(a) for n, a in feed.items()})
     for info in inputs:
         _require_dtype(named[info.name], info, source)

@@ -92,7 +92,7 @@ class TestNpz:
 
 
 BAD_NPZ = [
-    (PICTURE, {"inputs": np.ones((2, 3, 8, 8), F32)}, r"the arrays \['inputs'\].*needs \['input'\].*'inputs' is near 'input'"),
+    (PICTURE, {"inputs": np.ones((2, 3, 8, 8), F32)}, r"the arrays \['inputs'\].*needs \['input'\].*rename 'inputs' to 'input'"),
     (TOKENS, {"ids": np.ones((2, 4), int)}, r"missing: mask; add what is missing"),
     (PICTURE, {"input": np.ones((2, 3, 8, 9), F32)}, r"'input' has shape \[2, 3, 8, 9\], the model needs \[samples, 3, 8, 8\]"),
     (PICTURE, {"input": np.ones((3, 8, 8), F32)}, r"has shape \[3, 8, 8\]"),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from onnx import helper
 
 from qcompile.decide.decisions import decisions
+from qcompile.errors import DataError
 from qcompile.pipeline import registry
 from tests.passes.models import built
 from tests.passes.running import context, run_passes
@@ -34,3 +36,9 @@ def test_a_layer_that_no_sample_reaches_stays_in_float() -> None:
         after, reports = run_passes(model, passes, {"x": rng.standard_normal((9, 8)).astype(np.float32)}, ctx)
         assert {str(use.node.name) for use in decisions(after.graph)} == {"reached"}
         assert any(r.node == "empty" and "no calibration sample puts a value into rows" in r.reason for r in reports[-1].remarks)
+
+
+def test_where_nothing_may_stay_in_float_an_empty_tensor_is_refused() -> None:
+    model = built([node("MatMul", ["x", "w"], ["y"])], ["N", "rows", 8], {"w": np.ones((8, 8), np.float32)}, opset=18)
+    with pytest.raises(DataError, match="puts a value into 'x', and integer keeps nothing in float; give samples that fill it"):
+        run_passes(model, registry.parse("canonicalize,annotate"), {"x": np.zeros((4, 0, 8), np.float32)}, context("integer"))

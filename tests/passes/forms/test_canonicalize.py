@@ -179,3 +179,11 @@ def test_pads_of_some_axes_are_written_out() -> None:
     (pad,) = after.graph
     assert len(pad.inputs) == 2 and pad.inputs[1] is not None and pad.inputs[1].const_value is not None
     assert pad.inputs[1].const_value.numpy().tolist() == [0, 1, 0, 2]
+
+
+def test_a_short_time_spectrum_keeps_its_width() -> None:
+    """onnx's inference gives an STFT without `onesided` 16 columns; it makes 9."""
+    weights = {"step": np.array(4), "size": np.array(16), "window": np.hanning(16).astype(np.float32)}
+    nodes = [helper.make_node("STFT", ["x", "step", "window", "size"], ["s"])]
+    after = canonical(model_of(nodes, [info("s", None)], x=(3, 64, 1), weights=weights), X.repeat(8, 1).reshape(3, 64, 1))
+    assert after.graph.outputs[0].shape == [3, 13, 9, 2]

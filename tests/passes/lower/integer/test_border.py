@@ -62,3 +62,19 @@ def test_a_cast_inside_is_no_border() -> None:
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     onnx.checker.check_model(proto)
     assert {f.rule for f in check(proto, "integer")} >= {"QC-INT-001"}
+
+
+def test_inputs_whose_elements_nothing_reads() -> None:
+    """One read by no node needs no codes; of one whose shape alone is read, any do."""
+    model = two_layers(TensorProto.FLOAT16, True)
+    proto = model.to_proto()
+    proto.graph.input.extend(helper.make_tensor_value_info(n, TensorProto.FLOAT, ["N", 3]) for n in ("unread", "sized"))
+    proto.graph.node.append(helper.make_node("Shape", ["sized"], ["size"]))
+    proto.graph.output.append(helper.make_tensor_value_info("size", TensorProto.INT64, [2]))
+    feeds = {
+        n: RNG.standard_normal((16, k)).astype(d) for n, k, d in (("x", 16, np.float16), ("unread", 3, "f4"), ("sized", 3, "f4"))
+    }
+    made = pipeline("", Model.from_proto(proto), feeds, context("integer"))[0].to_proto()
+    assert [f for f in check(made, "integer") if f.severity == "error"] == []
+    graph = integer_graph(made)
+    assert decode(graph, run_integer(graph, encode(graph, feeds)))["size"].tolist() == [16, 3]
