@@ -47,8 +47,8 @@ def centre(lo: F64, hi: F64) -> tuple[F64, float, float]:
 
 
 def extremes(linear: Linear, ctx: PassContext) -> tuple[F64, F64]:
-    """What was measured of a projection's channels."""
-    stat = ctx.told[MinMax(-1).of(linear.output)]
+    """What was measured of a projection's channels; a bias that this pass put behind it makes it what the product was."""
+    stat = ctx.told.get(MinMax(-1).of(linear.output)) or ctx.told[MinMax(-1).of(linear.node.outputs[0])]
     return stat.lo, stat.hi
 
 

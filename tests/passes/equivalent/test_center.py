@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from onnx import helper
 
+import qcompile
 from qcompile.calib.observe import MinMax, MinMaxStat, Probe
 from qcompile.calib.sweep.sweep import sweep
 from qcompile.decide.decisions import decide
@@ -247,3 +249,12 @@ def test_symmetric_codes_gain() -> None:
         after, _ = pipeline(spec, model, feeds, context("trt", quantize=("q", "k", "v", "out", "scores", "pv")))
         found[spec] = sqnr_db(outputs(model, arrays(32, 5))[0], outputs(after, arrays(32, 5))[0])
     assert found["center"] > found[""] + 1.0, found
+
+
+def test_a_bias_that_the_norms_gave_a_projection_is_followed(tmp_path: Path) -> None:
+    """Of projections without one: what the product was is the sum of both."""
+    source = Path(__file__).parents[2] / "fixtures" / "exports" / "timm_vit_no_qkv_bias_ts17.onnx"
+    options: dict[str, Any] = {"passes": "center", "target": "ort", "calib": "random", "samples": 8, "threads": 1}
+    result = qcompile.compile(source, output=tmp_path / "q.onnx", **options)
+    applied = {r.reason for r in result.remarks if r.pass_name == "center" and r.kind == "applied"}
+    assert {"keys centred", "norm output centred"} <= applied
