@@ -50,7 +50,7 @@ class Selection:
 
     def without(self, names: Iterable[str]) -> Selection:
         """The same with the nodes of these names left alone too."""
-        return replace(self, keep_float=(*self.keep_float, *(f"re:^{re.escape(name)}$" for name in names)))
+        return replace(self, keep_float=(*self.keep_float, *map(exactly, names)))
 
     def excluded(self, node: ir.Node) -> str | None:
         """Why `node` is left alone, or None; --keep-float wins over --quantize, that over --only."""

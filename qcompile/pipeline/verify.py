@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +14,7 @@ from qcompile.ir.loosen import loosened
 from qcompile.ir.model import Model
 from qcompile.ir.qoperators import spell_qdq
 from qcompile.ir.quantizers import is_quantized
+from qcompile.ir.select import exactly
 from qcompile.pipeline.base import EQUIVALENT_TOLERANCE, Comparator, Comparison, Kind, Pass, PassResult
 from qcompile.report import PassReport, listed
 
@@ -242,7 +242,7 @@ def _sites(report: PassReport, site: str | None) -> str:
 
 
 def _way_on(p: Pass, mode: str, site: str | None) -> str:
-    out = f"leave the site alone with --keep-float {shlex.quote(glob.escape(site))}, or " if site is not None else ""
+    out = f"leave the site alone with --keep-float {shlex.quote(exactly(site))}, or " if site is not None else ""
     out += "name the passes without it and add --exact" if p.is_form() else "leave it out of --passes"
     return f"{out}, or --verify {'off compares nothing' if mode == 'end' else 'end compares only the finished model'}"
 
