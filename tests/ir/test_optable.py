@@ -21,6 +21,8 @@ from tests.modules import sources
 NAMES = frozenset(s.name for s in onnx.defs.get_all_schemas())
 MOST = 6
 BESIDE = {
+    "passes/forms/pad_heads/weights.py:_PASSED": "what the sizes of heads are followed through, written so that they stay",
+    "qcompile/target/sensitive.py:_POWERS": "what spectra are made of: squares, sums, roots",
     "passes/forms/unify_qdq/activations.py:_SIGNED": "behind what a lowest code as zero point stands for a Relu",
     "qcompile/target/openvino/placement.py:_IN_BETWEEN": "what the CPU plugin was measured to compute on codes",
 }
