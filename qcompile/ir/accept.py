@@ -14,6 +14,7 @@ import onnx_ir as ir
 from onnx import GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, TypeProto, numpy_helper
 
 from qcompile.errors import ModelError
+from qcompile.ir.sound import bodies
 
 _TYPE = "qcompile.type"
 
@@ -63,9 +64,8 @@ def _reads(node: ir.Node) -> Iterator[ir.Value | None]:
 def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
     yield graph
     for node in graph.node:
-        for attribute in node.attribute:
-            for body in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                yield from _graphs(body)
+        for body in bodies(node):
+            yield from _graphs(body)
 
 
 def _dense(sparse: SparseTensorProto) -> TensorProto:

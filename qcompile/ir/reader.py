@@ -18,7 +18,7 @@ from qcompile.errors import ModelError
 from qcompile.ir.accept import in_order, spell_out
 from qcompile.ir.mapped import MappedTensor, map_file
 from qcompile.ir.skim import Found, skim
-from qcompile.ir.sound import require_sound
+from qcompile.ir.sound import bodies, require_sound, stored_bytes
 from qcompile.ir.tensors import map_tensors
 
 MAPPED_FILE = 1 << 26  # from here on a file's weights are mapped: a smaller one is read
@@ -55,7 +55,7 @@ def _read_in(tensor: TensorProto, folder: Path) -> None:
 def _where(tensor: TensorProto, folder: Path) -> tuple[Path, int, int]:
     """File, first byte and number of bytes of a checked tensor."""
     info = {e.key: e.value for e in tensor.external_data}
-    return folder / info["location"], int(info.get("offset") or 0), int(info.get("length") or 0) or _bytes(tensor)
+    return folder / info["location"], int(info.get("offset") or 0), int(info.get("length") or 0) or stored_bytes(tensor)
 
 
 def read_ir(path: str | Path) -> ir.Model:
@@ -217,15 +217,8 @@ def _check_external(tensor: TensorProto, path: Path, roots: tuple[Path, Path]) -
         start, length = int(info.get("offset") or 0), int(info.get("length") or 0)
     except ValueError as e:
         raise _unreadable(path, e) from e
-    if min(start, length) < 0 or file.stat().st_size < start + max(length, _bytes(tensor)):
+    if min(start, length) < 0 or file.stat().st_size < start + max(length, stored_bytes(tensor)):
         raise ModelError(f"{path}: its weights file {location} is truncated; copy it again")
-
-
-def _bytes(tensor: TensorProto) -> int:
-    bits = ir.DataType(tensor.data_type).bitwidth
-    for dim in tensor.dims:
-        bits *= dim
-    return -(-bits // 8)
 
 
 def _tensors(proto: ModelProto) -> Iterator[TensorProto]:
@@ -245,8 +238,6 @@ def _node_tensors(nodes: Iterable[NodeProto]) -> Iterator[TensorProto]:
         for attribute in node.attribute:
             if attribute.HasField("t"):
                 yield attribute.t
-            if attribute.HasField("g"):
-                yield from _graph_tensors(attribute.g)
             yield from attribute.tensors
-            for graph in attribute.graphs:
-                yield from _graph_tensors(graph)
+        for graph in bodies(node):
+            yield from _graph_tensors(graph)

@@ -55,10 +55,15 @@ def _require_data(tensor: TensorProto, path: Path) -> None:
         raise ModelError(f"{path}: the weight {tensor.name!r} has a negative size {list(tensor.dims)}; export the model again")
     if tensor.data_type not in _SIZED or not tensor.raw_data or tensor.data_location == TensorProto.EXTERNAL:
         return
-    wanted = -(-math.prod(tensor.dims) * ir.DataType(tensor.data_type).bitwidth // 8)
+    wanted = stored_bytes(tensor)
     if wanted != len(tensor.raw_data):
         what = f"{path}: the weight {tensor.name!r} of shape {list(tensor.dims)} takes {wanted:,} bytes"
         raise ModelError(f"{what}, the file holds {len(tensor.raw_data):,}; copy it again, or export it again")
+
+
+def stored_bytes(tensor: TensorProto) -> int:
+    """What the data of a shape and type takes."""
+    return -(-math.prod(tensor.dims) * ir.DataType(tensor.data_type).bitwidth // 8)
 
 
 def _require_no_recursion(functions: Iterable[FunctionProto], path: Path) -> None:

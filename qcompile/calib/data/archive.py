@@ -40,7 +40,8 @@ def read_array(path: Path, name: str) -> NDArray[Any]:
             start = member.tell()
         if info.compress_type == zipfile.ZIP_STORED and not fortran and info.file_size - start >= _LARGE:
             return _mapped(path, name, info, start, shape, dtype)
-        _require_room(info, path, name)
+        what = f"{path}: array {name!r} has {info.file_size:,} bytes unpacked"
+        require_room(info.file_size, what, "save it with numpy.savez, not savez_compressed: then it is read piece by piece")
         with archive.open(info) as member:
             return np.lib.format.read_array(member, allow_pickle=False)
 
@@ -70,12 +71,15 @@ def _require_length(
         raise DataError(f"{what}, the file holds {info.file_size - header:,}; save it again with numpy.savez")
 
 
-def _require_room(info: zipfile.ZipInfo, path: Path, name: str) -> None:
-    """What is unpacked sits in memory whole."""
+def require_room(size: int, what: str, way: str) -> None:
+    """What sits in memory whole may take half of it.
+
+    Raises:
+        DataError: `what` takes more; `way` says how to go on.
+    """
     most = psutil.virtual_memory().total // 2
-    if info.file_size > most:
-        what = f"{path}: array {name!r} has {info.file_size:,} bytes unpacked, more than half of this machine's memory"
-        raise DataError(f"{what} ({most:,}); save it with numpy.savez, not savez_compressed: then it is read piece by piece")
+    if size > most:
+        raise DataError(f"{what}, more than half of this machine's memory ({most:,}); {way}")
 
 
 def _mapped(

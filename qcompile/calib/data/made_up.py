@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 
+from qcompile.calib.data.archive import require_room
 from qcompile.calib.data.dataset import Dataset, fixed_batch
 from qcompile.calib.data.readers import ArrayReader
 from qcompile.calib.data.runs import LENGTH, RunReader, first_axes, made_up_shapes
@@ -32,19 +32,13 @@ def random_data(inputs: Sequence[InputInfo], samples: int, seed: int) -> Dataset
     shapes = (
         made_up_shapes(inputs) if alone else {i.name: [d if isinstance(d, int) else LENGTH for d in i.shape[1:]] for i in inputs}
     )
-    _require_room(sum(8 * samples * math.prod(shape) for shape in shapes.values()), samples)
+    size = sum(8 * samples * math.prod(shape) for shape in shapes.values())  # what making them takes
+    what = f"{samples:,} random samples of this model take {size:,} bytes"
+    require_room(size, what, "give fewer --samples, or smaller shapes")
     rng, dtypes = np.random.default_rng(seed), {i.name: i.dtype for i in inputs}
     arrays = {i.name: _random_array(i, (samples, *shapes[i.name]), rng) for i in inputs}
     reader = RunReader(arrays, dtypes) if alone else ArrayReader(arrays, dtypes, {})
     return Dataset(reader, tuple(range(samples)), tuple(arrays), "random", random=True, alone=alone)
-
-
-def _require_room(size: int, samples: int) -> None:
-    """Made-up data sits in memory; `size` counts what making it takes."""
-    most = psutil.virtual_memory().total // 2
-    if size > most:
-        what = f"{samples:,} random samples of this model take {size:,} bytes, more than half of this machine's memory ({most:,})"
-        raise DataError(f"{what}; give fewer --samples, or smaller shapes")
 
 
 def _random_array(info: InputInfo, shape: tuple[int, ...], rng: np.random.Generator) -> NDArray[Any]:
